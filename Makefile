@@ -1,0 +1,78 @@
+# The doors of the house. `make demo` and `make test` set up all that they need: a Rust toolchain and Python 3.11+ must be there.
+#   make demo        build, start the daemon, and show a real vLLM reusing what another process computed
+#   make test        everything that must hold, real vLLM included; prints where the minutes went
+#   make check       the edit loop: format, lints, unit and property tests, house rules
+#   make soak        the long statistical runs of which `make test` has a small sample
+#   make gpu-check   measure what the device path hangs on; for a machine with an NVIDIA GPU (no registry needed)
+#   make wheel       the Python package `kvdaemon`, in target/wheels
+
+PYTHON ?= python3
+VENV := .venv/vllm
+PY := $(VENV)/bin/python
+CARGO := cargo
+CRATES := --workspace --exclude kvd-python
+export CARGO_TERM_PROGRESS_WHEN = never
+
+.PHONY: demo test check soak gpu-check wheel build venv plugin fmt clippy unit blackbox vllm demo-short bench fuzz-build tools help
+
+help:
+	@sed -n '2,8p' Makefile | cut -c3-
+
+tools:
+	@command -v $(CARGO) >/dev/null || { echo "kvd needs Rust (cargo). Install rustup from your distribution or rustup.rs, then run make again."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "kvd needs Python 3.11 or newer as '$(PYTHON)'. On Debian or Ubuntu: apt-get install python3 python3-venv. Or set PYTHON=…"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@command -v cc >/dev/null || { echo "kvd needs a C compiler and linker. On Debian or Ubuntu: apt-get install gcc libc6-dev"; exit 1; }
+
+build: tools
+	$(CARGO) build --release $(CRATES)
+
+venv: tools
+	@$(PYTHON) scripts/vllm_env.py --path $(VENV)
+
+wheel: venv
+	$(VENV)/bin/maturin build --release --quiet -m python/Cargo.toml --interpreter $(PY) --out target/wheels
+
+plugin: wheel
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --force-reinstall "$$(ls -t target/wheels/kvdaemon-*.whl | head -1)"
+
+demo: build plugin
+	@$(PY) demo/demo.py --kvd target/release/kvd
+
+demo-short: build plugin
+	@$(PY) demo/demo.py --kvd target/release/kvd --short
+
+fmt:
+	$(CARGO) fmt --all --check
+
+clippy:
+	$(CARGO) clippy --release --workspace --all-targets --quiet -- -D warnings
+
+unit:
+	$(CARGO) test --release $(CRATES) --lib --bins --test house --quiet
+	$(CARGO) test --release -p kvd-core -p kvd-sim --tests --quiet
+
+blackbox:
+	$(CARGO) test --release $(CRATES) --quiet
+
+vllm: build plugin
+	$(PY) -m pytest tests/vllm tests/gpu -q --durations=25
+
+check: tools
+	@$(PYTHON) scripts/stages.py fmt clippy unit
+
+test: tools
+	@$(PYTHON) scripts/stages.py venv fmt clippy blackbox plugin vllm demo-short
+
+soak: build plugin
+	KVD_TEST_SOAK=1 $(CARGO) test --release $(CRATES) --quiet
+	KVD_TEST_SOAK=1 $(PY) -m pytest tests/vllm -q --durations=25
+
+bench: build
+	target/release/kvd bench session
+
+fuzz-build:
+	cd fuzz && $(CARGO) +nightly fuzz build
+
+gpu-check:
+	@$(PYTHON) scripts/gpu_check.py
