@@ -1,0 +1,106 @@
+//! What happened since start, as plain numbers that only rise. Three answers are kept apart: hit, absent, failed.
+//! Deliberately absent: rates, histograms, names for a metrics system.
+
+/// Counts of blocks unless said otherwise, over all tenants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Requests, of any kind.
+    pub requests: u64,
+    /// Requests answered with a failure.
+    pub refused: u64,
+    /// Lookups that found the block loadable.
+    pub lookup_hit: u64,
+    /// Lookups that did not find it.
+    pub lookup_absent: u64,
+    /// Lookups that found it being stored.
+    pub lookup_filling: u64,
+    /// Loads answered READY.
+    pub load_hit: u64,
+    /// Loads answered ABSENT.
+    pub load_absent: u64,
+    /// Loads that failed, by reason.
+    pub load_failed: LoadFailures,
+    /// Reservations given.
+    pub reserved: u64,
+    /// Reservations answered PRESENT.
+    pub present: u64,
+    /// Reservations answered FILLING.
+    pub filling: u64,
+    /// Blocks that became visible.
+    pub stored: u64,
+    /// Bytes of blocks that became visible.
+    pub stored_bytes: u64,
+    /// Bytes of blocks answered READY.
+    pub loaded_bytes: u64,
+    /// Stores that failed, by reason.
+    pub store_failed: StoreFailures,
+    /// Blocks evicted to make room.
+    pub evicted: u64,
+    /// Of those, dropped because their whole extent moved to another size class.
+    pub evicted_for_class: u64,
+    /// Blocks dropped because their namespace was forgotten.
+    pub evicted_with_namespace: u64,
+    /// Extents that moved to another size class.
+    pub extents_moved: u64,
+    /// Extents taken out for refilling.
+    pub extents_refilled: u64,
+    /// Sessions opened.
+    pub sessions_opened: u64,
+    /// Sessions whose process was found dead.
+    pub sessions_gone: u64,
+    /// Sessions that were refused or ended by core.
+    pub sessions_ended: u64,
+    /// Past sessions fenced.
+    pub fences: u64,
+    /// Read leases that ran out before they were released.
+    pub leases_expired: u64,
+    /// Lookups that asked for a lease and got none.
+    pub leases_denied: u64,
+}
+
+/// Why loads failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadFailures {
+    /// The reader found bytes that do not match their checksum.
+    pub crc: u64,
+    /// The session holds too many leases.
+    pub busy: u64,
+}
+
+impl LoadFailures {
+    /// Reason and count, for metrics and status.
+    pub fn each(&self) -> [(&'static str, u64); 2] {
+        [("crc", self.crc), ("busy", self.busy)]
+    }
+}
+
+/// Why stores failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreFailures {
+    /// Nothing could be evicted, or a limit was reached.
+    pub no_space: u64,
+    /// A part did not come in time.
+    pub deadline: u64,
+    /// The engine gave it up.
+    pub aborted: u64,
+    /// A process that had to write a part died or was fenced.
+    pub writer_lost: u64,
+    /// A commit named a reservation that is gone or not its own.
+    pub stale: u64,
+    /// It completed in an extent that is being taken out.
+    pub suspect: u64,
+}
+
+impl StoreFailures {
+    /// Reason and count, for metrics and status.
+    pub fn each(&self) -> [(&'static str, u64); 6] {
+        [
+            ("no_space", self.no_space),
+            ("deadline", self.deadline),
+            ("aborted", self.aborted),
+            ("writer_lost", self.writer_lost),
+            ("stale", self.stale),
+            ("suspect", self.suspect),
+        ]
+    }
+}

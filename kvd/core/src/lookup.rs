@@ -1,0 +1,132 @@
+//! Lookup: which of these blocks are here, as runs. Deliberately absent: waiting; a block being stored is said to be so.
+
+use crate::api::{Chain, Failure, LookupReply, NIL, Presence, Reply, Where};
+use crate::evict::chain;
+use crate::index::{BATCH, EntryState};
+use crate::state::Core;
+use crate::step::Caller;
+
+impl Presence {
+    #[inline]
+    fn add(&mut self, at: u32, place: Where) {
+        if let (Some(start), Some(length)) = (self.start.last(), self.length.last_mut())
+            && self.place.last() == Some(&place)
+            && *start + *length == at
+        {
+            *length += 1;
+            return;
+        }
+        self.start.push(at);
+        self.length.push(1);
+        self.place.push(place);
+    }
+
+    /// Where the block at position `at` of the chain is.
+    pub fn at(&self, at: u32) -> Where {
+        let runs = self.start.iter().zip(&self.length).zip(&self.place);
+        let mut covering = runs.filter(|((start, length), _)| (**start..**start + **length).contains(&at));
+        covering.next().map_or(Where::Absent, |(_, place)| *place)
+    }
+}
+
+/// What the lookups of one request found so far.
+#[derive(Default)]
+struct Hits {
+    hit: u64,
+    absent: u64,
+    filling: u64,
+    bytes: u64,
+    /// Entries to be leased; kept only if a lease is wanted.
+    blocks: Vec<u32>,
+}
+
+/// How one request looks.
+#[derive(Clone, Copy)]
+struct Manner {
+    space: u32,
+    lease: bool,
+    leading: bool,
+}
+
+impl Core {
+    pub(crate) fn lookup(
+        &mut self,
+        caller: Caller,
+        namespace: u32,
+        chains: &[Chain<'_>],
+        lease_ms: u32,
+        leading: bool,
+    ) -> Result<Reply, Failure> {
+        let space = self.space_of(caller, namespace)?;
+        let most = self.settings.max_chains;
+        if chains.len() > most as usize {
+            let text = format!("{} chains in one lookup; send at most {most}", chains.len());
+            return Err(Failure::invalid(text));
+        }
+        let total = chains.iter().map(|chain| chain.hashes.len()).fold(0, usize::saturating_add);
+        self.bounded("hashes", total)?;
+        for chain in chains {
+            self.group_of(space, chain.group)?;
+        }
+        let manner = Manner { space, lease: lease_ms > 0, leading };
+        let mut hits = Hits::default();
+        let looked = chains.iter().map(|chain| self.lookup_chain(caller, manner, chain, &mut hits));
+        let mut reply = LookupReply { chains: looked.collect(), ..LookupReply::default() };
+        self.counters.lookup_hit += hits.hit;
+        self.counters.lookup_absent += hits.absent;
+        self.counters.lookup_filling += hits.filling;
+        reply.est_load_us = hits.bytes / self.settings.load_bytes_per_us.max(1);
+        if !hits.blocks.is_empty() {
+            reply.lease = self.lease_lookup(caller.session, &hits.blocks, lease_ms, hits.bytes);
+        }
+        Ok(Reply::Lookup(reply))
+    }
+
+    /// Looks one chain up; if only what leads matters, up to the first block that is absent.
+    fn lookup_chain(
+        &mut self,
+        caller: Caller,
+        manner: Manner,
+        chain: &Chain<'_>,
+        hits: &mut Hits,
+    ) -> Presence {
+        let (space, group, stamp) = (manner.space, chain.group as u8, self.stamp);
+        let class = &self.spaces.get(space).groups[usize::from(group)];
+        let (class, slot_bytes) = (class.class, class.slot_bytes);
+        let Core { index, tenants, .. } = self;
+        let mut presence = Presence::default();
+        let Some(pool) = &mut tenants[caller.tenant].pool else { return presence };
+        let (extents, policy) = pool.recency(class);
+        for (number, batch) in chain.hashes.chunks(BATCH).enumerate() {
+            let mut found = [NIL; BATCH];
+            index.find_batch(space, group, batch, &mut found);
+            for (at, id) in found[..batch.len()].iter().enumerate() {
+                let at = (number * BATCH + at) as u32;
+                let place = match *id {
+                    NIL => Where::Absent,
+                    id if index.entries.hot[id].state == EntryState::Filling => Where::Filling,
+                    id => {
+                        extents.touch(index.entries.hot[id].slot, stamp);
+                        chain::touch(policy, &mut index.entries, id, stamp, false);
+                        hits.bytes += slot_bytes;
+                        hits.hit += 1;
+                        if manner.lease {
+                            hits.blocks.push(id);
+                        }
+                        Where::Host
+                    }
+                };
+                match place {
+                    Where::Absent if manner.leading => {
+                        hits.absent += chain.hashes.len() as u64 - u64::from(at);
+                        return presence;
+                    }
+                    Where::Absent => hits.absent += 1,
+                    _ => presence.add(at, place),
+                }
+                hits.filling += u64::from(place == Where::Filling);
+            }
+        }
+        presence
+    }
+}

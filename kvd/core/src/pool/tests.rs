@@ -1,0 +1,1 @@
+//! The pool alone: words, classes, holds, refills.

@@ -1,0 +1,87 @@
+//! Limits and times. Everything that grows has its limit here, and it is looked at before memory is taken.
+//! Deliberately absent: parsing and units; the root reads configuration and hands this over.
+
+/// Places in the session table of a generation table.
+pub const MAX_WRITERS: usize = 256;
+
+/// Which blocks are dropped first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EvictionPolicy {
+    /// Least recently used.
+    #[default]
+    Lru,
+    /// Small, main and ghost queues: resists scans.
+    S3Fifo,
+}
+
+/// Typed settings of the core. All durations are microseconds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// Names this start of the daemon in its change log; random, given by the node.
+    pub incarnation: [u8; 16],
+    /// Random, secret: keeps hash collisions from being constructed. Given by the node.
+    pub index_seed: u64,
+    /// Which blocks go first.
+    pub eviction: EvictionPolicy,
+    /// A block one of whose parts is missing for so long is aborted.
+    pub fill_deadline_us: u64,
+    /// How long a read lease holds unless released.
+    pub lease_us: u64,
+    /// Longest lookup lease, milliseconds; longer ones are cut to this.
+    pub max_lookup_lease_ms: u32,
+    /// Most of the arena's bytes that leases may pin, 0.0 to 1.0.
+    pub lease_fraction: f64,
+    /// Corrupt blocks in a row that take an extent out of use until refilled.
+    pub corrupt_streak: u32,
+    /// For the estimate in lookups: bytes that a load brings in per microsecond.
+    pub load_bytes_per_us: u64,
+    /// Most hashes, slots or generations in one request.
+    pub max_hashes: u32,
+    /// Most chains in one lookup.
+    pub max_chains: u32,
+    /// Most sessions of the daemon.
+    pub max_sessions: u32,
+    /// Most namespaces one session may register.
+    pub max_session_namespaces: u32,
+    /// Most blocks that one instance may be filling (quarantined ones count).
+    pub max_claims: u32,
+    /// Most (session, slot) read leases of one session.
+    pub max_read_leases: u32,
+    /// Most read leases of all sessions.
+    pub max_read_leases_total: u32,
+    /// Most lookup leases of one session.
+    pub max_lookup_leases: u32,
+    /// Most blocks in lookup leases of all sessions, counted as often as they are leased.
+    pub max_lookup_blocks: u32,
+    /// Most blocks in the index.
+    pub max_entries: u32,
+    /// Changes that the change log remembers.
+    pub change_log: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            incarnation: [0; 16],
+            index_seed: 0,
+            eviction: EvictionPolicy::default(),
+            fill_deadline_us: 60_000_000,
+            lease_us: 30_000_000,
+            max_lookup_lease_ms: 60_000,
+            lease_fraction: 0.5,
+            corrupt_streak: 3,
+            load_bytes_per_us: 8_000,
+            max_hashes: 65_536,
+            max_chains: 256,
+            max_sessions: 1024,
+            max_session_namespaces: 32,
+            max_claims: 65_536,
+            max_read_leases: 65_536,
+            max_read_leases_total: 262_144,
+            max_lookup_leases: 1024,
+            max_lookup_blocks: 1_048_576,
+            max_entries: 1 << 26,
+            change_log: 65_536,
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! Reserve, Commit, Abort: an engine instance stores blocks. Deliberately absent: copying; the instance's processes do that.
+
+use crate::api::{
+    Chain, CommitState, ErrorKind, Failure, NIL, Output, Reply, ReserveReply, ReserveState,
+};
+use crate::evict::chain;
+use crate::fills::GivenUp;
+use crate::ids::{Role, low64};
+use crate::index::{BATCH, Entry, EntryState, Found};
+use crate::state::Core;
+use crate::step::{Caller, SlotList};
+
+/// Whose part of which group a commit is about.
+#[derive(Clone, Copy)]
+pub(crate) struct Writer {
+    pub(crate) session: u32,
+    pub(crate) part: u32,
+    /// Where its checksums begin in the block's list.
+    pub(crate) crc_base: u32,
+}
+
+/// One Reserve under way.
+struct Storing {
+    tenant: usize,
+    instance: u32,
+    space: u32,
+    group: u8,
+    class: u16,
+    crew: u32,
+    cut: u16,
+    crcs: u32,
+    /// The block before the present one, if it is here.
+    parent: u32,
+    /// Nothing more fits: the rest answers NO_SPACE.
+    full: bool,
+    /// Another class's extents may be colder than this class's blocks.
+    others: bool,
+}
+
+impl Core {
+    pub(crate) fn reserve(
+        &mut self,
+        caller: Caller,
+        namespace: u32,
+        chain: &Chain<'_>,
+        out: &mut Vec<Output>,
+    ) -> Result<Reply, Failure> {
+        self.bounded("hashes", chain.hashes.len())?;
+        let space = self.space_of(caller, namespace)?;
+        let group = self.group_of(space, chain.group)?;
+        let crew = self.crew(caller.instance, space, group)?;
+        let class = self.spaces.get(space).groups[usize::from(group)].class;
+        let mut storing = Storing {
+            tenant: caller.tenant,
+            instance: caller.instance,
+            space,
+            group,
+            class,
+            crew,
+            cut: self.crews[crew].cut,
+            crcs: self.crews[crew].crcs,
+            parent: NIL,
+            full: false,
+            others: true,
+        };
+        if let Some(parent) = &chain.parent
+            && let Found::Entry(id) = self.index.find(space, group, &parent.0)
+        {
+            self.touch(caller.tenant, storing.class, id, false);
+            storing.parent = id;
+        }
+        // First all that is here is touched, so that nothing of this chain is evicted to make room for the rest of it.
+        let known = self.find_and_touch(&storing, chain.hashes);
+        let mut reply = ReserveReply::default();
+        reply.states.reserve_exact(known.len());
+        for (hash, known) in chain.hashes.iter().zip(known) {
+            let state = self.reserve_one(&mut storing, hash, known, &mut reply, out);
+            reply.states.push(state);
+            let counters = &mut self.counters;
+            *match state {
+                ReserveState::Reserved => &mut counters.reserved,
+                ReserveState::Present => &mut counters.present,
+                ReserveState::Filling => &mut counters.filling,
+                ReserveState::NoSpace => &mut counters.store_failed.no_space,
+            } += 1;
+        }
+        Ok(Reply::Reserve(reply))
+    }
+
+    fn find_and_touch(&mut self, storing: &Storing, hashes: &[[u8; 32]]) -> Vec<u32> {
+        let mut all = Vec::with_capacity(hashes.len());
+        for batch in hashes.chunks(BATCH) {
+            let mut found = [NIL; BATCH];
+            self.index.find_batch(storing.space, storing.group, batch, &mut found);
+            for id in &found[..batch.len()] {
+                if *id != NIL {
+                    self.touch(storing.tenant, storing.class, *id, true);
+                }
+                all.push(*id);
+            }
+        }
+        all
+    }
+
+    fn reserve_one(
+        &mut self,
+        storing: &mut Storing,
+        hash: &[u8; 32],
+        known: u32,
+        reply: &mut ReserveReply,
+        out: &mut Vec<Output>,
+    ) -> ReserveState {
+        let found = match known {
+            NIL => self.index.find(storing.space, storing.group, hash),
+            id => Found::Entry(id),
+        };
+        if let Found::Entry(id) = found {
+            storing.parent = id;
+            return match self.index.entries.hot[id].state {
+                EntryState::Resident => ReserveState::Present,
+                EntryState::Filling | EntryState::Vacant => ReserveState::Filling,
+            };
+        }
+        if !storing.full && found == Found::Absent {
+            if let Some(slot) = self.slot_for(storing, out)
+                && let Some((word, offset)) = self.begin_block(storing, hash, slot, out)
+            {
+                reply.slots.push(slot);
+                reply.generations.push(word);
+                reply.offsets.push(offset);
+                return ReserveState::Reserved;
+            }
+        }
+        storing.full = true;
+        ReserveState::NoSpace
+    }
+
+    /// A slot for one more block, if limits allow and room can be made.
+    fn slot_for(&mut self, storing: &mut Storing, out: &mut Vec<Output>) -> Option<u32> {
+        let Storing { tenant: t, class, instance, .. } = *storing;
+        let tenant = &self.tenants[t];
+        if tenant.quarantined_bytes > tenant.quarantine_limit()
+            || self.instances[instance].claims.len() >= self.settings.max_claims
+        {
+            return None;
+        }
+        while self.index.len() >= self.settings.max_entries as usize {
+            if !self.make_room(t, class, &mut storing.others, out) {
+                return None;
+            }
+        }
+        loop {
+            if let Some(slot) = self.tenants[t].pool.as_mut()?.take(class, NIL, out) {
+                return Some(slot);
+            }
+            if !self.make_room(t, class, &mut storing.others, out) {
+                return None;
+            }
+        }
+    }
+
+    /// Enters a block that is going to be filled. Returns its generation and where its slot begins.
+    fn begin_block(
+        &mut self,
+        storing: &mut Storing,
+        hash: &[u8; 32],
+        slot: u32,
+        out: &mut Vec<Output>,
+    ) -> Option<(u64, u64)> {
+        let Some(crcs) = self.crcs.insert(storing.crcs) else {
+            self.tenants[storing.tenant].pool.as_mut()?.release(slot, out);
+            return None;
+        };
+        let entry = Entry {
+            hash: *hash,
+            space: storing.space,
+            slot,
+            parent: NIL,
+            stamp: self.stamp,
+            crcs,
+            group: storing.group,
+            state: EntryState::Filling,
+            ..Entry::default()
+        };
+        let id = self.index.insert(entry, storing.cut);
+        let fill = self.begin_fill(storing.tenant, storing.crew, slot, id, low64(hash));
+        let pool = self.tenants[storing.tenant].pool.as_mut()?;
+        if storing.parent != NIL {
+            let policy = &mut *pool.classes[usize::from(storing.class)].policy;
+            chain::gains_child(policy, &mut self.index.entries, storing.parent);
+            self.index.entries.adopt(id, storing.parent);
+        }
+        storing.parent = id;
+        pool.set_owner(slot, fill, self.stamp);
+        let word = pool.slot(slot).map_or(0, |slot| slot.word);
+        Some((word, pool.offset(slot)))
+    }
+
+    pub(crate) fn commit(
+        &mut self,
+        caller: Caller,
+        namespace: u32,
+        group: u32,
+        list: SlotList<'_>,
+        crcs: &[u64],
+        out: &mut Vec<Output>,
+    ) -> Result<Reply, Failure> {
+        let space = self.space_of(caller, namespace)?;
+        let group = self.group_of(space, group)?;
+        let own = self.sessions[caller.session].layout(space, group);
+        let Some((cut, part)) = own.and_then(|layout| Some((layout.cut, layout.part?))) else {
+            let text = format!("this session copies no part of group {group}; register one");
+            return Err(Failure::invalid(text));
+        };
+        let cut = &self.spaces.get(space).cuts[usize::from(cut)].cut;
+        let heads = cut.part(part).heads.len();
+        let writer = Writer { session: caller.session, part, crc_base: cut.crc_base(part) };
+        if crcs.len() != list.len() * heads {
+            let (got, want) = (crcs.len(), list.len() * heads);
+            let text = format!("{got} checksums, but {want} are needed: one for each head of each slot");
+            return Err(Failure::new(ErrorKind::Invalid, text));
+        }
+        let states = list.iter().zip(crcs.chunks_exact(heads)).map(|((slot, word), crcs)| {
+            let state = match self.to_write(caller, space, group, slot, word, part) {
+                Some(fill) => self.part_written(fill, writer, crcs, out),
+                None => CommitState::Stale,
+            };
+            self.counters.store_failed.stale += u64::from(state == CommitState::Stale);
+            state
+        });
+        Ok(Reply::Commit(states.collect()))
+    }
+
+    /// The fill that this session has to write this part of.
+    fn to_write(
+        &self,
+        caller: Caller,
+        space: u32,
+        group: u8,
+        slot: u32,
+        word: u64,
+        part: u32,
+    ) -> Option<u32> {
+        let fill = self.claimed(caller.tenant, caller.instance, slot, word)?;
+        let crew = &self.crews[self.fills[fill].crew];
+        let same = (crew.space, crew.group) == (space, group);
+        let own = same && self.parts_of(fill, caller.session) & (1 << part) != 0;
+        own.then_some(fill)
+    }
+
+    pub(crate) fn abort(
+        &mut self,
+        caller: Caller,
+        list: SlotList<'_>,
+        out: &mut Vec<Output>,
+    ) -> Reply {
+        let speaks_for_all = self.sessions[caller.session].role == Role::Scheduler;
+        let mut count = 0;
+        for (slot, word) in list.iter() {
+            let Some(fill) = self.claimed(caller.tenant, caller.instance, slot, word) else {
+                continue;
+            };
+            let mask = match speaks_for_all && self.untouched(fill) {
+                true => self.fills[fill].writing,
+                false => self.parts_of(fill, caller.session),
+            };
+            if mask != 0 || speaks_for_all {
+                count += 1;
+                self.give_up(fill, GivenUp::Aborted, out);
+            }
+            if mask != 0 {
+                self.end_writers(fill, mask, out);
+            }
+        }
+        Reply::Aborted { count }
+    }
+
+    /// No writer of this slot has ended yet, so the scheduler's word that nobody was told of it can be true.
+    fn untouched(&self, fill: u32) -> bool {
+        let fill = &self.fills[fill];
+        fill.writing == self.crews[fill.crew].all()
+    }
+}
