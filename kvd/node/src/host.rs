@@ -1,0 +1,224 @@
+//! Arenas in real shared memory, and the thread `kvd-populate` that faults them in.
+//!
+//! The thread takes one extent at a time from a bounded queue; the node asks for the next when one is done, so the queue
+//! never fills. Faulting in takes a third of a second for each GiB, and nothing else waits for it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use kvd_arena::{Arena, HugePages};
+use kvd_core::{ArenaShape, TenantId};
+
+use crate::ports::{AdoptedArena, ArenaPort, Pages, PortError};
+
+/// What a tenant's arena is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct HostSpec {
+    /// Bytes.
+    pub capacity: u64,
+    /// Bytes of an extent; `None`: by the capacity.
+    pub extent_bytes: Option<u64>,
+    /// Whether to take 2 MiB pages.
+    pub huge_pages: HugePages,
+}
+
+/// An arena that a client brings.
+#[derive(Debug)]
+pub struct Offer {
+    /// The memory.
+    pub arena: OwnedFd,
+    /// The former daemon's generation table.
+    pub generations: OwnedFd,
+    /// What the client says of it.
+    pub shape: ArenaShape,
+}
+
+/// What a client needs to map an arena.
+#[derive(Debug)]
+pub struct Descriptors {
+    /// The memory.
+    pub arena: OwnedFd,
+    /// The generation table, which can't be written by who gets it.
+    pub generations: OwnedFd,
+}
+
+/// An extent has been faulted in, or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Populated {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Of which arena.
+    pub arena: [u8; 16],
+    /// Which.
+    pub extent: u32,
+    /// Why not.
+    pub failed: Option<String>,
+}
+
+struct Job {
+    tenant: TenantId,
+    arena: Arc<Arena>,
+    extent: u32,
+}
+
+/// All tenants' arenas.
+pub struct HostArenas {
+    specs: Vec<HostSpec>,
+    arenas: Vec<Option<Arc<Arena>>>,
+    jobs: Option<SyncSender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl HostArenas {
+    /// One arena for each of these, by the number of the tenant; none is made yet. `done` is called in the thread
+    /// `kvd-populate`, once for each extent that was asked for.
+    ///
+    /// # Errors
+    /// When the thread can't be started.
+    pub fn new(
+        specs: Vec<HostSpec>,
+        done: impl Fn(Populated) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (sender, receiver) = sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name("kvd-populate".to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || populate_all(&receiver, done))?;
+        let arenas = specs.iter().map(|_| None).collect();
+        Ok(Self {
+            specs,
+            arenas,
+            jobs: Some(sender),
+            thread: Some(thread),
+        })
+    }
+
+    /// Descriptors of the tenant's arena, to be passed to a client.
+    ///
+    /// # Errors
+    /// When there is no arena, or the process has no descriptors left.
+    pub fn descriptors(&self, tenant: TenantId) -> Result<Descriptors, PortError> {
+        let arena = self
+            .get(tenant)
+            .ok_or_else(|| PortError("there is no arena yet: register again".to_owned()))?;
+        let dup = |fd: std::os::fd::BorrowedFd<'_>| {
+            fd.try_clone_to_owned()
+                .map_err(|e| PortError(format!("no descriptor to pass: {e}")))
+        };
+        Ok(Descriptors {
+            arena: dup(arena.fd())?,
+            generations: dup(arena.generation_fd())?,
+        })
+    }
+
+    /// Why the tenant's arena has no 2 MiB pages although they were wanted.
+    pub fn fallback(&self, tenant: TenantId) -> Option<&str> {
+        self.get(tenant)?.fallback()
+    }
+
+    fn get(&self, tenant: TenantId) -> Option<&Arc<Arena>> {
+        self.arenas.get(usize::from(tenant.0))?.as_ref()
+    }
+
+    fn spec(&self, tenant: TenantId) -> HostSpec {
+        self.specs[usize::from(tenant.0)]
+    }
+}
+
+impl Drop for HostArenas {
+    fn drop(&mut self) {
+        // The thread ends once its queue is closed. It may be faulting a large extent in, and is not waited for.
+        self.jobs.take();
+        self.thread.take();
+    }
+}
+
+fn populate_all(jobs: &Receiver<Job>, done: impl Fn(Populated)) {
+    while let Ok(Job {
+        tenant,
+        arena,
+        extent,
+    }) = jobs.recv()
+    {
+        let failed = arena.populate(extent).err().map(|e| e.to_string());
+        done(Populated {
+            tenant,
+            arena: arena.shape().id,
+            extent,
+            failed,
+        });
+    }
+}
+
+impl ArenaPort for HostArenas {
+    type Offer = Offer;
+
+    fn create(&mut self, tenant: TenantId) -> Result<ArenaShape, PortError> {
+        let spec = self.spec(tenant);
+        let place = &mut self.arenas[usize::from(tenant.0)];
+        *place = None;
+        let arena = Arena::create(spec.capacity, spec.extent_bytes, spec.huge_pages)
+            .map_err(|e| PortError(e.to_string()))?;
+        let shape = *arena.shape();
+        *place = Some(Arc::new(arena));
+        Ok(shape)
+    }
+
+    fn adopt(&mut self, tenant: TenantId, offer: Offer) -> Result<AdoptedArena, PortError> {
+        let limit = self.spec(tenant).capacity;
+        let found = Arena::adopt(offer.arena, offer.generations, &offer.shape, limit)
+            .map_err(|e| PortError(e.to_string()))?;
+        let shape = *found.arena.shape();
+        self.arenas[usize::from(tenant.0)] = Some(Arc::new(found.arena));
+        Ok(AdoptedArena {
+            shape,
+            words: found.words,
+            writers: found.writers,
+        })
+    }
+
+    fn set_generation(&mut self, tenant: TenantId, slot: u32, word: u64) {
+        if let Some(arena) = self.get(tenant) {
+            arena.generations().set(slot, word);
+        }
+    }
+
+    fn set_writers(&mut self, tenant: TenantId, tokens: &[u64]) {
+        if let Some(arena) = self.get(tenant)
+            && let Err(error) = arena.generations().set_writers(tokens)
+        {
+            // Core keeps to the same limit as the table.
+            tracing::error!(%error, "the table of writers was not written");
+        }
+    }
+
+    fn populate(&mut self, tenant: TenantId, extent: u32) {
+        let Some(arena) = self.get(tenant).cloned() else {
+            return;
+        };
+        if let Some(jobs) = &self.jobs {
+            // The node asks for one at a time, and the queue has room for one beside the one under way.
+            let _ = jobs.send(Job {
+                tenant,
+                arena,
+                extent,
+            });
+        }
+    }
+
+    fn page_probe(&self, tenant: TenantId) -> Option<Box<dyn FnOnce() -> Pages + Send>> {
+        let arena = self.get(tenant).cloned()?;
+        Some(Box::new(move || {
+            arena.pages().map_or_else(
+                |_| Pages::default(),
+                |found| Pages {
+                    page_bytes: found.kernel_page_bytes,
+                    resident_bytes: found.resident_bytes,
+                    huge_bytes: found.huge_bytes,
+                },
+            )
+        }))
+    }
+}

@@ -1,0 +1,75 @@
+//! What the node needs of the world. Each port has a real adapter and a simulated one.
+
+use kvd_core::{ArenaShape, Now, TenantId};
+
+/// A port could not do what it was asked. The text is lower case and says what to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct PortError(pub String);
+
+/// The time, which never goes back.
+pub trait Clock {
+    /// Now.
+    fn now(&self) -> Now;
+}
+
+/// Randomness, for tokens that nobody may guess.
+pub trait Entropy {
+    /// Fills all of `bytes`.
+    fn fill(&mut self, bytes: &mut [u8]);
+}
+
+/// What was found in an arena that came from a former daemon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdoptedArena {
+    /// Its sizes.
+    pub shape: ArenaShape,
+    /// Generation words from slot 0 on; what is left out at the end is 0.
+    pub words: Vec<u64>,
+    /// Tokens of sessions that may be writing.
+    pub writers: Vec<u64>,
+}
+
+/// What pages an arena got.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pages {
+    /// Size of a page as the kernel says, in bytes; 0 when unknown.
+    pub page_bytes: u64,
+    /// Bytes that are faulted in.
+    pub resident_bytes: u64,
+    /// Bytes that lie on huge pages.
+    pub huge_bytes: u64,
+}
+
+/// The shared memory of all tenants: at most one arena each.
+///
+/// No call waits for memory to be faulted in. [`ArenaPort::populate`] only asks; the answer comes back through
+/// [`crate::Node::populated`], exactly once for each call, unless the arena was replaced meanwhile.
+pub trait ArenaPort {
+    /// What a reconnecting client brings.
+    type Offer;
+
+    /// Makes the tenant's arena. Replaces the one there was.
+    ///
+    /// # Errors
+    /// When the system gives no such memory. There is no arena then.
+    fn create(&mut self, tenant: TenantId) -> Result<ArenaShape, PortError>;
+
+    /// Takes over an arena that a client has brought. Replaces the one there was.
+    ///
+    /// # Errors
+    /// When the offer is not what it claims to be. Nothing has changed then.
+    fn adopt(&mut self, tenant: TenantId, offer: Self::Offer) -> Result<AdoptedArena, PortError>;
+
+    /// Writes one generation word. Readers that see it see everything that was done before.
+    fn set_generation(&mut self, tenant: TenantId, slot: u32, word: u64);
+
+    /// Replaces the table of sessions that may write.
+    fn set_writers(&mut self, tenant: TenantId, tokens: &[u64]);
+
+    /// Asks for an extent to be faulted in, or again after holes were punched.
+    fn populate(&mut self, tenant: TenantId, extent: u32);
+
+    /// Something that finds out what pages the tenant's arena got, to be called on another thread: it takes a while.
+    fn page_probe(&self, tenant: TenantId) -> Option<Box<dyn FnOnce() -> Pages + Send>>;
+}

@@ -1,0 +1,28 @@
+//! What other threads say to the node's thread.
+
+use kvd_node::Populated;
+use tokio::sync::oneshot;
+
+use crate::metrics::Snapshot;
+
+/// One message through the doorbell.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// Are you there?
+    Alive(oneshot::Sender<()>),
+    /// The status of all tenants, as JSON.
+    Status(oneshot::Sender<Vec<u8>>),
+    /// What `/metrics` shows.
+    Metrics(oneshot::Sender<Box<Snapshot>>),
+    /// An extent has been faulted in, or not.
+    Populated(Populated),
+    /// The status text that a session asked for.
+    StatusMade {
+        /// The connection.
+        key: u64,
+        /// The request.
+        id: u32,
+        /// JSON.
+        json: Vec<u8>,
+    },
+}

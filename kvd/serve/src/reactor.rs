@@ -1,0 +1,605 @@
+//! The node's thread: one epoll over listeners, connections, processes, the doorbell and signals.
+//!
+//! Everything that a request needs happens between two waits: read, decode, ask core, encode, send. Nothing here blocks.
+//! What one session can make the thread do at a time is bounded by one receive buffer.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use kvd_core::{Now, SessionId, TenantId};
+use kvd_node::{Effect, HostArenas, Node, SystemClock, SystemEntropy};
+use kvd_wire::session::ErrorKind;
+use nix::sys::signalfd::SignalFd;
+use rustix::buffer::spare_capacity;
+use rustix::event::{Timespec, epoll};
+
+use crate::config::ServeConfig;
+use crate::connection::{Connection, Stage};
+use crate::doorbell::Door;
+use crate::listen::Listener;
+use crate::message::Message;
+use crate::metrics::{KINDS, Latency};
+use crate::report::Reporter;
+use crate::server::given_file;
+use crate::stream::{Outbox, Received, receive};
+
+/// How often deadlines of connections are looked at while there are any.
+const CARE_US: u64 = 100_000;
+/// How long a connection that is ending may take to read what it was told.
+const ENDING_US: u64 = 1_000_000;
+
+/// Most memory that the buffers of all sessions may take, in bytes.
+const BUFFERS_BYTES: usize = 256 << 20;
+/// The kernel's buffer for replies of a session, in bytes.
+const SEND_BUFFER_BYTES: usize = 1 << 20;
+/// What is a large buffer, in bytes.
+const LARGE_BYTES: usize = 1 << 20;
+
+/// What an epoll event is about: the top byte of its data. The rest is a number.
+const LISTENER: u64 = 1 << 56;
+const CONNECTION: u64 = 2 << 56;
+const PROCESS: u64 = 3 << 56;
+const DOOR: u64 = 4 << 56;
+const SIGNAL: u64 = 5 << 56;
+const NUMBER: u64 = (1 << 56) - 1;
+
+/// The real node.
+pub(crate) type HostNode = Node<SystemClock, SystemEntropy, HostArenas>;
+
+/// A session whose socket has closed while its process lives: it may still copy.
+#[derive(Debug)]
+pub(crate) struct Ghost {
+    pub(crate) tenant: TenantId,
+    pub(crate) session: SessionId,
+    /// Kept open: when it becomes readable, the process is gone.
+    _pidfd: OwnedFd,
+}
+
+/// The thread's state.
+pub(crate) struct Reactor {
+    pub(crate) config: ServeConfig,
+    pub(crate) node: HostNode,
+    pub(crate) reporter: Reporter,
+    pub(crate) door: Door<Message>,
+    pub(crate) ready: Arc<AtomicBool>,
+    epoll: OwnedFd,
+    signals: SignalFd,
+    listeners: Vec<Listener>,
+    pub(crate) sockets: Vec<PathBuf>,
+    /// Boxed: they are taken out while they are worked on.
+    pub(crate) connections: HashMap<u64, Box<Connection>>,
+    pub(crate) by_session: HashMap<SessionId, u64>,
+    pub(crate) ghosts: HashMap<u64, Ghost>,
+    next_key: u64,
+    /// When deadlines of connections are looked at next.
+    care_at: Option<Now>,
+    /// Accepting failed for want of descriptors: not before this again.
+    accept_again: Option<Now>,
+    stopping: bool,
+    pub(crate) latency: [Latency; KINDS.len()],
+    pub(crate) refused: u64,
+    pub(crate) broken: u64,
+    buffer_bytes: usize,
+    /// By tenant: whether the next daemon has been told that clients have the arena.
+    pub(crate) word_left: Vec<bool>,
+}
+
+/// What a reactor is made of.
+pub(crate) struct Parts {
+    pub(crate) config: ServeConfig,
+    pub(crate) node: HostNode,
+    pub(crate) reporter: Reporter,
+    pub(crate) door: Door<Message>,
+    pub(crate) ready: Arc<AtomicBool>,
+    pub(crate) signals: SignalFd,
+    pub(crate) listeners: Vec<Listener>,
+}
+
+impl Reactor {
+    /// Puts everything under one epoll.
+    pub(crate) fn new(parts: Parts) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let add = |fd: &dyn AsFd, data| {
+            epoll::add(
+                &epoll,
+                fd.as_fd(),
+                epoll::EventData::new_u64(data),
+                epoll::EventFlags::IN,
+            )
+        };
+        for (number, listener) in parts.listeners.iter().enumerate() {
+            add(listener, LISTENER | number as u64)?;
+        }
+        // A word that the daemon before this one left holds on for as long as this one has its clients.
+        let word_left = parts
+            .config
+            .tenants
+            .iter()
+            .map(|t| given_file(&t.socket).exists())
+            .collect();
+        add(&parts.door, DOOR)?;
+        add(&parts.signals, SIGNAL)?;
+        Ok(Self {
+            sockets: parts
+                .listeners
+                .iter()
+                .map(|l| l.path().to_owned())
+                .collect(),
+            config: parts.config,
+            node: parts.node,
+            reporter: parts.reporter,
+            door: parts.door,
+            ready: parts.ready,
+            epoll,
+            signals: parts.signals,
+            listeners: parts.listeners,
+            connections: HashMap::new(),
+            by_session: HashMap::new(),
+            ghosts: HashMap::new(),
+            next_key: 1,
+            care_at: None,
+            accept_again: None,
+            stopping: false,
+            latency: Default::default(),
+            refused: 0,
+            broken: 0,
+            buffer_bytes: 0,
+            word_left,
+        })
+    }
+
+    /// Serves until a signal says to stop; then sends what is in flight and returns.
+    pub(crate) fn run(&mut self) -> io::Result<()> {
+        let mut events = Vec::with_capacity(128);
+        self.ready.store(true, Ordering::Release);
+        while !self.stopping {
+            self.turn(&mut events, None)?;
+        }
+        self.ready.store(false, Ordering::Release);
+        self.take_word_back();
+        self.drain(&mut events)
+    }
+
+    /// One wait and what came of it.
+    fn turn(&mut self, events: &mut Vec<epoll::Event>, until: Option<Now>) -> io::Result<()> {
+        let deadlines = [
+            self.node.next_deadline(),
+            self.care_at,
+            self.accept_again,
+            until,
+        ];
+        let timeout = deadlines
+            .into_iter()
+            .flatten()
+            .min()
+            .map(|at| self.until(at));
+        events.clear();
+        match epoll::wait(&self.epoll, spare_capacity(events), timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        for event in events.iter() {
+            let (kind, number) = (event.data.u64() & !NUMBER, event.data.u64() & NUMBER);
+            match kind {
+                CONNECTION => self.connection_event(number, event.flags),
+                PROCESS => self.process_gone(number),
+                LISTENER => self.accept(number as usize),
+                DOOR => self.messages(),
+                _ => self.signal(),
+            }
+        }
+        self.by_the_clock();
+        Ok(())
+    }
+
+    /// From now to `at`, rounded up so that it has come when the wait is over.
+    fn until(&self, at: Now) -> Timespec {
+        let wait = Duration::from_micros(at.0.saturating_sub(self.node.now().0));
+        Timespec {
+            tv_sec: wait.as_secs() as i64,
+            tv_nsec: i64::from(wait.subsec_nanos()),
+        }
+    }
+
+    fn by_the_clock(&mut self) {
+        let now = self.node.now();
+        if self.node.next_deadline().is_some_and(|at| at <= now) {
+            self.node.tick();
+            self.deliver(None);
+        }
+        if self.accept_again.is_some_and(|at| at <= now) {
+            self.accept_again = None;
+            for number in 0..self.listeners.len() {
+                self.listen(number, epoll::EventFlags::IN);
+            }
+        }
+        if self.care_at.is_some_and(|at| at <= now) {
+            self.care(now);
+        }
+    }
+
+    /// Looks at everything that has a deadline or waits for something that no event announces.
+    fn care(&mut self, now: Now) {
+        let node = &self.node;
+        self.ghosts.retain(|_, ghost| node.knows(ghost.session));
+        let keys: Vec<u64> = self.connections.keys().copied().collect();
+        let mut more = !self.ghosts.is_empty();
+        for key in keys {
+            let Some(mut connection) = self.connections.remove(&key) else {
+                continue;
+            };
+            match connection.stage {
+                Stage::Greeting { deadline } if deadline <= now => {
+                    connection.fail(
+                        0,
+                        ErrorKind::Invalid,
+                        "no Hello came in time: say Hello first",
+                        true,
+                    );
+                    self.end(&mut connection);
+                }
+                Stage::Ending { deadline } if deadline <= now => {
+                    self.close(*connection);
+                    continue;
+                }
+                _ => {}
+            }
+            if connection.held.is_some() && !self.node.registrations_wait(connection.tenant) {
+                self.release_held(&mut connection);
+                self.work(&mut connection);
+            }
+            more |= !matches!(connection.stage, Stage::Open { .. }) || connection.held.is_some();
+            self.keep(connection);
+        }
+        self.care_at = more.then_some(Now(now.0 + CARE_US));
+    }
+
+    /// From now on there is something to look at by the clock.
+    pub(crate) fn needs_care(&mut self) {
+        if self.care_at.is_none() {
+            self.care_at = Some(Now(self.node.now().0 + CARE_US));
+        }
+    }
+
+    fn signal(&mut self) {
+        if let Ok(Some(signal)) = self.signals.read_signal() {
+            tracing::info!(signal = signal.ssi_signo, "stopping");
+            self.stopping = true;
+        }
+    }
+
+    fn listen(&self, number: usize, what: epoll::EventFlags) {
+        let data = epoll::EventData::new_u64(LISTENER | number as u64);
+        if let Err(error) = epoll::modify(&self.epoll, &self.listeners[number], data, what) {
+            tracing::error!(%error, "a socket can no longer be listened on");
+        }
+    }
+
+    fn accept(&mut self, number: usize) {
+        let tenant = TenantId(u16::try_from(number).expect("tenants are few"));
+        loop {
+            match self.listeners[number].accept() {
+                Ok(None) => return,
+                Ok(Some(stream)) => self.greet(tenant, stream),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted; trying again in a while");
+                    self.listen(number, epoll::EventFlags::empty());
+                    self.accept_again = Some(Now(self.node.now().0 + CARE_US));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn greet(&mut self, tenant: TenantId, stream: std::os::unix::net::UnixStream) {
+        let key = self.next_key;
+        self.next_key += 1;
+        let now = self.node.now();
+        let deadline =
+            Now(now.0 + u64::try_from(self.config.handshake.as_micros()).unwrap_or(u64::MAX / 2));
+        let mut connection = Box::new(Connection::new(
+            key,
+            tenant,
+            stream,
+            self.config.limits.frame_bytes,
+            deadline,
+        ));
+        let limit = self.config.limits.sessions as usize;
+        if self
+            .connections
+            .values()
+            .filter(|c| c.tenant == tenant)
+            .count()
+            >= limit
+        {
+            self.refused += 1;
+            connection.fail(
+                0,
+                ErrorKind::Busy,
+                format!("there are {limit} sessions already: close one first"),
+                true,
+            );
+            // What a new socket does not take at once is lost with it.
+            let _ = connection.out.send(&connection.stream);
+            return;
+        }
+        // Large replies then go in fewer pieces; the system may give less.
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(
+            &connection.stream,
+            SEND_BUFFER_BYTES,
+        );
+        let data = epoll::EventData::new_u64(CONNECTION | key);
+        if let Err(error) = epoll::add(&self.epoll, &connection.stream, data, epoll::EventFlags::IN)
+        {
+            tracing::warn!(%error, "a connection could not be served");
+            return;
+        }
+        self.needs_care();
+        self.connections.insert(key, connection);
+    }
+
+    fn connection_event(&mut self, key: u64, flags: epoll::EventFlags) {
+        let Some(mut connection) = self.connections.remove(&key) else {
+            return;
+        };
+        if flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
+            connection.hung_up = true;
+            connection.held = None;
+            connection.at_end |= matches!(connection.stage, Stage::Ending { .. });
+        }
+        self.work(&mut connection);
+        self.keep(connection);
+    }
+
+    /// Does all that can be done for a connection now: sends, reads once, answers, sends.
+    pub(crate) fn work(&mut self, connection: &mut Connection) {
+        if connection.out.pending() > 0 {
+            self.send(connection);
+            // There may be whole requests that were left when the outbox was full.
+            self.answer(connection);
+        }
+        if connection.may_read(self.config.limits.in_flight) && !connection.at_end {
+            match receive(
+                &connection.stream,
+                connection.decoder.space(),
+                &mut connection.fds,
+            ) {
+                Ok(Received::Bytes(count)) => {
+                    connection.decoder.filled(count);
+                    self.answer(connection);
+                }
+                Ok(Received::Nothing) => {}
+                Ok(Received::Closed) => connection.at_end = true,
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    connection.fds.clear();
+                    self.broke(
+                        connection,
+                        0,
+                        "more file descriptors came than any message has: send none unasked",
+                    );
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "a connection failed");
+                    connection.at_end = true;
+                }
+            }
+        }
+        self.send(connection);
+    }
+
+    /// Answers the whole requests that have come, while the session may send more.
+    pub(crate) fn answer(&mut self, connection: &mut Connection) {
+        while connection.may_read(self.config.limits.in_flight) {
+            match connection.decoder.next() {
+                Ok(Some(frame)) => self.frame(connection, frame),
+                Ok(None) => return,
+                Err(error) => return self.broke(connection, 0, error.to_string()),
+            }
+        }
+    }
+
+    fn send(&mut self, connection: &mut Connection) {
+        if connection.hung_up {
+            connection.out = Outbox::default();
+        }
+        if connection.out.pending() == 0 {
+            return;
+        }
+        if let Err(error) = connection.out.send(&connection.stream) {
+            tracing::debug!(%error, "a reply could not be sent");
+            connection.at_end = true;
+        }
+    }
+
+    /// Keeps a connection that was worked on, or closes it when it is over.
+    pub(crate) fn keep(&mut self, mut connection: Box<Connection>) {
+        let ending = matches!(connection.stage, Stage::Ending { .. });
+        if connection.at_end || (ending && connection.out.pending() == 0) {
+            return self.close(*connection);
+        }
+        if self.over_budget(&mut connection) {
+            tracing::warn!(
+                "a session was ended: buffers of all sessions together are over their limit"
+            );
+            return self.close(*connection);
+        }
+        let wanted = (
+            connection.may_read(self.config.limits.in_flight),
+            connection.out.pending() > 0,
+        );
+        if wanted != connection.interest {
+            let mut flags = epoll::EventFlags::empty();
+            flags.set(epoll::EventFlags::IN, wanted.0);
+            flags.set(epoll::EventFlags::OUT, wanted.1);
+            let data = epoll::EventData::new_u64(CONNECTION | connection.key);
+            if let Err(error) = epoll::modify(&self.epoll, &connection.stream, data, flags) {
+                tracing::error!(%error, "a connection can no longer be watched");
+                return self.close(*connection);
+            }
+            connection.interest = wanted;
+        }
+        self.connections.insert(connection.key, connection);
+    }
+
+    /// Adds up the buffers. A session with a large one is over when there are too many of those.
+    fn over_budget(&mut self, connection: &mut Connection) -> bool {
+        let bytes = connection.decoder.allocated() + connection.out.allocated();
+        self.buffer_bytes = self.buffer_bytes + bytes - connection.counted;
+        connection.counted = bytes;
+        self.buffer_bytes > BUFFERS_BYTES && bytes > LARGE_BYTES
+    }
+
+    /// A peer that broke the protocol: it is told why, and its session ends.
+    pub(crate) fn broke(&mut self, connection: &mut Connection, id: u32, why: impl Into<String>) {
+        let why = why.into();
+        tracing::warn!(reason = why, "a session broke the protocol and was ended");
+        self.broken += 1;
+        connection.fail(id, ErrorKind::Invalid, why, true);
+        self.end(connection);
+    }
+
+    /// From now on the connection only sends what it has. Its session, if it is one, is detached when it closes.
+    pub(crate) fn end(&mut self, connection: &mut Connection) {
+        if let Some(session) = connection.session() {
+            self.detach(connection, session);
+        }
+        connection.held = None;
+        connection.stage = Stage::Ending {
+            deadline: Now(self.node.now().0 + ENDING_US),
+        };
+        self.needs_care();
+    }
+
+    /// The session's socket is of no more use. Its process may live and copy: it is watched until it is gone.
+    fn detach(&mut self, connection: &mut Connection, session: SessionId) {
+        self.by_session.remove(&session);
+        self.node.detached(connection.tenant, session);
+        if self.node.knows(session)
+            && let Some(pidfd) = connection.pidfd.take()
+        {
+            let ghost = Ghost {
+                tenant: connection.tenant,
+                session,
+                _pidfd: pidfd,
+            };
+            self.ghosts.insert(connection.key, ghost);
+            self.needs_care();
+        }
+        self.deliver(Some(connection));
+    }
+
+    /// Closes the socket.
+    fn close(&mut self, mut connection: Connection) {
+        self.buffer_bytes -= connection.counted;
+        if let Some(session) = connection.session() {
+            self.detach(&mut connection, session);
+        }
+    }
+
+    /// Watches the process of a connection, if it is known.
+    pub(crate) fn watch_process(&self, connection: &Connection) {
+        if let Some(pidfd) = &connection.pidfd {
+            let data = epoll::EventData::new_u64(PROCESS | connection.key);
+            if let Err(error) = epoll::add(&self.epoll, pidfd, data, epoll::EventFlags::IN) {
+                tracing::warn!(%error, "a process can't be watched; its slots are kept if it dies in the middle");
+            }
+        }
+    }
+
+    fn process_gone(&mut self, key: u64) {
+        if let Some(ghost) = self.ghosts.remove(&key) {
+            self.node.gone(ghost.tenant, ghost.session);
+            return self.deliver(None);
+        }
+        let Some(mut connection) = self.connections.remove(&key) else {
+            return;
+        };
+        // What it said before it died still counts.
+        while !connection.at_end && connection.may_read(self.config.limits.in_flight) {
+            let before = connection.decoder.pending();
+            self.work(&mut connection);
+            if connection.decoder.pending() == before {
+                break;
+            }
+        }
+        if let Some(session) = connection.session() {
+            self.by_session.remove(&session);
+            self.node.gone(connection.tenant, session);
+            connection.stage = Stage::Ending {
+                deadline: self.node.now(),
+            };
+            self.deliver(Some(&mut connection));
+        } else if let Some(ghost) = self.ghosts.remove(&key) {
+            self.node.gone(ghost.tenant, ghost.session);
+            self.deliver(None);
+        }
+        self.close(*connection);
+    }
+
+    /// Gives sessions what core has for them. `current` is a connection that is being worked on.
+    pub(crate) fn deliver(&mut self, mut current: Option<&mut Connection>) {
+        while let Some(effect) = self.node.take_effect() {
+            self.route(effect, current.as_deref_mut());
+        }
+    }
+
+    /// Gives one session what core has for it.
+    pub(crate) fn route(&mut self, effect: Effect, current: Option<&mut Connection>) {
+        let (Effect::Reply { session, .. } | Effect::End { session, .. }) = &effect;
+        if let Some(connection) = current
+            && connection.session() == Some(*session)
+        {
+            return self.tell(connection, effect);
+        }
+        // Nobody is there to be told when the session has just ended.
+        let Some(key) = self.by_session.get(session).copied() else {
+            return;
+        };
+        let Some(mut other) = self.connections.remove(&key) else {
+            return;
+        };
+        self.tell(&mut other, effect);
+        self.send(&mut other);
+        self.keep(other);
+    }
+
+    /// Stops accepting, answers what has come, and closes.
+    fn drain(&mut self, events: &mut Vec<epoll::Event>) -> io::Result<()> {
+        self.listeners.clear();
+        let end =
+            Now(self.node.now().0 + u64::try_from(self.config.drain.as_micros()).unwrap_or(0));
+        let keys: Vec<u64> = self.connections.keys().copied().collect();
+        for key in keys {
+            let Some(mut connection) = self.connections.remove(&key) else {
+                continue;
+            };
+            if let Some((id, _)) = connection.held.take() {
+                connection.fail(
+                    id,
+                    ErrorKind::Unavailable,
+                    "the daemon is stopping: connect again later",
+                    false,
+                );
+            }
+            self.work(&mut connection);
+            self.end(&mut connection);
+            connection.stage = Stage::Ending { deadline: end };
+            self.keep(connection);
+        }
+        while !self.connections.is_empty() && self.node.now() < end {
+            self.turn(events, Some(end))?;
+        }
+        if !self.connections.is_empty() {
+            tracing::warn!(
+                sessions = self.connections.len(),
+                "some sessions did not take their answers in time"
+            );
+        }
+        Ok(())
+    }
+}
