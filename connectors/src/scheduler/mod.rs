@@ -1,0 +1,357 @@
+//! The half beside the engine's scheduler: asks what the daemon holds, decides what is loaded and stored, and turns that into
+//! orders for the workers.
+//!
+//! It runs on the engine's scheduler thread, so **nothing here waits**: a request to the daemon is sent and polled, and time is
+//! an argument. It keeps to what the engine guarantees of its blocks: a full block that a request holds is not written again;
+//! blocks are taken away by preemption, or given back when the request has finished, and then only after the workers have
+//! said that no copy out of them is under way. Deliberately absent: copies, threads, clocks, sockets, Python.
+
+mod counters;
+mod load;
+mod lookup;
+mod namespaces;
+mod port;
+mod request;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap};
+
+pub use counters::Counters;
+pub use lookup::Match;
+pub use namespaces::Standing;
+pub(crate) use namespaces::layouts;
+pub use port::{Fault, Port, Registered};
+pub use request::Adapter;
+
+use prost::Message;
+use request::{Leaving, Request};
+
+use crate::meta::{self, LoadOrder, MetaError, RankHello, RankReport, StepMeta, VERSION};
+use crate::notice::{Notice, Notices};
+use load::ActiveLoad;
+use namespaces::Namespaces;
+use store::OpenOrder;
+
+/// What can be chosen. Times in microseconds.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Number of workers of the instance.
+    pub world: u32,
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// How long a request waits for the answer to its lookup.
+    pub lookup_deadline: u64,
+    /// How long the first requests wait until all workers have said what they hold.
+    pub startup_deadline: u64,
+    /// How long a request waits for another request's load of the same blocks.
+    pub share_deadline: u64,
+    /// How long a finished request's blocks are held for slots that were asked for.
+    pub hold_deadline: u64,
+    /// How long what a lookup found is kept for us, in milliseconds.
+    pub lease_ms: u32,
+    /// Most blocks reserved or being copied at a time.
+    pub max_in_flight: u32,
+    /// Most blocks asked for in one request.
+    pub batch: u32,
+    /// The last block of a hit is not used: its KV depends on the token after it (speculative drafters with KV of their own).
+    pub drop_last: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            world: 1,
+            block_tokens: 16,
+            lookup_deadline: 20_000,
+            startup_deadline: 1_000_000,
+            share_deadline: 10_000_000,
+            hold_deadline: 1_000_000,
+            lease_ms: 10_000,
+            max_in_flight: 4096,
+            batch: 1024,
+            drop_last: false,
+        }
+    }
+}
+
+/// What a rank last said of its connection to the daemon.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct RankState {
+    pub(crate) epoch: u64,
+    pub(crate) registered: Vec<u32>,
+    pub(crate) counters: Vec<u64>,
+}
+
+/// The scheduler half. See the module.
+pub struct Scheduler<P: Port> {
+    settings: Settings,
+    port: P,
+    namespaces: Namespaces<P::Namespace>,
+    hellos: Vec<Option<RankHello>>,
+    ranks: Vec<RankState>,
+    requests: HashMap<String, Request<P::Ticket>>,
+    /// Requests with reservations, a tail or a hold, in the order in which they got one.
+    listed: Vec<String>,
+    loads: Vec<ActiveLoad>,
+    /// Orders that not all ranks have reported, by number.
+    orders: BTreeMap<u64, OpenOrder>,
+    next_order: u64,
+    /// Blocks reserved (or asked for) and not yet reported as copied.
+    in_flight: u32,
+    /// Until when (us) nothing is reserved, because the daemon had no room.
+    no_room_until: u64,
+    /// Since when (us) the daemon leaves lookups unanswered; while set, requests don't wait for it.
+    silent_since: Option<u64>,
+    /// Answers from before this time (us) are not believed any more.
+    believe_from: u64,
+    was_connected: Option<bool>,
+    meta: StepMeta,
+    pending_loads: Vec<LoadOrder>,
+    counters: Counters,
+    notices: Notices,
+}
+
+impl<P: Port> Scheduler<P> {
+    /// A scheduler half that talks to the daemon through `port`.
+    pub fn new(settings: Settings, port: P) -> Self {
+        let world = settings.world.max(1) as usize;
+        Scheduler {
+            port,
+            namespaces: Namespaces::new(),
+            hellos: vec![None; world],
+            ranks: vec![RankState::default(); world],
+            requests: HashMap::new(),
+            listed: Vec::new(),
+            loads: Vec::new(),
+            orders: BTreeMap::new(),
+            next_order: 1,
+            in_flight: 0,
+            no_room_until: 0,
+            silent_since: None,
+            believe_from: 0,
+            was_connected: None,
+            meta: StepMeta::default(),
+            pending_loads: Vec::new(),
+            counters: Counters::default(),
+            notices: Notices::default(),
+            settings,
+        }
+    }
+
+    /// The daemon, as this half sees it.
+    pub fn port(&self) -> &P {
+        &self.port
+    }
+
+    /// Why nothing is stored or loaded, whatever the daemon says; `None`: nothing is in the way.
+    pub fn refusal(&self) -> Option<&str> {
+        self.namespaces.refusal()
+    }
+
+    /// Gives up for good, with the reason. The engine goes on without.
+    pub fn refuse(&mut self, reason: impl Into<String>) {
+        let reason = reason.into();
+        if self.namespaces.refuse(&reason) {
+            self.notices
+                .warn(format!("KV blocks are neither stored nor loaded: {reason}"));
+        }
+    }
+
+    /// A request has come. `hashes` are those of the full blocks of its prompt that may be loaded (32 bytes each); `skip`: it
+    /// reads no cache. A lookup is sent if that is possible now.
+    pub fn on_new_request(
+        &mut self,
+        now: u64,
+        id: &str,
+        adapter: Adapter,
+        hashes: &[u8],
+        skip: bool,
+    ) {
+        self.counters.requests += 1;
+        let epoch = self.namespaces.epoch();
+        self.requests
+            .insert(id.to_owned(), Request::new(adapter, skip, epoch));
+        if !skip && !hashes.is_empty() {
+            self.ask(now, id, hashes);
+        }
+    }
+
+    /// The engine has dropped its prefix cache, perhaps because its weights were replaced. `clean`: no block of it is in use or
+    /// findable any more. From now on this instance uses namespaces of its own; nothing that others stored is deleted.
+    pub fn reset_cache(&mut self, clean: bool) {
+        self.counters.resets += 1;
+        let retired = self.namespaces.next_epoch(clean);
+        self.meta.retired.extend(retired);
+        for request in self.requests.values_mut() {
+            request.tainted = true;
+        }
+    }
+
+    /// Begins a step. `preempted` lost their blocks since the last one; `ids` are scheduled, with so many tokens `computed`
+    /// before this step. The result says whose blocks (position in `ids`), and from which block on, are wanted by
+    /// [`Scheduler::capture`].
+    pub fn begin_step(
+        &mut self,
+        now: u64,
+        preempted: &[&str],
+        ids: &[&str],
+        computed: &[u32],
+    ) -> Vec<(usize, u32)> {
+        self.note_connection();
+        for id in preempted {
+            self.preempt(id);
+        }
+        if !self.can_reserve(now) {
+            return Vec::new();
+        }
+        let tokens = self.settings.block_tokens;
+        let mut wanted = Vec::new();
+        for (at, (id, computed)) in ids.iter().zip(computed).enumerate() {
+            if let Some(request) = self.requests.get(*id)
+                && computed / tokens > request.next
+                && self.may_store(request)
+            {
+                wanted.push((at, request.next));
+            }
+        }
+        wanted
+    }
+
+    /// Ends a step: what the workers shall do.
+    pub fn end_step(&mut self, now: u64) -> Vec<u8> {
+        self.collect_reservations(now);
+        self.push_tails(now);
+        self.tell_finished(now);
+        self.meta.loads.append(&mut self.pending_loads);
+        self.meta.namespaces = self.namespaces.introduce();
+        self.meta.version = VERSION;
+        let bytes = self.meta.encode_to_vec();
+        self.meta = StepMeta::default();
+        bytes
+    }
+
+    /// What came back from the workers with a step's output: requests whose blocks are free of copies, requests whose loads
+    /// are over, blocks that could not be loaded, and the ranks' reports.
+    ///
+    /// # Errors
+    /// When a report can't be read; the others have been taken.
+    pub fn on_output(
+        &mut self,
+        now: u64,
+        sent: &[&str],
+        received: &[&str],
+        invalid: &[u32],
+        reports: &[&[u8]],
+    ) -> Result<(), MetaError> {
+        let mut result = Ok(());
+        for report in reports {
+            match meta::decode::<RankReport>(report) {
+                Ok(report) => self.take_report(report),
+                Err(error) => result = Err(error),
+            }
+        }
+        self.loads_failed(invalid);
+        for id in received {
+            self.load_over(now, id);
+        }
+        for id in sent {
+            if self
+                .requests
+                .get(*id)
+                .is_some_and(|r| r.leaving == Leaving::Told)
+            {
+                self.requests.remove(*id);
+            }
+        }
+        result
+    }
+
+    /// Whether the engine should keep stepping although it has nothing to compute.
+    pub fn has_pending_work(&self) -> bool {
+        self.listed
+            .iter()
+            .filter_map(|id| self.requests.get(id))
+            .any(|request| request.leaving != Leaving::No)
+    }
+
+    /// Counters since the start.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// The workers' counters, as each last reported them.
+    pub fn rank_counters(&self) -> impl Iterator<Item = &[u64]> {
+        self.ranks.iter().map(|rank| rank.counters.as_slice())
+    }
+
+    /// Requests known, blocks in flight, loads under way: all zero when the engine is idle.
+    pub fn load_and_hold(&self) -> (usize, u32, usize) {
+        (self.requests.len(), self.in_flight, self.loads.len())
+    }
+
+    /// Takes what people should read.
+    pub fn notices(&mut self) -> Vec<Notice> {
+        self.notices.drain()
+    }
+
+    /// Whether there is something to read.
+    pub fn has_notices(&self) -> bool {
+        !self.notices.is_empty()
+    }
+
+    fn take_report(&mut self, report: RankReport) {
+        let Some(rank) = self.ranks.get_mut(report.rank as usize) else {
+            return;
+        };
+        rank.epoch = report.epoch;
+        rank.registered = report.registered;
+        if !report.counters.is_empty() {
+            rank.counters = report.counters;
+        }
+        if let Some(hello) = report.hello {
+            self.on_hello(hello);
+        }
+        for order in report.done {
+            self.order_done(order);
+        }
+    }
+
+    fn note_connection(&mut self) {
+        let connected = self.port.connected();
+        let first = self.was_connected.is_none();
+        if self.was_connected == Some(connected) {
+            return;
+        }
+        self.was_connected = Some(connected);
+        self.silent_since = None;
+        match (first, connected) {
+            (true, true) => self.notices.info("attached to the daemon"),
+            (false, true) => self.notices.info("attached to the daemon again"),
+            (true, false) => self
+                .notices
+                .warn("no daemon yet; the engine goes on without and tries again by itself"),
+            (false, false) => self
+                .notices
+                .warn("the daemon is gone; the engine goes on without and tries again by itself"),
+        }
+    }
+
+    /// The request has lost its blocks: what was asked for them is given up. Workers are told to finish their copies.
+    fn preempt(&mut self, id: &str) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let asked: usize = request.reservations.iter().map(|r| r.blocks.len()).sum();
+        if asked > 0 {
+            self.counters.preempted_reservations += 1;
+        }
+        self.in_flight -= asked as u32;
+        self.meta.preempted.push(id.to_owned());
+        self.give_back_lease(id);
+        if let Some(request) = self.requests.get_mut(id) {
+            request.restart();
+        }
+    }
+}

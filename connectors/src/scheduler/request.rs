@@ -1,0 +1,178 @@
+//! What the scheduler half knows of one request of the engine.
+
+use std::collections::VecDeque;
+
+use crate::HASH_BYTES;
+
+/// Which adapter computed a request's KV.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Adapter {
+    /// None: the base model.
+    Base,
+    /// A LoRA whose content digest is known by this name, or will be: see `Scheduler::set_adapter`.
+    Named(String),
+}
+
+/// A range of blocks of one request: hashes and the engine's block numbers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Blocks {
+    /// 32 bytes a block.
+    pub(crate) hashes: Vec<u8>,
+    /// The engine's block numbers.
+    pub(crate) blocks: Vec<u32>,
+}
+
+impl Blocks {
+    pub(crate) fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Takes the first `count` blocks off.
+    pub(crate) fn split_front(&mut self, count: usize) -> Blocks {
+        let count = count.min(self.len());
+        let rest_hashes = self.hashes.split_off(count * HASH_BYTES);
+        let rest_blocks = self.blocks.split_off(count);
+        Blocks {
+            hashes: std::mem::replace(&mut self.hashes, rest_hashes),
+            blocks: std::mem::replace(&mut self.blocks, rest_blocks),
+        }
+    }
+}
+
+/// What is known of the blocks that the daemon holds of a request.
+#[derive(Debug)]
+pub(crate) enum Lookup<T> {
+    /// Not asked since the request (re)started.
+    None,
+    /// Asked; no answer yet.
+    Asked {
+        ticket: T,
+        at: u64,
+        hashes: Vec<u8>,
+        namespace: u32,
+    },
+    /// Answered: the first `present` blocks can be loaded.
+    Answered {
+        present: u32,
+        at: u64,
+        lease: u64,
+        hashes: Vec<u8>,
+        namespace: u32,
+    },
+    /// Nothing will be loaded, and nobody is asked again before the request restarts.
+    Settled,
+}
+
+/// A reservation under way.
+#[derive(Debug)]
+pub(crate) struct Reservation<T> {
+    pub(crate) ticket: T,
+    pub(crate) namespace: u32,
+    pub(crate) blocks: Blocks,
+    /// Connections of the ranks when it was asked for.
+    pub(crate) epochs: Vec<u64>,
+}
+
+/// Where a request is on its way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// The engine still runs it.
+    No,
+    /// Finished at this time (us); its blocks are held until its last blocks have been copied.
+    Held { since: u64 },
+    /// The workers have been told to report it.
+    Told,
+}
+
+/// One request.
+#[derive(Debug)]
+pub(crate) struct Request<T> {
+    pub(crate) adapter: Adapter,
+    /// Reads nothing from a cache: takes no lookup and no lease.
+    pub(crate) skip: bool,
+    /// Weights epoch in which its KV began.
+    pub(crate) epoch: u64,
+    /// Its KV mixes epochs, or began in an engine cache that does: nothing of it is stored.
+    pub(crate) tainted: bool,
+    pub(crate) lookup: Lookup<T>,
+    /// Lookups since the request (re)started.
+    pub(crate) asks: u32,
+    /// First time (us) the engine wanted to know what can be loaded.
+    pub(crate) wanted_at: Option<u64>,
+    /// Since when (us) it waits for another request's load.
+    pub(crate) shared_since: Option<u64>,
+    /// What was last offered to the engine: first block, blocks.
+    pub(crate) offer: Option<(u32, u32)>,
+    /// A load into its blocks is under way.
+    pub(crate) loading: bool,
+    /// Blocks before this are stored, reserved, or need not be.
+    pub(crate) next: u32,
+    /// Blocks to reserve as soon as that is possible; only of a finished request.
+    pub(crate) tail: Blocks,
+    pub(crate) reservations: VecDeque<Reservation<T>>,
+    /// Orders that not all ranks have reported.
+    pub(crate) orders: u32,
+    pub(crate) leaving: Leaving,
+    /// Whether it is in the scheduler half's list of requests with reservations.
+    pub(crate) listed: bool,
+}
+
+impl<T> Request<T> {
+    pub(crate) fn new(adapter: Adapter, skip: bool, epoch: u64) -> Self {
+        Request {
+            adapter,
+            skip,
+            epoch,
+            tainted: false,
+            lookup: Lookup::None,
+            asks: 0,
+            wanted_at: None,
+            shared_since: None,
+            offer: None,
+            loading: false,
+            next: 0,
+            tail: Blocks::default(),
+            reservations: VecDeque::new(),
+            orders: 0,
+            leaving: Leaving::No,
+            listed: false,
+        }
+    }
+
+    /// Forgets what concerned blocks that the request has lost. Reservations are given up by dropping their tickets.
+    pub(crate) fn restart(&mut self) {
+        self.lookup = Lookup::None;
+        self.asks = 0;
+        self.wanted_at = None;
+        self.shared_since = None;
+        self.offer = None;
+        self.next = 0;
+        self.tail = Blocks::default();
+        self.reservations.clear();
+    }
+
+    /// Whether blocks wait for a slot.
+    pub(crate) fn has_pending(&self) -> bool {
+        self.tail.len() > 0 || !self.reservations.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_split_from_the_front() {
+        let mut all = Blocks {
+            hashes: (0u8..96).collect(),
+            blocks: vec![7, 8, 9],
+        };
+        let front = all.split_front(2);
+        assert_eq!(front.blocks, [7, 8]);
+        assert_eq!(front.hashes.len(), 64);
+        assert_eq!(all.blocks, [9]);
+        assert_eq!(all.hashes[0], 64);
+        assert_eq!(all.split_front(9).len(), 1);
+        assert_eq!(all.len(), 0);
+    }
+}

@@ -1,0 +1,313 @@
+//! The half in each of the engine's workers: carries out the orders of the scheduler half.
+//!
+//! The engine's thread only queues and collects; copies run on threads of this half (`kvd-copy-N`, `kvd-load-N`). What that
+//! rests on: a block with an order is not written, moved or given to another request until this half has said that no copy
+//! of it is under way: by reporting the request as sent (or received), or by returning from [`Worker::begin`] of the step that
+//! takes the blocks away. Deliberately absent: decisions about what is stored or loaded, tensors, Python.
+
+mod queue;
+mod state;
+mod tasks;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvd_client::{Link, Registration};
+use kvd_core::geometry::{Cut, GroupGeometry};
+use kvd_device::{Device, Pages};
+use prost::Message;
+
+pub use state::{Counters, Results};
+
+use crate::fleet;
+use crate::meta::{
+    self, LoadOrder, MetaError, RankHello, RankReport, StepMeta, StoreOrder, VERSION,
+};
+use crate::notice::{Notice, Notices};
+use crate::scheduler::layouts;
+use state::Shared;
+use tasks::{Copier, Joined, LoadTask, StoreTask};
+
+/// A monotonic clock in microseconds.
+pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+/// What can be chosen.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Threads that copy out of the engine, and as many that copy into it.
+    pub threads: usize,
+    /// Most tasks waiting for a thread; beyond that stores are given up and loads fail.
+    pub queue: usize,
+    /// How long a load may take from the order to the last byte.
+    pub load_deadline: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            threads: 2,
+            queue: 4096,
+            load_deadline: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why a worker half can't be made.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// A message of the scheduler half.
+    #[error(transparent)]
+    Meta(#[from] MetaError),
+    /// The system gives no thread.
+    #[error("no thread for copies: {0}")]
+    Thread(#[from] std::io::Error),
+    /// Geometry that can't be.
+    #[error("a namespace of the scheduler does not fit this worker: {0}")]
+    Namespace(String),
+}
+
+/// The worker half. See the module.
+pub struct Worker {
+    settings: Settings,
+    link: Arc<Link>,
+    device: Arc<dyn Device>,
+    clock: Clock,
+    hello: RankHello,
+    told_hello: bool,
+    told_state: (u64, Vec<u32>),
+    pages: Option<Pages>,
+    namespaces: HashMap<u32, Arc<Joined>>,
+    shared: Arc<Shared>,
+    copier: Option<Copier>,
+    stores: Vec<StoreOrder>,
+    loads: Vec<LoadOrder>,
+    notices: Notices,
+}
+
+impl Worker {
+    /// A worker half. `hello` says what it holds; `pages` is its KV cache, or none if it refuses.
+    pub fn new(
+        settings: Settings,
+        link: Arc<Link>,
+        device: Arc<dyn Device>,
+        clock: Clock,
+        hello: RankHello,
+        pages: Option<Pages>,
+    ) -> Self {
+        Worker {
+            settings,
+            link,
+            device,
+            clock,
+            hello,
+            told_hello: false,
+            told_state: (0, Vec::new()),
+            pages,
+            namespaces: HashMap::new(),
+            shared: Arc::new(Shared::default()),
+            copier: None,
+            stores: Vec::new(),
+            loads: Vec::new(),
+            notices: Notices::default(),
+        }
+    }
+
+    /// What this rank says of itself.
+    pub fn hello(&self) -> &RankHello {
+        &self.hello
+    }
+
+    /// Begins a step, before anything is overwritten: takes the orders and waits for the copies out of blocks that are taken
+    /// away in this step.
+    ///
+    /// # Errors
+    /// When the orders can't be read, or don't fit this worker. What could be carried out will be.
+    pub fn begin(&mut self, orders: &[u8]) -> Result<(), WorkerError> {
+        let meta: StepMeta = meta::decode(orders)?;
+        for request in &meta.preempted {
+            self.shared.wait_for_stores(request);
+        }
+        let mut result = Ok(());
+        for intro in &meta.namespaces {
+            if let Err(error) = self.join(intro) {
+                result = Err(error);
+            }
+        }
+        for index in &meta.retired {
+            self.namespaces.remove(index);
+        }
+        for order in &meta.stores {
+            self.shared.open_store(&order.request);
+        }
+        self.shared.finish(meta.finish);
+        self.stores.extend(meta.stores);
+        self.loads.extend(meta.loads);
+        result
+    }
+
+    fn join(&mut self, intro: &meta::NamespaceIntro) -> Result<(), WorkerError> {
+        let rank = self.hello.rank;
+        let (Some(group), Some(own), Some(_)) =
+            (intro.groups.first(), self.hello.groups.first(), &self.pages)
+        else {
+            return Ok(());
+        };
+        let misfit = |error: &dyn std::fmt::Display| WorkerError::Namespace(error.to_string());
+        let geometry = GroupGeometry {
+            kind: kvd_core::GroupKind::from_word(&own.kind)
+                .ok_or_else(|| misfit(&"unknown kind of group"))?,
+            layers: group.layer_bounds.last().copied().unwrap_or(0),
+            heads: group.head_bounds.last().copied().unwrap_or(0),
+            block_tokens: own.block_tokens,
+            cell_bytes: own.cell_bytes,
+            window: None,
+        };
+        let cut = Cut::new(&group.layer_bounds, &group.head_bounds, &geometry)
+            .map_err(|error| misfit(&error))?;
+        let part = group
+            .parts
+            .get(rank as usize)
+            .copied()
+            .filter(|part| *part < cut.parts())
+            .ok_or_else(|| misfit(&"no part for this rank"))?;
+        let slot = self
+            .link
+            .register(Registration {
+                record: intro.record.clone(),
+                groups: layouts(&intro.groups, Some(rank)),
+            })
+            .map_err(|error| misfit(&error))?;
+        let joined = Joined {
+            slot,
+            group: group.group,
+            geometry,
+            cut,
+            part,
+            rank,
+            replicas: fleet::replicas(group, part),
+        };
+        self.namespaces.insert(intro.index, Arc::new(joined));
+        if self.copier.is_none() {
+            self.copier = Some(Copier::start(
+                &self.settings,
+                &self.link,
+                &self.device,
+                &self.clock,
+                &self.shared,
+            )?);
+        }
+        Ok(())
+    }
+
+    /// Hands this step's loads to the threads.
+    pub fn start_loads(&mut self) {
+        for order in std::mem::take(&mut self.loads) {
+            let joined = self.namespaces.get(&order.namespace).cloned();
+            let task = match (joined, &self.pages) {
+                (Some(joined), Some(pages)) => LoadTask {
+                    joined,
+                    pages: pages.clone(),
+                    until: (self.clock)() + self.settings.load_deadline.as_micros() as u64,
+                    order,
+                },
+                _ => {
+                    self.shared.load_failed(&order.request, &order.blocks);
+                    continue;
+                }
+            };
+            let refused = match &self.copier {
+                Some(copier) => copier.load(task).err(),
+                None => Some(task),
+            };
+            if let Some(task) = refused {
+                self.shared
+                    .load_failed(&task.order.request, &task.order.blocks);
+            }
+        }
+    }
+
+    /// Hands this step's stores to the threads: the forward pass that completes their blocks is over.
+    pub fn start_stores(&mut self) {
+        for order in std::mem::take(&mut self.stores) {
+            let joined = self.namespaces.get(&order.namespace).cloned();
+            match (joined, &self.pages, &self.copier) {
+                (Some(joined), Some(pages), Some(copier)) => {
+                    let task = StoreTask::new(joined, pages.clone(), order);
+                    copier.store(task, &self.link, &self.shared);
+                }
+                _ => self.shared.store_over(&order.request, order.order),
+            }
+        }
+    }
+
+    /// What is over since the last call: each request once.
+    pub fn results(&mut self) -> Results {
+        self.shared.results()
+    }
+
+    /// What the scheduler half should know, if there is something new.
+    pub fn report(&mut self) -> Option<Vec<u8>> {
+        self.shared.poll_commits(&self.link);
+        let state = self.state();
+        let done = self.shared.take_done();
+        if self.told_hello && done.is_empty() && state == self.told_state {
+            return None;
+        }
+        let report = RankReport {
+            version: VERSION,
+            rank: self.hello.rank,
+            epoch: state.0,
+            registered: state.1.clone(),
+            done,
+            hello: (!self.told_hello).then(|| self.hello.clone()),
+            counters: self.shared.counters().values(),
+        };
+        self.told_hello = true;
+        self.told_state = state;
+        Some(report.encode_to_vec())
+    }
+
+    /// The connection, and the namespaces that are registered on it.
+    fn state(&self) -> (u64, Vec<u32>) {
+        if !self.link.connected() {
+            return (0, Vec::new());
+        }
+        let epoch = self.link.epoch();
+        let mut registered: Vec<u32> = self
+            .namespaces
+            .iter()
+            .filter(|(_, joined)| joined.slot.current().is_some_and(|r| r.epoch == epoch))
+            .map(|(index, _)| *index)
+            .collect();
+        registered.sort_unstable();
+        (epoch, registered)
+    }
+
+    /// Counters since the start.
+    pub fn counters(&self) -> Counters {
+        self.shared.counters()
+    }
+
+    /// Takes what people should read.
+    pub fn notices(&mut self) -> Vec<Notice> {
+        self.notices.drain()
+    }
+
+    /// Waits until no copy is under way; what is queued is given up or fails. The KV cache may be unmapped after this.
+    pub fn stop(&mut self) {
+        if let Some(copier) = self.copier.take() {
+            copier.stop();
+        }
+        self.namespaces.clear();
+        self.pages = None;
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

@@ -1,0 +1,251 @@
+//! What the engine's thread and the copy threads share: which requests have copies under way, what is over, counters.
+
+use std::collections::{HashMap, VecDeque};
+
+use kvd_client::{ErrorKind, LoadOutcome, StoreOutcome, Ticket, reply};
+use kvd_wire::session::CommitState;
+use parking_lot::{Condvar, Mutex};
+
+/// Most commits whose replies are waited for; they only feed counters.
+const COMMITS: usize = 4096;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// Counters of a rank since its start.
+        #[derive(Debug, Default, Clone, PartialEq, Eq)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            /// Their names, in the order of [`Counters::values`].
+            pub fn names() -> &'static [&'static str] {
+                &[$(stringify!($name),)*]
+            }
+
+            /// Their values.
+            pub fn values(&self) -> Vec<u64> {
+                vec![$(self.$name,)*]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Blocks whose part was copied out.
+    copied_blocks,
+    /// Of those: visible to others.
+    visible_blocks,
+    /// Of those: parts of other ranks were still missing.
+    waiting_blocks,
+    /// Of those: the reservation was gone.
+    stale_blocks,
+    /// Blocks not copied: other connection, reservation gone, queue full, or no daemon.
+    dropped_blocks,
+    /// Blocks copied in and found right.
+    loaded_blocks,
+    /// Blocks that could not be loaded: not there any more.
+    load_absent,
+    /// Blocks that could not be loaded: bytes did not match their checksum.
+    load_corrupt,
+    /// Blocks that could not be loaded: any other reason.
+    load_failed,
+}
+
+/// What is over.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Results {
+    /// Finished requests out of whose blocks no copy is under way.
+    pub sent: Vec<String>,
+    /// Requests whose loads are over, well or not.
+    pub received: Vec<String>,
+    /// The engine's numbers of blocks that could not be loaded.
+    pub invalid: Vec<u32>,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// Store orders not over, by request.
+    open: HashMap<String, usize>,
+    /// Finished requests still to be reported.
+    finishing: Vec<String>,
+    done: Vec<u64>,
+    results: Results,
+    counters: Counters,
+    commits: VecDeque<Ticket>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct Shared {
+    inner: Mutex<Inner>,
+    closed_one: Condvar,
+}
+
+impl Shared {
+    /// A store order of this request has come.
+    pub(crate) fn open_store(&self, request: &str) {
+        let mut inner = self.inner.lock();
+        match inner.open.get_mut(request) {
+            Some(open) => *open += 1,
+            None => {
+                inner.open.insert(request.to_owned(), 1);
+            }
+        }
+    }
+
+    /// A store order is over: copied or given up.
+    pub(crate) fn store_over(&self, request: &str, order: u64) {
+        let mut inner = self.inner.lock();
+        inner.done.push(order);
+        if let Some(open) = inner.open.get_mut(request) {
+            *open -= 1;
+            if *open == 0 {
+                inner.open.remove(request);
+            }
+        }
+        drop(inner);
+        self.closed_one.notify_all();
+    }
+
+    /// Waits until no store of this request is under way. Copies are plain memory copies, so this is short.
+    pub(crate) fn wait_for_stores(&self, request: &str) {
+        let mut inner = self.inner.lock();
+        while inner.open.contains_key(request) {
+            self.closed_one.wait(&mut inner);
+        }
+    }
+
+    /// These requests are to be reported once, when their stores are over.
+    pub(crate) fn finish(&self, requests: Vec<String>) {
+        self.inner.lock().finishing.extend(requests);
+    }
+
+    /// A load is over; these blocks are not right.
+    pub(crate) fn load_over(&self, request: &str, invalid: impl IntoIterator<Item = u32>) {
+        let mut inner = self.inner.lock();
+        inner.results.invalid.extend(invalid);
+        inner.results.received.push(request.to_owned());
+    }
+
+    /// A load never began.
+    pub(crate) fn load_failed(&self, request: &str, blocks: &[u32]) {
+        self.inner.lock().counters.load_failed += blocks.len() as u64;
+        self.load_over(request, blocks.iter().copied());
+    }
+
+    pub(crate) fn results(&self) -> Results {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        let mut results = std::mem::take(&mut inner.results);
+        inner.finishing.retain(|request| {
+            let open = inner.open.contains_key(request);
+            if !open {
+                results.sent.push(request.clone());
+            }
+            open
+        });
+        results
+    }
+
+    pub(crate) fn take_done(&self) -> Vec<u64> {
+        std::mem::take(&mut self.inner.lock().done)
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        self.inner.lock().counters.clone()
+    }
+
+    pub(crate) fn dropped(&self, blocks: usize) {
+        self.inner.lock().counters.dropped_blocks += blocks as u64;
+    }
+
+    pub(crate) fn count_stores(&self, outcomes: &[StoreOutcome]) {
+        let counters = &mut self.inner.lock().counters;
+        for outcome in outcomes {
+            match outcome {
+                // The commit's own reply comes later.
+                StoreOutcome::Waiting | StoreOutcome::Visible => counters.copied_blocks += 1,
+                _ => counters.dropped_blocks += 1,
+            }
+        }
+    }
+
+    pub(crate) fn count_loads(&self, outcomes: &[LoadOutcome]) {
+        let counters = &mut self.inner.lock().counters;
+        for outcome in outcomes {
+            match outcome {
+                LoadOutcome::Loaded => counters.loaded_blocks += 1,
+                LoadOutcome::Absent => counters.load_absent += 1,
+                LoadOutcome::Failed(kvd_client::FailReason::Corrupt) => counters.load_corrupt += 1,
+                LoadOutcome::Failed(_) => counters.load_failed += 1,
+            }
+        }
+    }
+
+    /// A commit was sent; its reply feeds the counters.
+    pub(crate) fn committed(&self, ticket: Ticket) {
+        let mut inner = self.inner.lock();
+        inner.commits.push_back(ticket);
+        if inner.commits.len() > COMMITS {
+            inner.commits.pop_front();
+        }
+    }
+
+    /// Counts the commits whose replies have come.
+    pub(crate) fn poll_commits(&self, link: &kvd_client::Link) {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        while let Some(ticket) = inner.commits.front_mut() {
+            let Some(answer) = link.poll(ticket) else {
+                return;
+            };
+            inner.commits.pop_front();
+            match answer {
+                Ok(reply::Body::Commit(reply)) => {
+                    for state in reply.states {
+                        match CommitState::try_from(state) {
+                            Ok(CommitState::Visible) => inner.counters.visible_blocks += 1,
+                            Ok(CommitState::Waiting) => inner.counters.waiting_blocks += 1,
+                            _ => inner.counters.stale_blocks += 1,
+                        }
+                    }
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Unavailable => {}
+                Err(_) => inner.counters.stale_blocks += 1,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_reported_once_and_only_when_its_stores_are_over() {
+        let shared = Shared::default();
+        shared.open_store("a");
+        shared.open_store("a");
+        shared.finish(vec!["a".into(), "b".into()]);
+        assert_eq!(shared.results().sent, ["b"]);
+        shared.store_over("a", 1);
+        assert!(shared.results().sent.is_empty());
+        shared.store_over("a", 2);
+        assert_eq!(shared.results().sent, ["a"]);
+        assert_eq!(shared.results(), Results::default());
+        assert_eq!(shared.take_done(), [1, 2]);
+        shared.wait_for_stores("a");
+    }
+
+    #[test]
+    fn a_failed_load_is_over_too() {
+        let shared = Shared::default();
+        shared.load_failed("a", &[3, 4]);
+        let results = shared.results();
+        assert_eq!(results.received, ["a"]);
+        assert_eq!(results.invalid, [3, 4]);
+        assert_eq!(shared.counters().load_failed, 2);
+    }
+}

@@ -1,0 +1,397 @@
+//! The copy threads and what they do. Stores have threads of their own, so that a load that waits for the daemon delays no
+//! copy out of a block that the engine wants back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvd_client::{
+    BlockMover, BlockRef, Caller, CommitReply, CopyGuard, Error, Link, LinkCaller, LoadOutcome,
+    MoverConfig, NamespaceSlot, ReservedSlot, reply, request,
+};
+use kvd_core::geometry::{Cut, GroupGeometry};
+use kvd_core::replica_of;
+use kvd_device::{Device, Pages};
+use kvd_wire::session::{Abort, CommitState, ErrorKind, Failure, ReleaseReply};
+
+use super::queue::Queue;
+use super::state::Shared;
+use super::{Clock, Settings, WorkerError};
+use crate::HASH_BYTES;
+use crate::meta::{LoadOrder, StoreOrder};
+
+/// Bytes of one task of a store, about: small enough to spread an order over the threads.
+const TASK_BYTES: usize = 8 << 20;
+/// Bytes of blocks that a load asks for at a time, about.
+const WINDOW_BYTES: usize = 32 << 20;
+
+/// A namespace that this rank copies for.
+pub(crate) struct Joined {
+    pub(crate) slot: NamespaceSlot,
+    pub(crate) group: u32,
+    pub(crate) geometry: GroupGeometry,
+    pub(crate) cut: Cut,
+    pub(crate) part: u32,
+    pub(crate) rank: u32,
+    /// Ranks that hold the same part, in ascending order.
+    pub(crate) replicas: Vec<u32>,
+}
+
+impl Joined {
+    /// Whether this rank writes its part of this block: replicas take turns.
+    fn writes(&self, hash: &[u8; HASH_BYTES]) -> bool {
+        let turn = replica_of(hash, self.replicas.len());
+        self.replicas.get(turn) == Some(&self.rank)
+    }
+
+    fn mover(&self, device: &Arc<dyn Device>, deadline: Duration) -> Result<BlockMover, Error> {
+        BlockMover::new(
+            device.clone(),
+            MoverConfig {
+                geometry: self.geometry.clone(),
+                cut: self.cut.clone(),
+                part: self.part,
+                group: self.group,
+                window_bytes: WINDOW_BYTES,
+                load_deadline: deadline,
+            },
+        )
+    }
+}
+
+/// An order of blocks to copy out.
+pub(crate) struct StoreTask {
+    joined: Arc<Joined>,
+    pages: Pages,
+    order: StoreOrder,
+    /// Positions in the order whose part this rank writes.
+    own: Vec<usize>,
+}
+
+impl StoreTask {
+    pub(crate) fn new(joined: Arc<Joined>, pages: Pages, order: StoreOrder) -> Self {
+        let (hashes, _) = order.hashes.as_chunks::<HASH_BYTES>();
+        let count = [
+            hashes.len(),
+            order.blocks.len(),
+            order.slots.len(),
+            order.generations.len(),
+            order.offsets.len(),
+        ]
+        .into_iter()
+        .min()
+        .unwrap_or(0);
+        let own = (0..count)
+            .filter(|at| joined.writes(&hashes[*at]))
+            .collect();
+        StoreTask {
+            joined,
+            pages,
+            order,
+            own,
+        }
+    }
+
+    /// The connection on which this rank may write into the order's slots.
+    fn epoch(&self) -> u64 {
+        let rank = self.joined.rank as usize;
+        self.order.epochs.get(rank).copied().unwrap_or(0)
+    }
+}
+
+/// A piece of a [`StoreTask`].
+struct StorePiece {
+    task: Arc<StoreTask>,
+    range: std::ops::Range<usize>,
+    left: Arc<AtomicUsize>,
+}
+
+impl StorePiece {
+    /// The piece is over; the order with its last one.
+    fn over(&self, shared: &Shared) {
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            shared.store_over(&self.task.order.request, self.task.order.order);
+        }
+    }
+}
+
+/// An order of blocks to copy in.
+pub(crate) struct LoadTask {
+    pub(crate) joined: Arc<Joined>,
+    pub(crate) pages: Pages,
+    pub(crate) order: LoadOrder,
+    /// When (us) it has to be over.
+    pub(crate) until: u64,
+}
+
+/// The threads.
+pub(crate) struct Copier {
+    stores: Arc<Queue<StorePiece>>,
+    loads: Arc<Queue<LoadTask>>,
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What every thread has.
+#[derive(Clone)]
+struct Context {
+    link: Arc<Link>,
+    device: Arc<dyn Device>,
+    clock: Clock,
+    shared: Arc<Shared>,
+    deadline: Duration,
+}
+
+impl Copier {
+    pub(crate) fn start(
+        settings: &Settings,
+        link: &Arc<Link>,
+        device: &Arc<dyn Device>,
+        clock: &Clock,
+        shared: &Arc<Shared>,
+    ) -> Result<Copier, WorkerError> {
+        let mut copier = Copier {
+            stores: Arc::new(Queue::new(settings.queue)),
+            loads: Arc::new(Queue::new(settings.queue)),
+            shared: shared.clone(),
+            threads: Vec::new(),
+        };
+        let context = Context {
+            link: link.clone(),
+            device: device.clone(),
+            clock: clock.clone(),
+            shared: shared.clone(),
+            deadline: settings.load_deadline,
+        };
+        for number in 0..settings.threads.max(1) {
+            let (queue, mine) = (copier.stores.clone(), context.clone());
+            copier.spawn(format!("kvd-copy-{number}"), move || {
+                while let Some(piece) = queue.take() {
+                    store(&mine, &piece);
+                    piece.over(&mine.shared);
+                }
+            })?;
+            let (queue, mine) = (copier.loads.clone(), context.clone());
+            copier.spawn(format!("kvd-load-{number}"), move || {
+                while let Some(task) = queue.take() {
+                    load(&mine, &task);
+                }
+            })?;
+        }
+        Ok(copier)
+    }
+
+    fn spawn(
+        &mut self,
+        name: String,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<(), WorkerError> {
+        let thread = std::thread::Builder::new().name(name).spawn(body)?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Queues an order, in pieces. What does not fit in the queue is given up.
+    pub(crate) fn store(&self, task: StoreTask, link: &Link, shared: &Shared) {
+        let block = task.pages.part().bytes().max(1);
+        let each = (TASK_BYTES / block).clamp(1, 64);
+        let count = task.own.len();
+        let pieces = count.div_ceil(each);
+        if pieces == 0 {
+            shared.store_over(&task.order.request, task.order.order);
+            return;
+        }
+        let task = Arc::new(task);
+        let left = Arc::new(AtomicUsize::new(pieces));
+        for piece in 0..pieces {
+            let range = piece * each..((piece + 1) * each).min(count);
+            let piece = StorePiece {
+                task: task.clone(),
+                range,
+                left: left.clone(),
+            };
+            if let Err(piece) = self.stores.put(piece) {
+                give_up(link, shared, &piece);
+                piece.over(shared);
+            }
+        }
+    }
+
+    /// Queues a load; gives it back when there is no room.
+    pub(crate) fn load(&self, task: LoadTask) -> Result<(), LoadTask> {
+        self.loads.put(task)
+    }
+
+    /// Ends the threads, after the copies that are under way. What waits is given up or fails.
+    pub(crate) fn stop(self) {
+        for piece in self.stores.close() {
+            self.shared.dropped(piece.range.len());
+            piece.over(&self.shared);
+        }
+        for task in self.loads.close() {
+            self.shared
+                .load_failed(&task.order.request, &task.order.blocks);
+        }
+        for thread in self.threads {
+            // A thread that panicked has nothing under way any more.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Tells the daemon that these slots will not be written.
+fn give_up(link: &Link, shared: &Shared, piece: &StorePiece) {
+    let order = &piece.task.order;
+    let own = &piece.task.own[piece.range.clone()];
+    shared.dropped(own.len());
+    let body = request::Body::Abort(Abort {
+        slots: own.iter().map(|at| order.slots[*at]).collect(),
+        generations: own.iter().map(|at| order.generations[*at]).collect(),
+    });
+    // Without a connection the daemon knows anyway.
+    let _ = link.submit(body);
+}
+
+/// Sends commits without waiting for their replies, and copies only on the connection the slots were reserved for.
+struct StoreCaller<'a> {
+    link: &'a Link,
+    shared: &'a Shared,
+    epoch: u64,
+    timeout: Duration,
+}
+
+impl Caller for StoreCaller<'_> {
+    fn call(&mut self, body: request::Body) -> Result<reply::Body, Error> {
+        let request::Body::Commit(commit) = &body else {
+            let mut caller = LinkCaller {
+                link: self.link,
+                timeout: self.timeout,
+            };
+            return caller.call(body);
+        };
+        let states = vec![CommitState::Waiting as i32; commit.slots.len()];
+        self.shared.committed(self.link.submit(body)?);
+        Ok(reply::Body::Commit(CommitReply { states }))
+    }
+
+    fn begin_copy(&mut self) -> Result<CopyGuard, Error> {
+        let guard = self.link.begin_copy()?;
+        match guard.epoch() == self.epoch {
+            true => Ok(guard),
+            false => Err(Error::from(Failure {
+                kind: ErrorKind::Unavailable.into(),
+                text: "these slots were reserved for an earlier connection".to_owned(),
+                ends_session: false,
+            })),
+        }
+    }
+}
+
+fn store(context: &Context, piece: &StorePiece) {
+    let task = &piece.task;
+    let own = &task.own[piece.range.clone()];
+    let dropped = || context.shared.dropped(own.len());
+    let registered = task.joined.slot.current();
+    let Some(registered) = registered.filter(|known| known.epoch == task.epoch()) else {
+        return dropped();
+    };
+    let Ok(mut mover) = task.joined.mover(&context.device, context.deadline) else {
+        return dropped();
+    };
+    let order = &task.order;
+    let slots: Vec<ReservedSlot> = own
+        .iter()
+        .map(|at| ReservedSlot {
+            slot: order.slots[*at],
+            generation: order.generations[*at],
+            offset: order.offsets[*at],
+        })
+        .collect();
+    let blocks: Vec<u32> = own.iter().map(|at| order.blocks[*at]).collect();
+    let pages = pages_of(&task.pages, &blocks);
+    let from = refs(&task.pages, &pages);
+    let mut caller = StoreCaller {
+        link: &context.link,
+        shared: &context.shared,
+        epoch: task.epoch(),
+        timeout: context.deadline,
+    };
+    match mover.fill(&mut caller, registered.namespace, &slots, &from) {
+        Ok(outcomes) => context.shared.count_stores(&outcomes),
+        Err(_) => dropped(),
+    }
+}
+
+/// Lets the whole load take no longer than its deadline.
+struct LoadCaller<'a> {
+    context: &'a Context,
+    until: u64,
+}
+
+impl Caller for LoadCaller<'_> {
+    fn call(&mut self, body: request::Body) -> Result<reply::Body, Error> {
+        if matches!(body, request::Body::Release(_)) {
+            // Should it not arrive, the leases end by themselves.
+            drop(self.context.link.submit(body)?);
+            return Ok(reply::Body::Release(ReleaseReply {}));
+        }
+        let left = self.until.saturating_sub((self.context.clock)());
+        let mut caller = LinkCaller {
+            link: &self.context.link,
+            timeout: Duration::from_micros(left),
+        };
+        caller.call(body)
+    }
+
+    fn begin_copy(&mut self) -> Result<CopyGuard, Error> {
+        self.context.link.begin_copy()
+    }
+}
+
+fn load(context: &Context, task: &LoadTask) {
+    let order = &task.order;
+    let left = task.until.saturating_sub((context.clock)());
+    let registered = task.joined.slot.current();
+    let mover = task
+        .joined
+        .mover(&context.device, Duration::from_micros(left));
+    let (Some(registered), Ok(mut mover)) = (registered, mover) else {
+        return context.shared.load_failed(&order.request, &order.blocks);
+    };
+    let pages = pages_of(&task.pages, &order.blocks);
+    let to = refs(&task.pages, &pages);
+    let mut caller = LoadCaller {
+        context,
+        until: task.until,
+    };
+    match mover.load(&mut caller, registered.namespace, &order.hashes, &to) {
+        Ok(outcomes) => {
+            context.shared.count_loads(&outcomes);
+            let invalid = order
+                .blocks
+                .iter()
+                .enumerate()
+                .filter(|(at, _)| outcomes.get(*at) != Some(&LoadOutcome::Loaded))
+                .map(|(_, block)| *block);
+            context.shared.load_over(&order.request, invalid);
+        }
+        Err(_) => context.shared.load_failed(&order.request, &order.blocks),
+    }
+}
+
+/// The pages of these blocks, block after block.
+fn pages_of(pages: &Pages, blocks: &[u32]) -> Vec<u32> {
+    let each = pages.pages_per_block() as u32;
+    blocks
+        .iter()
+        .flat_map(|block| block * each..(block + 1) * each)
+        .collect()
+}
+
+fn refs<'a>(at: &'a Pages, pages: &'a [u32]) -> Vec<BlockRef<'a>> {
+    pages
+        .chunks(at.pages_per_block().max(1))
+        .map(|pages| BlockRef { at, pages })
+        .collect()
+}

@@ -1,0 +1,14 @@
+"""kvd's connector for vLLM (0.30 or newer): ``kv_connector_module_path: "kvdaemon.vllm"``, class ``KvdConnector``.
+
+Minimal ``--kv-transfer-config``::
+
+    {"kv_connector": "KvdConnector", "kv_connector_module_path": "kvdaemon.vllm", "kv_role": "kv_both",
+     "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"socket": "/run/kvd/default/kvd.sock"}}
+
+Without ``"kv_load_failure_policy": "recompute"`` a block that can't be loaded ends its request with an error, because that
+is vLLM's default.
+"""
+
+from kvdaemon.vllm.connector import KvdConnector
+
+__all__ = ["KvdConnector"]

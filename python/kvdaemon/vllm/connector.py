@@ -1,0 +1,532 @@
+"""The connector class. It translates vLLM's hooks into calls of the two native halves; what is decided is decided there.
+
+Scheduler side: `SchedulerHalf`, never waiting. Worker side: `WorkerHalf`, copying on threads of its own. Orders and reports
+travel as opaque bytes inside vLLM's own metadata objects. A model with several KV-cache groups, and whatever else can't be
+served, leaves both halves out: the engine runs as if the connector were not there, and one line in its log says why.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+
+from kvdaemon import identity
+from kvdaemon._native import KvCache, SchedulerHalf, WorkerHalf, digest
+from kvdaemon.vllm import caches, canary
+from kvdaemon.vllm.config import Config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.kvdaemon")
+
+HASH_BYTES = 32
+_KEPT_TIMES = 16384
+
+
+@dataclass
+class KvdMetadata(KVConnectorMetadata):
+    """The scheduler half's orders of one step."""
+
+    orders: bytes
+
+
+@dataclass
+class KvdHandshake(KVConnectorHandshakeMetadata):
+    """What a rank holds."""
+
+    hello: bytes
+
+
+@dataclass
+class KvdWorkerMeta(KVConnectorWorkerMetadata):
+    """Reports of one or more ranks."""
+
+    reports: list[bytes] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KvdWorkerMeta:
+        assert isinstance(other, KvdWorkerMeta)
+        return KvdWorkerMeta(self.reports + other.reports)
+
+
+def _instance(vllm_config: VllmConfig) -> bytes:
+    """16 bytes that all processes of this engine instance, and no others, have in common."""
+    transfer = vllm_config.kv_transfer_config
+    name = f"kvd:{transfer.engine_id}:{getattr(vllm_config, 'instance_id', '')}"
+    return bytes.fromhex(digest(name.encode())[:32])
+
+
+def _world(vllm_config: VllmConfig) -> int:
+    parallel = vllm_config.parallel_config
+    return parallel.pipeline_parallel_size * parallel.tensor_parallel_size
+
+
+class KvdConnector(KVConnectorBase_V1, SupportsHMA):
+    """KV blocks kept by the node's kvd daemon: see the package's documentation."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        role: KVConnectorRole,
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self._config = Config.parse(dict(self._kv_transfer_config.kv_connector_extra_config or {}))
+        self._times: dict[str, deque[int]] = {}
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._requests: dict[str, Request] = {}
+        self._adapters: set[str] = set()
+        self._inplace = 0
+        self._begun: KVConnectorMetadata | None = None
+        self._block_pool: Any = None
+        self._finder = identity.Finder(logger.warning)
+        self._refusal = caches.refuse_config(vllm_config, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            if self._refusal is not None:
+                logger.warning("kvd: KV blocks are neither stored nor loaded: %s", self._refusal)
+            else:
+                self._start_scheduler()
+
+    # --- scheduler side -------------------------------------------------------------------------------------------------
+
+    def _start_scheduler(self) -> None:
+        config, vllm_config = self._config, self._vllm_config
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self._block_tokens = spec.block_size
+        hash_tokens = getattr(self._kv_cache_config, "hash_block_size", None) or self._block_tokens
+        self._ratio = self._block_tokens // hash_tokens
+        self._scheduler = SchedulerHalf(
+            config.socket_path,
+            _instance(vllm_config),
+            self._label(),
+            world=_world(vllm_config),
+            block_tokens=self._block_tokens,
+            lookup_deadline_ms=config.lookup_deadline_ms,
+            startup_deadline_ms=config.startup_deadline_ms,
+            share_deadline_ms=config.share_deadline_ms,
+            hold_deadline_ms=config.hold_deadline_ms,
+            lease_ms=config.lease_ms,
+            max_in_flight=config.max_in_flight,
+            drop_last=self._drops_last(),
+        )
+        self._finder.start("kvd-identity", self._find_facts)
+
+    def _label(self) -> str:
+        return self._config.label or str(self._vllm_config.model_config.model)
+
+    def _drops_last(self) -> bool:
+        speculative = getattr(self._vllm_config, "speculative_config", None)
+        use_eagle = getattr(speculative, "use_eagle", None)
+        return bool(use_eagle and use_eagle())
+
+    def _find_facts(self) -> None:
+        vllm_config, half = self._vllm_config, self._scheduler
+        assert half is not None
+        weights = self._finder.weights(
+            vllm_config.model_config, vllm_config.load_config, self._config.weights_id
+        )
+        none_hash = self._finder.wait(self._none_hash, 600.0)
+        if none_hash is None:
+            return half.refuse("the seed of vLLM's block hashes is not known")
+        facts = identity.facts(vllm_config, self._kv_dtype(), self._config.tenant, weights, none_hash)
+        half.set_facts(facts, str(uuid.uuid4()))
+
+    def _none_hash(self) -> bytes | None:
+        """The hash that begins every chain, once vLLM has chosen it, or before if it is no secret."""
+        from vllm.v1.core import kv_cache_utils
+
+        if (found := getattr(kv_cache_utils, "NONE_HASH", None)) is not None:
+            return bytes(found)
+        resolve = getattr(kv_cache_utils, "resolve_none_hash_seed", None)
+        algorithm = str(self._vllm_config.cache_config.prefix_caching_hash_algo)
+        if resolve is None or not algorithm.startswith("sha256"):
+            return None
+        from vllm.utils.hashing import get_hash_fn_by_name
+
+        function = get_hash_fn_by_name(algorithm)
+        return bytes(function(resolve(function)))
+
+    def _kv_dtype(self) -> str:
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        inner = next(iter(getattr(spec, "kv_cache_specs", {}).values()), spec)
+        stored = str(inner.dtype).removeprefix("torch.")
+        chosen = str(self._vllm_config.cache_config.cache_dtype)
+        return stored if chosen == "auto" else f"{chosen}/{stored}"
+
+    def _hashes(self, request: Request, first: int, last: int) -> bytes:
+        """Hashes of the blocks from `first` up to before `last`, 32 bytes each."""
+        ratio = self._ratio
+        every = request.block_hashes[first * ratio + ratio - 1 : last * ratio : ratio]
+        if every and len(every[0]) != HASH_BYTES:
+            return b"".join(one.rjust(HASH_BYTES, b"\0") for one in every)
+        return b"".join(every)
+
+    def _loadable(self, request: Request) -> bytes:
+        """Hashes of the blocks that may be loaded: never the one with the last token, which is always computed."""
+        full = min((request.num_tokens - 1) // self._block_tokens, len(request.block_hashes) // self._ratio)
+        return self._hashes(request, 0, full)
+
+    def _adapter(self, request: Request) -> str | None:
+        """A name for the adapter that computes this request's KV; its digest is found out on the side."""
+        lora = request.lora_request
+        if lora is None:
+            return None
+        if getattr(lora, "load_inplace", False):
+            self._inplace += 1
+        name = f"{lora.lora_int_id}:{lora.lora_name}:{lora.lora_path}:{self._inplace}"
+        if name not in self._adapters:
+            self._adapters.add(name)
+            path, half = lora.lora_path, self._scheduler
+            assert half is not None
+            self._finder.start("kvd-adapter", lambda: half.set_adapter(name, self._finder.adapter(path)))
+        return name
+
+    def on_new_request(self, request: Request) -> None:
+        began = time.perf_counter_ns()
+        half = self._scheduler
+        if half is not None:
+            self._requests[request.request_id] = request
+            skip = bool(getattr(request, "skip_reading_prefix_cache", False))
+            hashes = b"" if skip else self._loadable(request)
+            half.on_new_request(request.request_id, self._adapter(request), hashes, skip)
+        self._took("on_new_request", began)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        began = time.perf_counter_ns()
+        half = self._scheduler
+        found = 0
+        if half is not None:
+            computed = num_computed_tokens // self._block_tokens
+            found = half.matched(request.request_id, computed)
+            if found == -2:
+                half.ask(request.request_id, self._loadable(request))
+                found = half.matched(request.request_id, computed)
+        self._took("get_num_new_matched_tokens", began)
+        if found < 0:
+            return None, False
+        return (found * self._block_tokens, True) if found else (0, False)
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        began = time.perf_counter_ns()
+        half = self._scheduler
+        if half is not None:
+            external = num_external_tokens // self._block_tokens
+            ids = blocks.get_block_ids()[0] if external else []
+            half.allocated(request.request_id, external, ids)
+        self._took("update_state_after_alloc", began)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        began = time.perf_counter_ns()
+        half = self._scheduler
+        if half is None:
+            return KvdMetadata(b"")
+        cached = scheduler_output.scheduled_cached_reqs
+        new = scheduler_output.scheduled_new_reqs
+        ids = [one.req_id for one in new] + cached.req_ids if new else cached.req_ids
+        computed = [one.num_computed_tokens for one in new] + cached.num_computed_tokens if new else cached.num_computed_tokens
+        preempted = list(scheduler_output.preempted_req_ids or ())
+        for at, first in half.begin_step(preempted, ids, computed):
+            self._capture(half, scheduler_output, ids[at], first, computed[at])
+        metadata = KvdMetadata(half.end_step())
+        for warning, text in half.notices():
+            (logger.warning if warning else logger.info)("kvd: %s", text)
+        self._took("build_connector_meta", began)
+        return metadata
+
+    def _capture(self, half: SchedulerHalf, output: SchedulerOutput, name: str, first: int, computed: int) -> None:
+        """Gives the half the blocks of a running request that are full by now."""
+        request = self._requests.get(name)
+        if request is None:
+            return
+        full = self._full(request, computed)
+        if full > first:
+            ids = self._block_ids(output, name)
+            full = min(full, len(ids))
+            half.capture(name, self._hashes(request, first, full), ids[first:full])
+
+    def _full(self, request: Request, computed: int) -> int:
+        """Blocks whose KV is computed and final. The last token does not count: its KV may not be computed (async
+        scheduling), and in a streaming session the token may still be replaced."""
+        tokens = min(computed, request.num_tokens - 1)
+        return min(tokens // self._block_tokens, len(request.block_hashes) // self._ratio)
+
+    def _block_ids(self, output: SchedulerOutput, name: str) -> list[int]:
+        state = getattr(output, "kv_connector_block_state", None)
+        if state is not None:
+            return state.resolve_block_ids(name)[0]
+        manager = getattr(self, "_kv_cache_manager", None)
+        return manager.get_block_ids(name)[0] if manager is not None else []
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        began = time.perf_counter_ns()
+        half = self._scheduler
+        if half is not None:
+            meta = connector_output.kv_connector_worker_meta
+            reports = meta.reports if isinstance(meta, KvdWorkerMeta) else []
+            sent = connector_output.finished_sending
+            received = connector_output.finished_recving
+            invalid = connector_output.invalid_block_ids
+            if reports or sent or received or invalid:
+                half.on_output(list(sent or ()), list(received or ()), list(invalid or ()), reports)
+        self._took("update_connector_output", began)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        began = time.perf_counter_ns()
+        half = self._scheduler
+        hold = False
+        if half is not None:
+            name = request.request_id
+            self._requests.pop(name, None)
+            ids = block_ids[0] if block_ids else []
+            full = min(self._full(request, request.num_computed_tokens), len(ids))
+            first = half.finish_from(name, full)
+            if first < 0:
+                hold = half.finished(name, b"", [])
+            else:
+                hold = half.finished(name, self._hashes(request, first, full), ids[first:full])
+        self._took("request_finished", began)
+        return hold, None
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler is not None and self._scheduler.has_pending_work()
+
+    def reset_cache(self) -> bool:
+        """Begins a new weights epoch. What is stored stays, under its old name."""
+        if self._scheduler is not None:
+            self._scheduler.reset_cache(self._prefix_cache_is_empty())
+        return True
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._block_pool = gpu_block_pool
+
+    def _prefix_cache_is_empty(self) -> bool:
+        pool = self._block_pool
+        try:
+            return pool.num_gpu_blocks - pool.get_num_free_blocks() == 1 and not len(pool.cached_block_hash_to_block)
+        except (AttributeError, TypeError):
+            return False
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        model = vllm_config.model_config
+        if model is None or getattr(model, "use_mla", False):
+            return None
+        from vllm.v1 import kv_cache_interface
+
+        if not hasattr(kv_cache_interface, "KVCacheLayout"):
+            return "HND"
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
+        return str(extra.get("layout", "LBHNC"))
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        self._hellos(metadata.values())
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        self._hellos(metadata.values())
+
+    def _hellos(self, metadata: Iterable[KVConnectorHandshakeMetadata]) -> None:
+        # Inside a MultiConnector these may be another connector's.
+        if self._scheduler is not None:
+            for one in metadata:
+                if isinstance(one, KvdHandshake):
+                    self._scheduler.hello(one.hello)
+
+    # --- worker side ----------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._refusal is not None:
+            return
+        share: caches.Share | None = None
+        cache: KvCache | None = None
+        refusal = ""
+        try:
+            share = caches.read(self._vllm_config, self._kv_cache_config, kv_caches)
+            cache = KvCache(
+                share.layers,
+                heads=share.heads,
+                block_tokens=share.block_tokens,
+                page_tokens=share.page_tokens,
+                cell_bytes=share.cell_bytes,
+            )
+            canary.check(share, cache)
+        except Exception as error:
+            refusal = str(error)
+            cache = None
+            logger.warning("kvd: KV blocks are neither stored nor loaded: %s", refusal)
+        self._start_worker(share, cache, refusal)
+
+    def _start_worker(self, share: caches.Share | None, cache: KvCache | None, refusal: str) -> None:
+        config, vllm_config = self._config, self._vllm_config
+        rank, stage = self._rank()
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = WorkerHalf(
+            config.socket_path,
+            _instance(vllm_config),
+            f"{self._label()} rank {rank}",
+            rank=rank,
+            world=_world(vllm_config),
+            stage=stage,
+            encoding=share.encoding if share else "",
+            scales=share.scales if share else "",
+            refusal=refusal,
+            cache=cache,
+            kind=share.kind if share else "full",
+            layer_names=share.layer_names if share else [],
+            head_first=share.head_first if share else 0,
+            heads=share.heads if share else 0,
+            heads_total=share.heads_total if share else 0,
+            block_tokens=share.block_tokens if share else 0,
+            page_tokens=share.page_tokens if share else 0,
+            cell_bytes=share.cell_bytes if share else 0,
+            copy_threads=config.copy_threads,
+            load_deadline_ms=config.load_deadline_ms,
+        )
+
+    def _rank(self) -> tuple[int, int]:
+        """Number of this worker in its instance, and its pipeline stage."""
+        parallel = self._vllm_config.parallel_config
+        stage = tensor = 0
+        if _world(self._vllm_config) > 1:
+            from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+            stage = get_pp_group().rank_in_group
+            tensor = get_tensor_model_parallel_rank()
+        return stage * parallel.tensor_parallel_size + tensor, stage
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        if self._worker is None or not self._is_alone():
+            return None
+        return KvdHandshake(self._worker.hello())
+
+    def _is_alone(self) -> bool:
+        """Whether vLLM talks to this connector itself. A MultiConnector gives one child's handshake metadata to all, and
+        others refuse what is not theirs; the same is said with the first step's report then."""
+        from vllm.distributed import kv_transfer
+
+        has = getattr(kv_transfer, "has_kv_transfer_group", None)
+        return has is None or not has() or kv_transfer.get_kv_transfer_group() is self
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        self._begin(kv_connector_metadata)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._begin(connector_metadata)
+
+    def _begin(self, metadata: KVConnectorMetadata) -> None:
+        """Takes a step's orders, once."""
+        if metadata is self._begun or self._worker is None:
+            return
+        self._begun = metadata
+        assert isinstance(metadata, KvdMetadata)
+        if metadata.orders:
+            self._worker.begin(metadata.orders)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.start_loads()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: nothing to wait for."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Whole blocks are copied when the step is over."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.start_stores()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._worker is None:
+            return None, None
+        sent, received, invalid = self._worker.results()
+        self._invalid = set(invalid)
+        return set(sent) or None, set(received) or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        invalid: set[int] = getattr(self, "_invalid", set())
+        self._invalid = set()
+        return invalid
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        if self._worker is None:
+            return None
+        report = self._worker.report()
+        for warning, text in self._worker.notices():
+            (logger.warning if warning else logger.info)("kvd: %s", text)
+        return None if report is None else KvdWorkerMeta([report])
+
+    def unregister_kv_caches(self) -> None:
+        """The KV cache is about to be unmapped (sleep)."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def restore_kv_caches(self, kv_caches: dict[str, torch.Tensor] | None = None) -> None:
+        """The KV cache is back."""
+        if kv_caches is not None:
+            self.register_kv_caches(kv_caches)
+
+    # --- both -----------------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        self._finder.stop()
+        for half in (self._scheduler, self._worker):
+            if half is not None:
+                half.close()
+        self._scheduler = self._worker = None
+        self._requests.clear()
+
+    def _took(self, hook: str, began: int) -> None:
+        times = self._times.get(hook)
+        if times is None:
+            times = self._times[hook] = deque(maxlen=_KEPT_TIMES)
+        times.append(time.perf_counter_ns() - began)
+
+    def debug_stats(self) -> dict[str, Any]:
+        """Counters of this process's half, and how long its hooks took (microseconds, of the last calls). For tests."""
+        half = self._scheduler or self._worker
+        stats: dict[str, Any] = dict(half.stats()) if half is not None else {}
+        hooks = {}
+        for hook, times in self._times.items():
+            order = sorted(times)
+            at = {name: order[min(len(order) - 1, int(len(order) * part))] for name, part in _PARTS.items()}
+            hooks[hook] = {"calls": len(order), **{name: value / 1000 for name, value in at.items()}}
+        stats["hooks_us"] = hooks
+        stats["config_refusal"] = self._refusal
+        return stats
+
+
+_PARTS = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}

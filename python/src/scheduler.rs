@@ -1,0 +1,272 @@
+//! The scheduler half as a Python class. Every method is short and non-blocking: it is called on the engine's scheduler
+//! thread, so the GIL is kept.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvd_client::{Identity, Link, LinkConfig, Role};
+use kvd_connectors::meta::{self, RankHello};
+use kvd_connectors::notice::Level;
+use kvd_connectors::scheduler::{Adapter, Match, Scheduler, Settings};
+use kvd_connectors::worker::Counters;
+use parking_lot::Mutex;
+use pyo3::prelude::*;
+use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::clock::now_us;
+use crate::errors::{error, from_client, invalid};
+
+/// See `kvdaemon/_native.pyi`.
+#[pyclass(frozen, module = "kvdaemon._native")]
+pub(crate) struct SchedulerHalf {
+    inner: Mutex<Option<Scheduler<Link>>>,
+}
+
+/// 16 bytes that are the same for all processes of an engine instance, and for no others.
+pub(crate) fn instance_id(py: Python<'_>, bytes: &[u8]) -> PyResult<[u8; 16]> {
+    bytes
+        .try_into()
+        .map_err(|_| invalid(py, "an instance id has 16 bytes"))
+}
+
+fn strings(list: &[PyBackedStr]) -> Vec<&str> {
+    list.iter().map(|text| -> &str { text }).collect()
+}
+
+impl SchedulerHalf {
+    fn with<R>(&self, run: impl FnOnce(&mut Scheduler<Link>) -> R) -> Option<R> {
+        self.inner.lock().as_mut().map(run)
+    }
+}
+
+#[pymethods]
+impl SchedulerHalf {
+    /// A scheduler half whose link connects in the background.
+    #[new]
+    #[pyo3(signature = (socket, instance, label, *, world, block_tokens, lookup_deadline_ms=20, startup_deadline_ms=1000,
+                        share_deadline_ms=10_000, hold_deadline_ms=1000, lease_ms=10_000, max_in_flight=4096,
+                        drop_last=false))]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "keyword arguments of the Python class"
+    )]
+    fn new(
+        py: Python<'_>,
+        socket: PathBuf,
+        instance: &[u8],
+        label: String,
+        world: u32,
+        block_tokens: u32,
+        lookup_deadline_ms: u64,
+        startup_deadline_ms: u64,
+        share_deadline_ms: u64,
+        hold_deadline_ms: u64,
+        lease_ms: u32,
+        max_in_flight: u32,
+        drop_last: bool,
+    ) -> PyResult<Self> {
+        let settings = Settings {
+            world,
+            block_tokens,
+            lookup_deadline: lookup_deadline_ms * 1000,
+            startup_deadline: startup_deadline_ms * 1000,
+            share_deadline: share_deadline_ms * 1000,
+            hold_deadline: hold_deadline_ms * 1000,
+            lease_ms,
+            max_in_flight,
+            drop_last,
+            ..Settings::default()
+        };
+        let identity = Identity {
+            instance: instance_id(py, instance)?,
+            role: Role::Scheduler,
+            rank: 0,
+            world,
+            label,
+        };
+        let link = start_link(socket, identity).map_err(|failure| from_client(py, &failure))?;
+        Ok(SchedulerHalf {
+            inner: Mutex::new(Some(Scheduler::new(settings, link))),
+        })
+    }
+
+    fn set_facts(&self, facts: Vec<(String, String)>, instance: &str) {
+        self.with(|half| half.set_facts(facts, instance));
+    }
+
+    fn set_adapter(&self, name: &str, digest: &str) {
+        self.with(|half| half.set_adapter(name, digest));
+    }
+
+    fn hello(&self, py: Python<'_>, hello: &[u8]) -> PyResult<()> {
+        let hello: RankHello =
+            meta::decode(hello).map_err(|failure| invalid(py, failure.to_string()))?;
+        self.with(|half| half.on_hello(hello));
+        Ok(())
+    }
+
+    fn refuse(&self, reason: &str) {
+        self.with(|half| half.refuse(reason));
+    }
+
+    fn refusal(&self) -> Option<String> {
+        self.with(|half| half.refusal().map(str::to_owned))
+            .flatten()
+    }
+
+    fn on_new_request(&self, id: &str, adapter: Option<&str>, hashes: &[u8], skip: bool) {
+        let adapter = match adapter {
+            Some(name) => Adapter::Named(name.to_owned()),
+            None => Adapter::Base,
+        };
+        self.with(|half| half.on_new_request(now_us(), id, adapter, hashes, skip));
+    }
+
+    /// Blocks that can be loaded; -1: ask again later; -2: `ask` first.
+    fn matched(&self, id: &str, computed: u32) -> i64 {
+        match self.with(|half| half.matched(now_us(), id, computed)) {
+            Some(Match::Blocks(blocks)) => i64::from(blocks),
+            Some(Match::Wait) => -1,
+            Some(Match::NeedHashes) => -2,
+            None => 0,
+        }
+    }
+
+    fn ask(&self, id: &str, hashes: &[u8]) {
+        self.with(|half| half.ask(now_us(), id, hashes));
+    }
+
+    fn allocated(&self, id: &str, external: u32, blocks: Vec<u32>) {
+        self.with(|half| half.allocated(id, external, &blocks));
+    }
+
+    fn begin_step(
+        &self,
+        preempted: Vec<PyBackedStr>,
+        ids: Vec<PyBackedStr>,
+        computed: Vec<u32>,
+    ) -> Vec<(usize, u32)> {
+        self.with(|half| half.begin_step(now_us(), &strings(&preempted), &strings(&ids), &computed))
+            .unwrap_or_default()
+    }
+
+    fn capture(&self, id: &str, hashes: &[u8], blocks: Vec<u32>) {
+        self.with(|half| half.capture(now_us(), id, hashes, &blocks));
+    }
+
+    fn end_step<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let orders = self.with(|half| half.end_step(now_us()));
+        PyBytes::new(py, &orders.unwrap_or_default())
+    }
+
+    fn on_output(
+        &self,
+        py: Python<'_>,
+        sent: Vec<PyBackedStr>,
+        received: Vec<PyBackedStr>,
+        invalid_blocks: Vec<u32>,
+        reports: Vec<PyBackedBytes>,
+    ) -> PyResult<()> {
+        let reports: Vec<&[u8]> = reports.iter().map(|report| -> &[u8] { report }).collect();
+        self.with(|half| {
+            half.on_output(
+                now_us(),
+                &strings(&sent),
+                &strings(&received),
+                &invalid_blocks,
+                &reports,
+            )
+        })
+        .unwrap_or(Ok(()))
+        .map_err(|failure| error(py, kvd_client::ErrorKind::Internal, failure.to_string()))
+    }
+
+    /// From which block on `finished` wants a request's blocks; -1: none.
+    fn finish_from(&self, id: &str, full: u32) -> i64 {
+        self.with(|half| half.finish_from(now_us(), id, full))
+            .flatten()
+            .map_or(-1, i64::from)
+    }
+
+    fn finished(&self, id: &str, hashes: &[u8], blocks: Vec<u32>) -> bool {
+        self.with(|half| half.finished(now_us(), id, hashes, &blocks))
+            .unwrap_or(false)
+    }
+
+    fn reset_cache(&self, clean: bool) {
+        self.with(|half| half.reset_cache(clean));
+    }
+
+    fn has_pending_work(&self) -> bool {
+        self.with(|half| half.has_pending_work()).unwrap_or(false)
+    }
+
+    /// What people should read: (is it a warning, text).
+    fn notices(&self) -> Vec<(bool, String)> {
+        self.with(|half| match half.has_notices() {
+            true => half.notices(),
+            false => Vec::new(),
+        })
+        .unwrap_or_default()
+        .into_iter()
+        .map(|notice| (notice.level == Level::Warning, notice.text))
+        .collect()
+    }
+
+    /// Counters, for tests and for people.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = PyDict::new(py);
+        let inner = self.inner.lock();
+        let Some(half) = inner.as_ref() else {
+            return Ok(stats);
+        };
+        for (name, value) in half.counters().list() {
+            stats.set_item(name, value)?;
+        }
+        let (requests, in_flight, loads) = half.load_and_hold();
+        stats.set_item("requests_known", requests)?;
+        stats.set_item("blocks_in_flight", in_flight)?;
+        stats.set_item("loads_under_way", loads)?;
+        stats.set_item("connected", half.port().connected())?;
+        stats.set_item("refusal", half.refusal())?;
+        let ranks: Vec<Vec<(&str, u64)>> = half
+            .rank_counters()
+            .map(|values| {
+                Counters::names()
+                    .iter()
+                    .copied()
+                    .zip(values.iter().copied())
+                    .collect()
+            })
+            .collect();
+        let list = ranks
+            .into_iter()
+            .map(|rank| pyo3::types::IntoPyDict::into_py_dict(rank, py))
+            .collect::<PyResult<Vec<_>>>()?;
+        stats.set_item("ranks", list)?;
+        Ok(stats)
+    }
+
+    /// Ends the session. Everything after this does nothing.
+    fn close(&self, py: Python<'_>) {
+        let half = self.inner.lock().take();
+        py.detach(|| drop(half));
+    }
+}
+
+/// A link with this crate's limits.
+pub(crate) fn start_link(socket: PathBuf, identity: Identity) -> Result<Link, kvd_client::Error> {
+    Link::start(LinkConfig {
+        socket,
+        identity,
+        queue: 4096,
+        request_timeout: Duration::from_secs(30),
+    })
+}
+
+/// A clock for the worker half.
+pub(crate) fn clock() -> kvd_connectors::worker::Clock {
+    Arc::new(now_us)
+}

@@ -1,0 +1,174 @@
+//! The worker half as a Python class. The GIL is released where it waits: for copies out of blocks that the engine takes
+//! back, and at the end.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvd_client::{Identity, Role};
+use kvd_connectors::meta::{RankGroup, RankHello, VERSION};
+use kvd_connectors::notice::Level;
+use kvd_connectors::worker::{Counters, Settings, Worker};
+use kvd_device::HostDevice;
+use parking_lot::Mutex;
+use prost::Message;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::cache::KvCache;
+use crate::errors::{error, from_client};
+use crate::scheduler::{clock, instance_id, start_link};
+
+/// What a step brought to an end: requests sent, requests received, blocks that could not be loaded.
+type Results = (Vec<String>, Vec<String>, Vec<u32>);
+
+/// See `kvdaemon/_native.pyi`.
+#[pyclass(frozen, module = "kvdaemon._native")]
+pub(crate) struct WorkerHalf {
+    inner: Mutex<Option<Worker>>,
+}
+
+impl WorkerHalf {
+    fn with<R>(&self, run: impl FnOnce(&mut Worker) -> R) -> Option<R> {
+        self.inner.lock().as_mut().map(run)
+    }
+}
+
+#[pymethods]
+impl WorkerHalf {
+    /// A worker half whose link connects in the background. Without a cache it only reports why (`refusal`).
+    #[new]
+    #[pyo3(signature = (socket, instance, label, *, rank, world, stage, encoding, scales, refusal, cache, kind, layer_names,
+                        head_first, heads, heads_total, block_tokens, page_tokens, cell_bytes, copy_threads=2,
+                        load_deadline_ms=5000))]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "keyword arguments of the Python class"
+    )]
+    fn new(
+        py: Python<'_>,
+        socket: PathBuf,
+        instance: &[u8],
+        label: String,
+        rank: u32,
+        world: u32,
+        stage: u32,
+        encoding: String,
+        scales: String,
+        refusal: String,
+        cache: Option<&KvCache>,
+        kind: String,
+        layer_names: Vec<String>,
+        head_first: u32,
+        heads: u32,
+        heads_total: u32,
+        block_tokens: u32,
+        page_tokens: u32,
+        cell_bytes: u32,
+        copy_threads: usize,
+        load_deadline_ms: u64,
+    ) -> PyResult<Self> {
+        let hello = RankHello {
+            version: VERSION,
+            rank,
+            world,
+            stage,
+            refusal,
+            encoding,
+            scales,
+            groups: vec![RankGroup {
+                group: 0,
+                kind,
+                layers: layer_names.len() as u32,
+                layer_names,
+                head_first,
+                heads,
+                heads_total,
+                block_tokens,
+                page_tokens,
+                cell_bytes,
+            }],
+        };
+        let identity = Identity {
+            instance: instance_id(py, instance)?,
+            role: Role::Worker,
+            rank,
+            world,
+            label,
+        };
+        let link = start_link(socket, identity).map_err(|failure| from_client(py, &failure))?;
+        let settings = Settings {
+            threads: copy_threads,
+            load_deadline: Duration::from_millis(load_deadline_ms),
+            ..Settings::default()
+        };
+        let worker = Worker::new(
+            settings,
+            Arc::new(link),
+            Arc::new(HostDevice),
+            clock(),
+            hello,
+            cache.map(|cache| cache.pages.clone()),
+        );
+        Ok(WorkerHalf {
+            inner: Mutex::new(Some(worker)),
+        })
+    }
+
+    /// What this rank is, for the scheduler half.
+    fn hello<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let hello = self.with(|half| half.hello().encode_to_vec());
+        PyBytes::new(py, &hello.unwrap_or_default())
+    }
+
+    /// Begins a step: takes the scheduler half's orders, and waits for the copies out of blocks that are taken away.
+    fn begin(&self, py: Python<'_>, orders: &[u8]) -> PyResult<()> {
+        py.detach(|| self.with(|half| half.begin(orders)))
+            .unwrap_or(Ok(()))
+            .map_err(|failure| error(py, kvd_client::ErrorKind::Internal, failure.to_string()))
+    }
+
+    fn start_loads(&self) {
+        self.with(Worker::start_loads);
+    }
+
+    fn start_stores(&self) {
+        self.with(Worker::start_stores);
+    }
+
+    fn results(&self) -> Results {
+        let results = self.with(Worker::results).unwrap_or_default();
+        (results.sent, results.received, results.invalid)
+    }
+
+    fn report<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
+        let report = self.with(Worker::report).flatten()?;
+        Some(PyBytes::new(py, &report))
+    }
+
+    /// What people should read: (is it a warning, text).
+    fn notices(&self) -> Vec<(bool, String)> {
+        self.with(Worker::notices)
+            .unwrap_or_default()
+            .into_iter()
+            .map(|notice| (notice.level == Level::Warning, notice.text))
+            .collect()
+    }
+
+    /// Counters, for tests and for people.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = PyDict::new(py);
+        if let Some(counters) = self.with(|half| half.counters()) {
+            for (name, value) in Counters::names().iter().zip(counters.values()) {
+                stats.set_item(name, value)?;
+            }
+        }
+        Ok(stats)
+    }
+
+    /// Waits for the copies under way and ends the session. Everything after this does nothing.
+    fn close(&self, py: Python<'_>) {
+        let half = self.inner.lock().take();
+        py.detach(|| drop(half));
+    }
+}
