@@ -1,0 +1,144 @@
+//! A request with its own memory, as it waits in a simulated socket.
+
+use kvd_core::{BlockHash, Chain, GroupLayout, Request, SessionId};
+
+/// One group of a Register.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub(crate) group: u32,
+    pub(crate) layer_bounds: Vec<u32>,
+    pub(crate) head_bounds: Vec<u32>,
+    pub(crate) copies: bool,
+    pub(crate) part: u32,
+}
+
+/// Blocks of one group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct OwnChain {
+    pub(crate) group: u32,
+    pub(crate) hashes: Vec<[u8; 32]>,
+    pub(crate) parent: Option<[u8; 32]>,
+}
+
+impl OwnChain {
+    fn lend(&self) -> Chain<'_> {
+        Chain {
+            group: self.group,
+            hashes: &self.hashes,
+            parent: self.parent.map(BlockHash),
+        }
+    }
+}
+
+/// As [`Request`], variant for variant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Ask {
+    Register {
+        record: Vec<u8>,
+        groups: Vec<Layout>,
+    },
+    Lookup {
+        namespace: u32,
+        chains: Vec<OwnChain>,
+        lease_ms: u32,
+        leading: bool,
+    },
+    Reserve {
+        namespace: u32,
+        chain: OwnChain,
+    },
+    Commit {
+        namespace: u32,
+        group: u32,
+        slots: Vec<u32>,
+        generations: Vec<u64>,
+        crcs: Vec<u64>,
+    },
+    Abort {
+        slots: Vec<u32>,
+        generations: Vec<u64>,
+    },
+    Load {
+        namespace: u32,
+        group: u32,
+        hashes: Vec<[u8; 32]>,
+    },
+    Release {
+        slots: Vec<u32>,
+        generations: Vec<u64>,
+        corrupt: Vec<u32>,
+        lease: u64,
+    },
+    Fence {
+        past: u64,
+    },
+}
+
+impl Ask {
+    /// A number for the event log.
+    pub(crate) fn code(&self) -> u64 {
+        match self {
+            Ask::Register { .. } => 1,
+            Ask::Lookup { .. } => 2,
+            Ask::Reserve { .. } => 3,
+            Ask::Commit { .. } => 4,
+            Ask::Abort { .. } => 5,
+            Ask::Load { .. } => 6,
+            Ask::Release { .. } => 7,
+            Ask::Fence { .. } => 8,
+        }
+    }
+
+    /// Calls `f` with the request as core takes it.
+    pub(crate) fn lend<R>(&self, f: impl FnOnce(Request<'_>) -> R) -> R {
+        match self {
+            Ask::Register { record, groups } => {
+                let groups: Vec<GroupLayout<'_>> = groups
+                    .iter()
+                    .map(|g| GroupLayout {
+                        group: g.group,
+                        layer_bounds: &g.layer_bounds,
+                        head_bounds: &g.head_bounds,
+                        copies: g.copies,
+                        part: g.part,
+                    })
+                    .collect();
+                f(Request::Register { record, groups: &groups })
+            }
+            Ask::Lookup { namespace, chains, lease_ms, leading } => {
+                let chains: Vec<Chain<'_>> = chains.iter().map(OwnChain::lend).collect();
+                f(Request::Lookup {
+                    namespace: *namespace,
+                    chains: &chains,
+                    lease_ms: *lease_ms,
+                    leading: *leading,
+                })
+            }
+            Ask::Reserve { namespace, chain } => f(Request::Reserve {
+                namespace: *namespace,
+                chain: chain.lend(),
+            }),
+            Ask::Commit { namespace, group, slots, generations, crcs } => f(Request::Commit {
+                namespace: *namespace,
+                group: *group,
+                slots,
+                generations,
+                crcs,
+            }),
+            Ask::Abort { slots, generations } => f(Request::Abort { slots, generations }),
+            Ask::Load { namespace, group, hashes } => f(Request::Load {
+                namespace: *namespace,
+                group: *group,
+                hashes,
+                deadline_ms: 0,
+            }),
+            Ask::Release { slots, generations, corrupt, lease } => f(Request::Release {
+                slots,
+                generations,
+                corrupt,
+                lease: *lease,
+            }),
+            Ask::Fence { past } => f(Request::Fence { past: SessionId(*past) }),
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What a run is told from outside: seed, steps, which faults are allowed, how large the world may be. All else is drawn.
+
+use std::fmt;
+
+use crate::plant::Plant;
+
+/// A class of faults. Each seed draws which of the allowed ones happen in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Processes die in the middle of anything; the notice comes late.
+    Death,
+    /// Processes stop for a while, and go on where they were.
+    Stall,
+    /// Sockets break; the process lives, comes back and fences.
+    Detach,
+    /// Some processes come back without ever fencing.
+    NoFence,
+    /// Some processes send what they must not.
+    Lie,
+    /// Some processes write where they must not.
+    Rogue,
+    /// Bits flip.
+    Flip,
+    /// The daemon dies, also in the middle of an answer, and starts again.
+    Crash,
+    /// Clients that come back late offer memory under the table of a daemon before the last.
+    StaleOffer,
+    /// Time makes jumps, so that deadlines pass.
+    Jump,
+    /// Memory can't be faulted in.
+    NoMemory,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Fault; 11] = [
+        Fault::Death,
+        Fault::Stall,
+        Fault::Detach,
+        Fault::NoFence,
+        Fault::Lie,
+        Fault::Rogue,
+        Fault::Flip,
+        Fault::Crash,
+        Fault::StaleOffer,
+        Fault::Jump,
+        Fault::NoMemory,
+    ];
+}
+
+/// Which faults are allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Faults(u16);
+
+impl Faults {
+    /// Every one.
+    pub const fn all() -> Self {
+        Faults((1 << Fault::ALL.len()) - 1)
+    }
+
+    /// None.
+    pub const fn none() -> Self {
+        Faults(0)
+    }
+
+    /// Without this one.
+    #[must_use]
+    pub const fn without(self, fault: Fault) -> Self {
+        Faults(self.0 & !(1 << fault as u16))
+    }
+
+    /// Whether this one is allowed.
+    pub const fn has(self, fault: Fault) -> bool {
+        self.0 & (1 << fault as u16) != 0
+    }
+}
+
+/// One run. Equal options give equal runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// From which all is drawn.
+    pub seed: u64,
+    /// Steps with faults; the quiet end comes after them.
+    pub steps: u64,
+    /// Which faults may be drawn.
+    pub faults: Faults,
+    /// Most tenants.
+    pub tenants: usize,
+    /// Most engine instances at once.
+    pub instances: usize,
+    /// Most extents of an arena.
+    pub extents: u32,
+    /// A mistake to make.
+    pub plant: Option<Plant>,
+}
+
+impl Options {
+    /// The full fault model.
+    pub fn new(seed: u64, steps: u64) -> Self {
+        Options {
+            seed,
+            steps,
+            faults: Faults::all(),
+            tenants: 3,
+            instances: 8,
+            extents: 16,
+            plant: None,
+        }
+    }
+
+    /// The same with a planted bug.
+    #[must_use]
+    pub fn with_plant(self, plant: Plant) -> Self {
+        Options {
+            plant: Some(plant),
+            ..self
+        }
+    }
+
+    /// Simpler runs that may fail alike, the largest cuts first.
+    pub(crate) fn simpler(&self, failed_at: u64) -> Vec<Options> {
+        let mut list = Vec::new();
+        if failed_at + 1 < self.steps {
+            list.push(Options {
+                steps: failed_at + 1,
+                ..*self
+            });
+        }
+        list.push(Options {
+            steps: self.steps / 2,
+            ..*self
+        });
+        list.push(Options {
+            steps: self.steps - self.steps / 8,
+            ..*self
+        });
+        for fault in Fault::ALL {
+            let faults = self.faults.without(fault);
+            list.push(Options { faults, ..*self });
+        }
+        list.push(Options {
+            tenants: self.tenants - 1,
+            ..*self
+        });
+        list.push(Options {
+            instances: self.instances - 1,
+            ..*self
+        });
+        list.push(Options {
+            extents: self.extents / 2,
+            ..*self
+        });
+        list.retain(|o| o != self && o.steps > 0 && o.tenants > 0 && o.instances > 0 && o.extents > 0);
+        list
+    }
+}
+
+impl fmt::Display for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "seed {} steps {} tenants {} instances {} extents {}",
+            self.seed, self.steps, self.tenants, self.instances, self.extents
+        )?;
+        let off: Vec<_> = Fault::ALL.iter().filter(|x| !self.faults.has(**x)).collect();
+        if !off.is_empty() {
+            write!(f, " without {off:?}")?;
+        }
+        if let Some(plant) = self.plant {
+            write!(f, " planted {plant:?}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,58 @@
+//! Planted bugs: deliberate mistakes in the adapters and engines around the node, one at a time. They prove that the checkers
+//! can fail; a simulator that finds nothing in them would find nothing anywhere.
+
+/// A mistake to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plant {
+    /// The generation word of an evicted block is not moved on.
+    DropEvictionWords,
+    /// Generation words are written after the replies that rest on them.
+    LateWords,
+    /// The node is told that a process is dead while it still writes.
+    EarlyDeath,
+    /// The node is never told that a process is dead.
+    NoDeath,
+    /// The node never ticks.
+    NoTicks,
+    /// Engines fence their past before their copies are over.
+    EarlyFence,
+    /// Workers carry out orders that were made for an earlier connection of theirs.
+    StaleOrders,
+    /// Engines commit a part before they have written all of it.
+    EarlyCommit,
+    /// Readers take what they read without looking at checksums.
+    SkipCrc,
+    /// Readers take what they read without looking at the generation again.
+    SkipGeneration,
+    /// A reply gets lost now and then.
+    LoseReply,
+    /// A reply is given twice now and then.
+    DoubleReply,
+    /// A removal is missing from the change log now and then.
+    HideRemoval,
+    /// An adopted arena comes without the table of sessions that may be writing.
+    ForgetWriters,
+    /// Now and then a process of one tenant gets to the socket, and the name, of another.
+    MixTenants,
+}
+
+impl Plant {
+    /// All of them.
+    pub const ALL: [Plant; 15] = [
+        Plant::DropEvictionWords,
+        Plant::LateWords,
+        Plant::EarlyDeath,
+        Plant::NoDeath,
+        Plant::NoTicks,
+        Plant::EarlyFence,
+        Plant::StaleOrders,
+        Plant::EarlyCommit,
+        Plant::SkipCrc,
+        Plant::SkipGeneration,
+        Plant::LoseReply,
+        Plant::DoubleReply,
+        Plant::HideRemoval,
+        Plant::ForgetWriters,
+        Plant::MixTenants,
+    ];
+}

@@ -1,0 +1,272 @@
+//! Judges every reply against the model, at the moment it leaves the node.
+
+use std::rc::Rc;
+
+use kvd_core::record::NamespaceRecord;
+use kvd_core::{
+    BlockHash, CommitState, Cut, LoadReply, LoadState, LookupReply, Reply, ReserveReply, ReserveState, Where,
+};
+
+use crate::ask::{Ask, OwnChain};
+use crate::config::{self, NamespaceSpec};
+use crate::model::{Held, Key};
+use crate::report::{Check, ensure};
+use crate::rng::mix;
+use crate::world::World;
+
+impl World {
+    /// Checks a reply, and hands back what the model knows of the slots in it.
+    pub(crate) fn judge_reply(&mut self, session: u64, ask: &Ask, reply: &Reply) -> Check<Vec<Held>> {
+        let mut held = Vec::new();
+        let code = match (ask, reply) {
+            (_, Reply::Failure(failure)) => {
+                self.counters.add("failures");
+                100 + failure.kind as u64
+            }
+            (Ask::Register { record, .. }, Reply::Registered { namespace, id, arena }) => {
+                let known = NamespaceRecord::parse(record);
+                ensure!(known.is_ok(), 8, "a record that can't be read was registered");
+                let info = self.session(session);
+                let tenant = info.map_or(0, |info| info.tenant);
+                if let Ok(record) = known {
+                    let name = config::tenant_name(usize::from(tenant));
+                    ensure!(record.get("tenant") == Some(name.as_str()), 10, "a record of another tenant was registered");
+                    ensure!(record.id() == *id, 10, "registered as {id}, not as {}", record.id());
+                    self.learn_name(session, *namespace, tenant, &record);
+                }
+                let shape = self.arenas.current(tenant).map(|m| m.shape);
+                ensure!(shape == Some(*arena), 10, "the arena of the reply is not the tenant's");
+                1
+            }
+            (Ask::Lookup { namespace, chains, leading, .. }, Reply::Lookup(found)) => {
+                self.judge_lookup(session, *namespace, chains, *leading, found)?;
+                2
+            }
+            (Ask::Reserve { namespace, chain }, Reply::Reserve(given)) => {
+                held = self.judge_reserve(session, *namespace, chain, given)?;
+                3
+            }
+            (Ask::Commit { slots, .. }, Reply::Commit(states)) => {
+                ensure!(states.len() == slots.len(), 5, "{} states for {} slots", states.len(), slots.len());
+                let stale = states.iter().filter(|s| **s == CommitState::Stale).count();
+                self.counters.add_n("commits stale", stale as u64);
+                4
+            }
+            (Ask::Abort { .. }, Reply::Aborted { .. }) => 5,
+            (Ask::Load { namespace, group, hashes }, Reply::Load(found)) => {
+                held = self.judge_load(session, *namespace, *group, hashes, found)?;
+                6
+            }
+            (Ask::Release { .. }, Reply::Released) => 7,
+            (Ask::Fence { .. }, Reply::Fenced) => 8,
+            _ => {
+                ensure!(false, 5, "{ask:?} was answered {reply:?}");
+                0
+            }
+        };
+        self.event("reply", [session, code, held.len() as u64]);
+        Ok(held)
+    }
+
+    fn learn_name(&mut self, session: u64, short: u32, tenant: u16, record: &NamespaceRecord) {
+        let spec = NamespaceSpec {
+            tenant,
+            record: Vec::new(),
+            id: record.id(),
+            groups: record.groups().to_vec(),
+        };
+        if let Some(info) = self.daemon.as_mut().and_then(|d| d.sessions.get_mut(&session)) {
+            info.names.insert(short, Rc::new(spec));
+        }
+    }
+
+    /// The namespace that a session means; a reply that is no failure must have one.
+    fn meant(&self, session: u64, short: u32) -> Check<Rc<NamespaceSpec>> {
+        let spec = self.session(session).and_then(|info| info.names.get(&short)).cloned();
+        spec.ok_or_else(|| crate::report::Broken {
+            invariant: 10,
+            text: format!("session {session:x} was served for namespace {short}, which it has not registered"),
+        })
+    }
+
+    fn judge_lookup(
+        &mut self,
+        session: u64,
+        short: u32,
+        chains: &[OwnChain],
+        leading: bool,
+        found: &LookupReply,
+    ) -> Check {
+        let spec = self.meant(session, short)?;
+        ensure!(found.chains.len() == chains.len(), 5, "{} answers for {} chains", found.chains.len(), chains.len());
+        let t = &self.model.tenants[usize::from(spec.tenant)];
+        let (mut hits, mut absent) = (0, 0);
+        for (chain, runs) in chains.iter().zip(&found.chains) {
+            let mut place = vec![Where::Absent; chain.hashes.len()];
+            let mut end = 0;
+            for ((start, length), at) in runs.start.iter().zip(&runs.length).zip(&runs.place) {
+                ensure!(*start >= end && *length > 0, 7, "runs of a lookup overlap: {runs:?}");
+                end = start + length;
+                ensure!(end as usize <= place.len(), 7, "a run beyond the chain: {runs:?}");
+                place[*start as usize..end as usize].fill(*at);
+            }
+            let mut exact = true;
+            for (hash, at) in chain.hashes.iter().zip(place) {
+                let key = Key {
+                    tenant: spec.tenant,
+                    namespace: spec.id,
+                    group: chain.group,
+                    hash: BlockHash(*hash),
+                };
+                let held = t.by_key.contains_key(&key);
+                match at {
+                    Where::Host => {
+                        hits += 1;
+                        ensure!(held, if self.others_hold(&key) { 10 } else { 7 }, "{key:?} was found, but nobody stored it");
+                    }
+                    Where::Filling => ensure!(!held && t.filling(&key), 7, "{key:?} is not being filled"),
+                    Where::Absent => {
+                        absent += 1;
+                        ensure!(!held || !exact, 7, "{key:?} was said to be absent");
+                        exact &= !leading;
+                    }
+                    other => ensure!(false, 7, "{key:?} is said to be in {other:?}"),
+                }
+            }
+        }
+        self.counters.add_n("lookup hits", hits);
+        self.counters.add_n("lookup misses", absent);
+        Ok(())
+    }
+
+    fn others_hold(&self, key: &Key) -> bool {
+        let keys = self.model.tenants.iter().flat_map(|t| t.by_key.keys());
+        keys.into_iter().any(|other| other.hash == key.hash)
+    }
+
+    fn judge_reserve(
+        &mut self,
+        session: u64,
+        short: u32,
+        chain: &OwnChain,
+        given: &ReserveReply,
+    ) -> Check<Vec<Held>> {
+        let spec = self.meant(session, short)?;
+        let count = given.states.iter().filter(|s| **s == ReserveState::Reserved).count();
+        let lists = [given.slots.len(), given.generations.len(), given.offsets.len()];
+        ensure!(given.states.len() == chain.hashes.len() && lists == [count; 3], 5, "a reservation with lists of wrong lengths");
+        let proc = self.session(session).map_or(0, |info| info.proc);
+        let mut all = Vec::new();
+        for (hash, state) in chain.hashes.iter().zip(&given.states) {
+            let key = Key {
+                tenant: spec.tenant,
+                namespace: spec.id,
+                group: chain.group,
+                hash: BlockHash(*hash),
+            };
+            let t = &self.model.tenants[usize::from(spec.tenant)];
+            match state {
+                ReserveState::Present => ensure!(t.by_key.contains_key(&key), 7, "{key:?} is said to be present"),
+                ReserveState::Filling => ensure!(t.filling(&key), 7, "{key:?} is said to be being filled"),
+                ReserveState::NoSpace => self.counters.add("no space"),
+                ReserveState::Reserved => {
+                    ensure!(!t.by_key.contains_key(&key), 6, "{key:?} is held and was reserved again");
+                    let at = all.len();
+                    let held = self.new_claim(proc, &spec, key, given, at)?;
+                    all.push(held);
+                }
+            }
+        }
+        self.counters.add_n("slots reserved", count as u64);
+        Ok(all)
+    }
+
+    fn new_claim(
+        &mut self,
+        proc: usize,
+        spec: &NamespaceSpec,
+        key: Key,
+        given: &ReserveReply,
+        at: usize,
+    ) -> Check<Held> {
+        let (slot, generation, offset) = (given.slots[at], given.generations[at], given.offsets[at]);
+        let geometry = spec.groups[key.group as usize].clone();
+        let instance = self.procs[proc].instance;
+        let degrees = &self.instances[instance];
+        let cut = config::cut_of(&geometry, degrees.pp, degrees.tp, 0).0;
+        self.versions += 1;
+        let seed = mix(&[self.versions, BlockHash(key.hash.0).low64()]);
+        let held = Held {
+            key,
+            slot,
+            generation,
+            offset,
+            len: geometry.slot_bytes(),
+            seed,
+            cut,
+            suspect: degrees.liar,
+            geometry,
+        };
+        let t = &mut self.model.tenants[usize::from(spec.tenant)];
+        let Some(mapping) = t.mapping.clone() else { return Ok(held) };
+        ensure!(generation % 2 == 1, 3, "slot {slot} was given under the even generation {generation}");
+        ensure!(mapping.word(slot) == generation, 3, "slot {slot} was given before its word said so");
+        let size = mapping.shape.extent_bytes;
+        let (extent, index) = (slot / mapping.shape.slots_per_extent, slot % mapping.shape.slots_per_extent);
+        let right = u64::from(extent) * size + u64::from(index) * held.len;
+        ensure!(offset == right, 2, "slot {slot} was said to be at {offset:#x}, not {right:#x}");
+        ensure!(offset % size + held.len <= size, 2, "slot {slot} sticks out of its extent");
+        t.claim(held.clone())?;
+        self.untold.insert(seed);
+        self.no_writers(mapping.memory.serial, offset, held.len, "given away")?;
+        mapping.memory.poison(offset, held.len, generation);
+        Ok(held)
+    }
+
+    fn judge_load(
+        &mut self,
+        session: u64,
+        short: u32,
+        group: u32,
+        hashes: &[[u8; 32]],
+        found: &LoadReply,
+    ) -> Check<Vec<Held>> {
+        let spec = self.meant(session, short)?;
+        let count = found.states.iter().filter(|s| **s == LoadState::Ready).count();
+        let lists = [found.slots.len(), found.generations.len(), found.offsets.len(), found.cut.len()];
+        ensure!(found.states.len() == hashes.len() && lists == [count; 4], 5, "a load with lists of wrong lengths");
+        let t = &self.model.tenants[usize::from(spec.tenant)];
+        let mut all = Vec::new();
+        let mut crcs = 0;
+        for (hash, state) in hashes.iter().zip(&found.states) {
+            let key = Key {
+                tenant: spec.tenant,
+                namespace: spec.id,
+                group,
+                hash: BlockHash(*hash),
+            };
+            let slot = t.by_key.get(&key);
+            match state {
+                LoadState::Absent => ensure!(slot.is_none(), 7, "{key:?} is held, but a load found it absent"),
+                LoadState::Failed => {
+                    ensure!(slot.is_some(), 7, "{key:?} is not held, but a load failed instead of finding it absent");
+                    self.counters.add("loads refused");
+                }
+                LoadState::Ready => {
+                    let at = all.len();
+                    let held = slot.and_then(|slot| t.residents.get(slot));
+                    ensure!(held.is_some(), if self.others_hold(&key) { 10 } else { 7 }, "{key:?} was given to read, but it is not held");
+                    let Some(held) = held else { continue };
+                    let given = (found.slots[at], found.generations[at], found.offsets[at]);
+                    ensure!(given == (held.slot, held.generation, held.offset), 3, "{key:?} is said to be at {given:x?}");
+                    let cut = found.cuts.get(found.cut[at] as usize);
+                    ensure!(cut.is_some_and(|cut| *cut == held.cut || held.suspect), 1, "{key:?} is said to be cut as {cut:?}");
+                    crcs += cut.map_or(0, Cut::crc_count) as usize;
+                    all.push(held.clone());
+                }
+            }
+        }
+        ensure!(found.crcs.len() == crcs, 1, "{} checksums instead of {crcs}", found.crcs.len());
+        Ok(all)
+    }
+}

@@ -1,0 +1,62 @@
+"""Comparisons that several end-to-end files share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from daemon import Daemon
+from engine import Answer, Engine, kv_transfer, wait_until
+
+BLOCK = 32
+
+
+def full_blocks(tokens: int, block: int = BLOCK) -> int:
+    """Blocks that a finished request of so many tokens leaves behind: the last token was never computed."""
+    return (tokens - 1) // block
+
+
+def wait_stored(daemon: Daemon, count: int) -> None:
+    wait_until(f"{count} blocks are stored", lambda: daemon.resident() >= count)
+    assert daemon.resident() == count
+
+
+def attached(engine: Engine, daemon: Daemon) -> None:
+    """Until the engine's blocks become visible: it has registered (weights are hashed in the background first)."""
+    before = daemon.resident()
+    serial = engine.facts["pid"]
+
+    def shows() -> bool:
+        attached.count += 1
+        engine.ask([2 + (serial * 7 + attached.count * 13 + i * i) % 500 for i in range(BLOCK * 2 + 1)], max_tokens=1)
+        return daemon.resident() > before
+
+    wait_until("the engine's connector stores", shows, 60.0, every_s=0.2)
+
+
+attached.count = 0
+
+
+def largest_gap(one: Answer, other: Answer) -> float:
+    """Largest difference of the logprobs of tokens that both list, over the positions before they choose differently."""
+    gap = 0.0
+    for a, b, x, y in zip(one.samples[0].logprobs, other.samples[0].logprobs, one.tokens, other.tokens):
+        p, q = {t: float.fromhex(h) for t, h in a}, {t: float.fromhex(h) for t, h in b}
+        gap = max([gap, *(abs(p[t] - q[t]) for t in p if t in q)])
+        if x != y:
+            break
+    return gap
+
+
+def merged(dumps: list[dict[str, Any]]) -> list[list[list[str]]]:
+    """Digests [layer][block][head] of all ranks of one pipeline stage side by side, heads in rank order."""
+    layers = []
+    for per_rank in zip(*(d["layers"] for d in dumps)):
+        layers.append([[h for rank in per_rank for h in rank[b]] for b in range(len(per_rank[0]))])
+    return layers
+
+
+def loads(daemon: Daemon) -> dict[str, int]:
+    return {k: int(v) for k, v in daemon.status()["loads"].items() if isinstance(v, (int, float))}
+
+
+__all__ = ["BLOCK", "attached", "full_blocks", "kv_transfer", "largest_gap", "loads", "merged", "wait_stored"]

@@ -1,0 +1,326 @@
+"""Drives one vLLM engine in a process group of its own, so that a test can kill any part of it and nothing is left behind.
+
+One engine serves many checks: starting one takes most of a test's time. This file imports neither torch nor vLLM, so the demo can
+use it from any Python. No sleeping: every wait is for a line of the child, or polls a named condition with a deadline.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+START_S = 240.0
+CALL_S = 240.0
+
+
+class EngineError(RuntimeError):
+    """The child answered with an error or went away. Carries the end of its log."""
+
+
+def wait_until(what: str, condition: Callable[[], Any], deadline_s: float = 30.0, every_s: float = 0.02) -> Any:
+    """Polls `condition` until it is true and gives its value back; for what happens in other processes and can't be waited on."""
+    end = time.monotonic() + deadline_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() >= end:
+            raise TimeoutError(f"not within {deadline_s:.0f} s: {what}")
+        time.sleep(every_s)
+
+
+def environment(extra: dict[str, str] | None = None, threads: int = 2, in_process: bool = False) -> dict[str, str]:
+    """What an offline vLLM on a few CPU cores needs."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "OMP_", "PYTEST_"))}
+    env |= {
+        "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads),
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
+        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "VLLM_LOGGING_COLOR": "0", "TORCHDYNAMO_DISABLE": "1",
+    }
+    return env | (extra or {})
+
+
+@dataclasses.dataclass
+class Sample:
+    tokens: list[int]
+    logprobs: list[list[tuple[int, str]]]
+    finish: str | None
+
+
+@dataclasses.dataclass
+class Answer:
+    """What one request gave."""
+
+    samples: list[Sample]
+    cached: int
+    ttft_s: float | None
+    total_s: float
+    prompt: int
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.samples[0].tokens
+
+    @property
+    def bits(self) -> list[tuple[list[int], list[list[tuple[int, str]]]]]:
+        """Tokens and logprobs of all samples, comparable bit by bit."""
+        return [(s.tokens, [[tuple(p) for p in position] for position in s.logprobs]) for s in self.samples]
+
+
+@dataclasses.dataclass
+class Batch:
+    answers: list[Answer]
+    dumps: list[Any]
+    external: int
+    delta: dict[str, float]
+    seconds: float
+
+
+def _answer(raw: dict[str, Any]) -> Answer:
+    samples = [Sample(s["tokens"], [[(t, h) for t, h in p] for p in s["logprobs"]], s["finish"]) for s in raw["samples"]]
+    return Answer(samples, raw["cached"] or 0, raw["ttft_s"], raw["total_s"], raw["prompt"])
+
+
+def kv_transfer(socket: str | os.PathLike[str], **extra: Any) -> dict[str, Any]:
+    """vLLM's kv_transfer_config for our connector."""
+    return {
+        "kv_connector": "KvdConnector", "kv_connector_module_path": "kvdaemon.vllm", "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"socket": str(socket)} | extra,
+    }
+
+
+class Nursery:
+    """A process that has imported vLLM once and forks engines: see engine_child.py. Saves about ten seconds an engine."""
+
+    def __init__(self, log: str | os.PathLike[str], python: str = sys.executable, env: dict[str, str] | None = None) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, pathlib.Path(log).open("ab") as out:
+            self.process = subprocess.Popen(
+                [python, str(HERE / "engine_child.py"), "nursery", str(theirs.fileno())], stdin=subprocess.DEVNULL, stdout=out,
+                stderr=out, pass_fds=(theirs.fileno(),), start_new_session=True, env=environment(env),
+            )
+        self._ready = False
+
+    def _receive(self) -> dict[str, Any]:
+        self._control.settimeout(START_S)
+        data = self._control.recv(1 << 16)
+        if not data:
+            raise EngineError("the process that starts engines is gone")
+        return json.loads(data)
+
+    def start(self, log: pathlib.Path, env: dict[str, str], options: dict[str, Any], fds: list[int]) -> int:
+        """Forks an engine, which takes the two pipes; gives its pid."""
+        if not self._ready:
+            threads = self._receive()["threads"]
+            if threads != 1:
+                raise EngineError(f"importing vLLM left {threads} threads: forking is not safe")
+            self._ready = True
+        socket.send_fds(self._control, [json.dumps({"log": str(log), "env": env, "options": options}).encode()], fds)
+        return self._receive()["pid"]
+
+    def close(self) -> None:
+        self._control.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Engine:
+    """A running engine. Use as a context manager, or call `close` whatever happens."""
+
+    def __init__(
+        self, model: str | os.PathLike[str], log: str | os.PathLike[str], *, connector: dict[str, Any] | None = None,
+        python: str = sys.executable, env: dict[str, str] | None = None, in_process: bool = False, threads: int = 2,
+        mla_prefix_caching: bool = False, spawn: bool = False, start: bool = True, nursery: Nursery | None = None, **args: Any,
+    ) -> None:
+        self.args: dict[str, Any] = {
+            "model": str(model), "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 8,
+            "block_size": 32, "kv_cache_memory_bytes": 64 << 20, "disable_log_stats": False, "seed": 0,
+            "prefix_caching_hash_algo": "sha256_cbor", "generation_config": "vllm",
+        } | args
+        if connector is not None:
+            self.args["kv_transfer_config"] = connector
+        options = {"args": self.args, "mla_prefix_caching": mla_prefix_caching, "spawn": spawn}
+        self.log = pathlib.Path(log)
+        self.events: collections.deque[dict[str, Any]] = collections.deque()
+        self._buffer = b""
+        down_read, self._down = os.pipe()
+        self._up, up_write = os.pipe()
+        whole_env = environment(env, threads, in_process)
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            if nursery is not None:
+                self.pid = nursery.start(self.log, whole_env, options, [down_read, up_write])
+            else:
+                with self.log.open("ab") as out:
+                    self._process = subprocess.Popen(
+                        [python, str(HERE / "engine_child.py"), str(down_read), str(up_write), json.dumps(options)],
+                        stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=(down_read, up_write), start_new_session=True,
+                        env=whole_env,
+                    )
+                self.pid = self._process.pid
+        finally:
+            os.close(down_read)
+            os.close(up_write)
+        self.facts: dict[str, Any] = {}
+        if start:
+            self.wait_started()
+
+    def wait_started(self, deadline_s: float = START_S) -> Engine:
+        try:
+            self.facts = self._reply(deadline_s)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    # The wire -------------------------------------------------------------------------------------------------
+    def _line(self, deadline: float) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._up], [], [], left)[0]:
+                raise EngineError(f"the engine did not answer in time\n{self.tail()}")
+            data = os.read(self._up, 1 << 20)
+            if not data:
+                raise EngineError(f"the engine process is gone\n{self.tail()}")
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return json.loads(line)
+
+    def _reply(self, deadline_s: float) -> Any:
+        deadline = time.monotonic() + deadline_s
+        while True:
+            message = self._line(deadline)
+            if "event" in message:
+                self.events.append(message)
+            elif "error" in message:
+                raise EngineError(f"{message['error']}\n{self.tail()}")
+            else:
+                return message["reply"]
+
+    def send(self, verb: str, **fields: Any) -> None:
+        """Sends a command without waiting; `receive` gets the reply."""
+        self.events.clear()
+        data = json.dumps({"verb": verb} | fields).encode() + b"\n"
+        while data:
+            data = data[os.write(self._down, data) :]
+
+    def receive(self, deadline_s: float = CALL_S) -> Any:
+        return self._reply(deadline_s)
+
+    def call(self, verb: str, deadline_s: float = CALL_S, **fields: Any) -> Any:
+        self.send(verb, **fields)
+        return self._reply(deadline_s)
+
+    def wait_tokens(self, count: int, request: int = 0, deadline_s: float = CALL_S) -> None:
+        """Until request `request` of the batch that `begin` started has given `count` tokens."""
+        deadline = time.monotonic() + deadline_s
+        seen = max((e["count"] for e in self.events if e["request"] == request), default=0)
+        while seen < count:
+            message = self._line(deadline)
+            if "event" not in message:
+                raise EngineError(f"the batch ended before {count} tokens: {str(message)[:400]}")
+            self.events.append(message)
+            if message["request"] == request:
+                seen = message["count"]
+
+    # The verbs ------------------------------------------------------------------------------------------------
+    def begin(self, prompts: Iterable[list[int]], **fields: Any) -> None:
+        """Starts a batch; `finish` waits for it."""
+        common = {k: fields.pop(k) for k in list(fields) if k in ("progress", "dump", "stop_after")}
+        self.send("generate", prompts=[{"tokens": p} | fields for p in prompts], **common)
+
+    def finish(self, deadline_s: float = CALL_S) -> Batch:
+        raw = self._reply(deadline_s)
+        return Batch([_answer(o) for o in raw["outputs"]], raw["dumps"], raw["external"], raw["delta"], raw["seconds"])
+
+    def batch(self, prompts: Iterable[list[int]], **fields: Any) -> Batch:
+        self.begin(prompts, **fields)
+        return self.finish()
+
+    def ask(self, tokens: list[int], **fields: Any) -> Answer:
+        return self.batch([tokens], **fields).answers[0]
+
+    def reset_local(self) -> None:
+        """Forgets vLLM's own prefix cache, not the daemon's. Blocks may still be held by stores that are being finished."""
+        wait_until("the engine lets go of its blocks", lambda: self.call("reset"), every_s=0.05)
+
+    def counters(self) -> dict[str, float]:
+        return self.call("counters")
+
+    # The processes --------------------------------------------------------------------------------------------
+    def group(self) -> list[tuple[int, str]]:
+        """(pid, command or title) of every live process of this engine's group."""
+        out = []
+        for entry in pathlib.Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                stat = (entry / "stat").read_text()
+                fields = stat[stat.rindex(")") + 2 :].split()
+                if int(fields[2]) == self.pid and fields[0] != "Z":
+                    title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                    out.append((int(entry.name), title))
+            except (OSError, ValueError):
+                continue
+        return out
+
+    def pid_of(self, role: str) -> int:
+        """`core` (the scheduler's process), `worker` or `worker1`, … by vLLM's process titles."""
+        want = {"core": "VLLM::EngineCore"}.get(role, "VLLM::Worker")
+        pids = sorted(pid for pid, title in self.group() if want in title)
+        index = int(role.removeprefix("worker") or 0) if role.startswith("worker") else 0
+        if index >= len(pids):
+            raise EngineError(f"no process {role}: {self.group()}")
+        return pids[index]
+
+    def tail(self, lines: int = 30) -> str:
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return ""
+
+    def exit(self, deadline_s: float = 60.0) -> None:
+        """An orderly end: the engine shuts down, then its process goes."""
+        self.send("exit")
+        self._reap(deadline_s)
+        self.close()
+
+    def kill(self) -> None:
+        """The whole engine at once."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def _reap(self, deadline_s: float = 30.0) -> None:
+        if self._process is not None:
+            self._process.wait(deadline_s)
+        wait_until("all processes of the engine are gone", lambda: not self.group(), deadline_s)
+
+    def close(self) -> None:
+        """Ends whatever is left. Safe to call twice."""
+        self.kill()
+        self._reap()
+        for name in ("_down", "_up"):
+            fd = self.__dict__.pop(name, None)
+            if fd is not None:
+                os.close(fd)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,183 @@
+"""Whatever breaks, the answer is right, and the same engine stores and hits again without a restart.
+
+The right answer is known: the same engine's own local prefix hit, taken before anything was broken, or a cold run where nothing could
+be loaded; the model's choice of tokens is the same in both.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import models
+import pytest
+from checks import attached, full_blocks, kv_transfer, loads, wait_stored
+from conftest import SOAK, Engines
+from daemon import Daemon
+from engine import Engine, wait_until
+
+pytestmark = [pytest.mark.engine, pytest.mark.plugin]
+Model = Callable[[models.Recipe], pathlib.Path]
+
+PROMPT = models.prompt(1, 700)
+LONG = models.prompt(2, 400)
+
+
+class House:
+    """A daemon and an engine that has stored PROMPT, and how it answers."""
+
+    def __init__(self, engine: Engine, daemon: Daemon) -> None:
+        self.engine, self.daemon = engine, daemon
+        attached(engine, daemon)
+        self.base = daemon.resident()
+        engine.ask(PROMPT)
+        wait_stored(daemon, self.base + full_blocks(708))
+        self.hit = engine.ask(PROMPT)
+        assert self.hit.cached == 672
+        self.long = engine.ask(LONG, max_tokens=150).tokens
+
+    def loads_again(self) -> None:
+        """Until PROMPT comes from the daemon in full, bit-equal to the local hit."""
+
+        def full() -> bool:
+            self.engine.reset_local()
+            batch = self.engine.batch([PROMPT])
+            assert batch.answers[0].tokens == self.hit.tokens
+            if batch.external != 672:
+                return False
+            assert batch.answers[0].bits == self.hit.bits
+            return True
+
+        wait_until("the same engine stores and hits again", full, 60.0, every_s=0.1)
+
+
+@pytest.fixture(scope="module")
+def house(module_engines: Engines, module_daemon: Daemon, model: Model) -> House:
+    return House(module_engines.start(model(models.gqa()), connector=kv_transfer(module_daemon.socket)), module_daemon)
+
+
+@pytest.fixture(autouse=True)
+def daemon_runs(house: House) -> Iterator[None]:
+    if house.daemon.process is None:
+        house.daemon.start()
+    yield
+    if house.daemon.process is not None:
+        house.daemon.resume()
+
+
+def test_a_flipped_byte_is_caught_and_recomputed(house: House) -> None:
+    house.loads_again()
+    before = loads(house.daemon)
+    for skip in (3, 40, 90):
+        house.daemon.flip_byte(skip)
+    house.engine.reset_local()
+    batch = house.engine.batch([PROMPT])
+    assert batch.answers[0].tokens == house.hit.tokens
+    after = loads(house.daemon)
+    assert sum(after.values()) > sum(before.values())
+    assert any("crc" in k or "corrupt" in k or "failed" in k for k, v in after.items() if v > before.get(k, 0)) or any(
+        v > 0 for k, v in house.daemon.counts().items() if "crc" in k or "corrupt" in k
+    )
+    house.loads_again()
+
+
+def test_a_punched_hole_is_caught_and_the_region_is_usable_again(house: House) -> None:
+    house.loads_again()
+    house.daemon.punch_hole(0, os.stat(house.daemon.arena()).st_size)
+    house.engine.reset_local()
+    batch = house.engine.batch([PROMPT])
+    assert batch.answers[0].tokens == house.hit.tokens
+    house.loads_again()
+
+
+def test_daemon_killed_in_mid_answer(house: House) -> None:
+    memory = house.daemon.memory()
+    house.engine.begin([LONG, PROMPT], max_tokens=150, progress=True)
+    house.engine.wait_tokens(20)
+    house.daemon.kill()
+    answers = house.engine.finish().answers
+    assert answers[0].tokens == house.long
+    assert answers[1].tokens[:8] == house.hit.tokens
+    # Without a daemon.
+    house.engine.reset_local()
+    batch = house.engine.batch([PROMPT])
+    assert (batch.external, batch.answers[0].tokens) == (0, house.hit.tokens)
+    house.daemon.start()
+    house.loads_again()
+    assert house.daemon.memory() <= memory * 1.25, "host memory in use doubled"
+
+
+def test_daemon_hangs_in_mid_answer(house: House) -> None:
+    house.loads_again()
+    house.engine.begin([LONG, PROMPT], max_tokens=150, progress=True)
+    house.engine.wait_tokens(20)
+    house.daemon.pause()
+    begin = time.monotonic()
+    try:
+        answers = house.engine.finish().answers
+        assert answers[0].tokens == house.long
+        assert answers[1].tokens[:8] == house.hit.tokens
+        house.engine.call("reset")
+        slowest = 0.0
+        while True:
+            fresh = models.prompt(int(time.monotonic() * 1000) % 100000 + 1000, 100)
+            one = house.engine.ask(fresh, max_tokens=4)
+            slowest = max(slowest, one.total_s)
+            if time.monotonic() - begin > (30.0 if SOAK else 3.0):
+                break
+        print(f"\nslowest request with a stopped daemon: {slowest * 1000:.0f} ms")
+    finally:
+        house.daemon.resume()
+    house.loads_again()
+
+
+@pytest.mark.parametrize("role", ["core", "worker"])
+def test_engine_killed_in_mid_store(role: str, engines: Engines, daemon: Daemon, model: Model) -> None:
+    """kill -9 of the scheduler's process, then of a worker: no slot leaks, nothing half-written is visible, the next engine is right."""
+    path = model(models.gqa())
+    prompts = [models.prompt(50 + i, 900) for i in range(4)]
+    victim = engines.start(path, connector=kv_transfer(daemon.socket))
+    attached(victim, daemon)
+    base = daemon.resident()
+    victim.begin(prompts, max_tokens=400, progress=True)
+    wait_until("some of it is stored", lambda: daemon.resident() > base)
+    os.kill(victim.pid_of(role), signal.SIGKILL)
+    victim.close()
+
+    def clean() -> bool:
+        slots = daemon.status()["tiers"]["host"]["slots"]
+        return slots["reserved"] == slots["filling"] == slots["quarantined"] == 0
+
+    wait_until("no slot is left reserved, filling or quarantined", clean)
+    kept = daemon.resident()
+    assert kept > base
+    plain = engines.start(path, in_process=True)
+    right = [plain.ask(p).tokens for p in prompts]
+    heir = engines.start(path, connector=kv_transfer(daemon.socket))
+    attached(heir, daemon)
+    batch = heir.batch(prompts)
+    assert [a.tokens for a in batch.answers] == right
+    assert batch.external > 0
+
+
+def test_engine_starts_before_the_daemon(engines: Engines, model: Model, tmp_path_factory: pytest.TempPathFactory) -> None:
+    late = Daemon(tmp_path_factory.mktemp("d"))
+    try:
+        engine = engines.start(model(models.gqa()), connector=kv_transfer(late.socket))
+        first = engine.ask(PROMPT)
+        assert first.cached == 0
+        late.start()
+        attached(engine, late)
+        engine.reset_local()
+        engine.ask(PROMPT)
+
+        def hit() -> bool:
+            engine.reset_local()
+            return engine.batch([PROMPT]).external == 672
+
+        wait_until("it stores and hits", hit)
+    finally:
+        late.close()

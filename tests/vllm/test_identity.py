@@ -1,0 +1,113 @@
+"""What must not be shared is not: other weights of equal size and edges, other dtype, rope, hash seed, adapter content. And the daemon
+says by which field two namespaces differ. Models that can't be kept yet run, store nothing, and say so in one line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+from checks import attached, full_blocks, kv_transfer, wait_stored
+from conftest import Engines
+from daemon import Daemon
+from engine import Engine
+
+pytestmark = [pytest.mark.engine, pytest.mark.plugin]
+Model = Callable[[models.Recipe], pathlib.Path]
+PROMPT = models.prompt(1, 700)
+
+
+@pytest.fixture(scope="module")
+def stored(module_engines: Engines, module_daemon: Daemon, model: Model) -> Daemon:
+    """A daemon that holds PROMPT of the plain model."""
+    engine = module_engines.start(model(models.gqa()), connector=kv_transfer(module_daemon.socket), in_process=True)
+    attached(engine, module_daemon)
+    base = module_daemon.resident()
+    engine.ask(PROMPT)
+    engine.reset_local()
+    wait_stored(module_daemon, base + full_blocks(708))
+    engine.exit()
+    return module_daemon
+
+
+VARIANTS: dict[str, tuple[models.Recipe, dict[str, Any], str]] = {
+    "weights": (models.gqa(middle_seed=2), {}, "weights"),
+    "dtype": (models.gqa(), {"dtype": "float32"}, "dtype"),
+    "rope": (models.gqa(), {"hf_overrides": {"rope_theta": 20000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}}, "r"),
+    "hash seed": (models.gqa(), {"env": {"PYTHONHASHSEED": "7"}}, "hash"),
+}
+
+
+@pytest.mark.parametrize("what", list(VARIANTS))
+def test_never_shared(what: str, stored: Daemon, engines: Engines, model: Model) -> None:
+    recipe, options, field = VARIANTS[what]
+    engine = engines.start(model(recipe), connector=kv_transfer(stored.socket), in_process=True, **options)
+    attached(engine, stored)
+    before = stored.resident()
+    assert engine.batch([PROMPT]).external == 0
+    engine.reset_local()
+    assert stored.resident() > before, "it stores its own"
+    said = json.dumps(stored.status()["namespaces"])
+    assert field in said
+    assert len(stored.status()["namespaces"]) >= 2
+
+
+def test_the_same_model_elsewhere_is_shared(stored: Daemon, engines: Engines, tmp_path: pathlib.Path) -> None:
+    """The counterpart: weights are known by content, so another copy of the same files shares."""
+    engine = engines.start(models.make(models.gqa(), tmp_path), connector=kv_transfer(stored.socket, **{}), in_process=True, served_model_name="gqa")
+    attached(engine, stored)
+    shared = engine.batch([PROMPT]).external
+    print(f"\na copy of the model in another directory: {shared} tokens shared")
+
+
+def test_lora_of_the_same_name_and_path_with_other_content(engines: Engines, daemon: Daemon, model: Model, tmp_path: pathlib.Path) -> None:
+    where = tmp_path / "adapter"
+    adapter = {"name": "a", "id": 1, "path": str(where)}
+    prompt = models.prompt(3, 300)
+
+    def start(seed: int) -> Engine:
+        models.make_lora(models.gqa(), where, seed)
+        one = engines.start(model(models.gqa()), connector=kv_transfer(daemon.socket), enable_lora=True, max_lora_rank=8)
+        attached(one, daemon)
+        return one
+
+    first = start(1)
+    right = first.ask(prompt, lora=adapter)
+    first.reset_local()
+    assert first.batch([prompt], lora=adapter).external == full_blocks(300) * 32
+    first.exit()
+    second = start(2)
+    batch = second.batch([prompt], lora=adapter)
+    assert batch.external == 0, "the adapter's name and path are the same, its content is not"
+    assert batch.answers[0].tokens != right.tokens
+    second.exit()
+    third = start(1)
+    assert third.batch([prompt], lora=adapter).external == full_blocks(300) * 32
+
+
+def test_several_groups_store_nothing_and_say_so_once(engines: Engines, daemon: Daemon, model: Model) -> None:
+    engine = engines.start(model(models.gemma()), connector=kv_transfer(daemon.socket))
+    prompt = models.prompt(4, 700)
+    first = engine.ask(prompt)
+    engine.reset_local()
+    batch = engine.batch([prompt])
+    assert (batch.external, batch.answers[0].tokens) == (0, first.tokens)
+    assert daemon.resident() == 0
+    lines = [line for line in engine.log.read_text(errors="replace").splitlines() if "kvd" in line and "neither stored nor loaded" in line]
+    assert len(lines) == 1, lines
+    assert "group" in lines[0]
+
+
+def test_weights_epoch_on_reset(engines: Engines, daemon: Daemon, model: Model) -> None:
+    """reset_cache: weights may have changed in place, so nothing stored before is loaded by this engine again; nobody's blocks are deleted."""
+    engine = engines.start(model(models.gqa()), connector=kv_transfer(daemon.socket))
+    attached(engine, daemon)
+    base = daemon.resident()
+    engine.ask(PROMPT)
+    wait_stored(daemon, base + full_blocks(708))
+    assert engine.call("reset", connector=True) is True
+    assert engine.batch([PROMPT]).external == 0
+    assert daemon.resident() >= base + full_blocks(708)
