@@ -1,5 +1,10 @@
 //! Stamps the version and, where there is one, the git commit into the binary. No network, no compiler of anything else.
 
+#![allow(
+    clippy::disallowed_macros,
+    reason = "a build script speaks to cargo by printing"
+)]
+
 use std::process::Command;
 
 fn main() {
