@@ -58,7 +58,7 @@ settings! {
     http: "ADDRESS", "Where /healthz, /readyz, /metrics and /status listen, like 127.0.0.1:9440; or off", http, show_http;
     socket_mode: "MODE", "Permissions of the sockets, in octal", mode, |v: &u32| format!("{v:04o}");
     directory_mode: "MODE", "Permissions of the sockets' directories, in octal", mode, |v: &u32| format!("{v:04o}");
-    eviction: "CHOICE", "Which blocks go first when memory is full: s3fifo or lru", eviction, show_eviction;
+    eviction: "CHOICE", "Which blocks go first when memory is full: lru or s3fifo", eviction, show_eviction;
     lease: "DURATION", "How long a block given for reading stays, like 30s", duration, show_duration;
     lease_share: "NUMBER", "Share of the arena that lookups may keep, from 0 to 1", number, |v: &f64| v.to_string();
     store_deadline: "DURATION", "How long a block may wait for all of its parts", duration, show_duration;
@@ -225,5 +225,5 @@ macro_rules! choice {
 }
 
 choice!(huge_pages, show_huge_pages, HugePages, "auto" => HugePages::Auto, "off" => HugePages::Off, "require" => HugePages::Require);
-choice!(eviction, show_eviction, Eviction, "s3fifo" => Eviction::S3Fifo, "lru" => Eviction::Lru);
+choice!(eviction, show_eviction, Eviction, "lru" => Eviction::Lru, "s3fifo" => Eviction::S3Fifo);
 choice!(log_format, show_log_format, LogFormat, "text" => LogFormat::Text, "json" => LogFormat::Json);

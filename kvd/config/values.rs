@@ -164,7 +164,7 @@ impl Values {
             http: Some(SocketAddr::from(([127, 0, 0, 1], 9440))),
             socket_mode: 0o600,
             directory_mode: 0o700,
-            eviction: Eviction::S3Fifo,
+            eviction: Eviction::Lru,
             lease: Duration::from_secs(30),
             lease_share: 0.5,
             store_deadline: Duration::from_secs(30),

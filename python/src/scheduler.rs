@@ -13,7 +13,7 @@ use kvd_connectors::worker::Counters;
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::{PyBytes, PyDict, PyList};
 
 use crate::clock::now_us;
 use crate::errors::{error, from_client, invalid};
@@ -142,14 +142,27 @@ impl SchedulerHalf {
         self.with(|half| half.allocated(id, external, &blocks));
     }
 
-    fn begin_step(
+    /// Begins a step, and ends it at once if no blocks are wanted: (wanted, orders, whether there are notices).
+    fn step<'py>(
         &self,
+        py: Python<'py>,
         preempted: Vec<PyBackedStr>,
-        ids: Vec<PyBackedStr>,
+        ids: &Bound<'py, PyList>,
         computed: Vec<u32>,
-    ) -> Vec<(usize, u32)> {
-        self.with(|half| half.begin_step(now_us(), &strings(&preempted), &strings(&ids), &computed))
-            .unwrap_or_default()
+    ) -> PyResult<(Vec<(usize, u32)>, Option<Bound<'py, PyBytes>>, bool)> {
+        let ids: Vec<PyBackedStr> = ids.extract()?;
+        let done = self.with(|half| {
+            let now = now_us();
+            let wanted = half.begin_step(now, &strings(&preempted), &strings(&ids), &computed);
+            let orders = wanted.is_empty().then(|| half.end_step(now));
+            (wanted, orders, half.has_notices())
+        });
+        let (wanted, orders, notices) = done.unwrap_or((Vec::new(), Some(Vec::new()), false));
+        Ok((
+            wanted,
+            orders.map(|bytes| PyBytes::new(py, &bytes)),
+            notices,
+        ))
     }
 
     fn capture(&self, id: &str, hashes: &[u8], blocks: Vec<u32>) {

@@ -1,7 +1,10 @@
 //! A daemon for black-box tests: the real binary in a directory of its own, killed and cleaned up when dropped; and a
 //! session without a client, to say what no client would.
 #![allow(dead_code, reason = "every test file uses a part of this")]
-#![allow(clippy::disallowed_methods, reason = "another process gives no event to wait for, only states to look at")]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "another process gives no event to wait for, only states to look at"
+)]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -9,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -26,7 +30,9 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The binary under test.
 pub fn kvd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvd"));
-    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    command
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default());
     command
 }
 
@@ -58,14 +64,20 @@ impl Daemon {
     /// The same, in a directory where one may have been before.
     pub fn start_in(directory: Arc<tempfile::TempDir>, flags: &[&str]) -> Self {
         let mut command = kvd();
-        command.args(["serve", "--http", "127.0.0.1:0", "--host-capacity", "64MiB"]).args(flags);
+        command
+            .args(["serve", "--http", "127.0.0.1:0", "--host-capacity", "64MiB"])
+            .args(flags);
         command.arg("--runtime-dir").arg(directory.path());
         Self::spawn(command, directory)
     }
 
     /// Runs this command, which serves in this directory, and waits until it is ready.
     pub fn spawn(mut command: Command, directory: Arc<tempfile::TempDir>) -> Self {
-        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("starts");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("starts");
         let stderr = child.stderr.take().expect("piped");
         let log = Arc::new(Mutex::new(String::new()));
         let (sender, receiver) = mpsc::sync_channel(1);
@@ -89,10 +101,20 @@ impl Daemon {
         };
         let word = |key: &str| {
             let at = line.find(key).expect("the ready line has it") + key.len();
-            line[at..].split_whitespace().next().unwrap_or_default().to_owned()
+            line[at..]
+                .split_whitespace()
+                .next()
+                .unwrap_or_default()
+                .to_owned()
         };
         let socket = PathBuf::from(word("socket=").split(',').next().unwrap_or_default());
-        Self { child, log, socket, http: word("http="), directory }
+        Self {
+            child,
+            log,
+            socket,
+            http: word("http="),
+            directory,
+        }
     }
 
     pub fn pid(&self) -> u32 {
@@ -107,11 +129,19 @@ impl Daemon {
     pub fn get(&self, path: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(&self.http).expect("http listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("set");
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: kvd\r\nConnection: close\r\n\r\n").expect("sent");
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: kvd\r\nConnection: close\r\n\r\n"
+        )
+        .expect("sent");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("an answer");
         let (head, body) = answer.split_once("\r\n\r\n").expect("head and body");
-        let code = head.split_whitespace().nth(1).and_then(|c| c.parse().ok()).expect("a code");
+        let code = head
+            .split_whitespace()
+            .nth(1)
+            .and_then(|c| c.parse().ok())
+            .expect("a code");
         (code, body.to_owned())
     }
 
@@ -150,9 +180,16 @@ impl Daemon {
 
     /// Memory beside shared memory, in 2^20 bytes.
     pub fn rss_mb(&self) -> f64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it lives");
-        let kb = |line: &str| line.split_whitespace().nth(1).and_then(|n| n.parse::<f64>().ok());
-        let lines = status.lines().filter(|l| l.starts_with("RssAnon:") || l.starts_with("RssFile:"));
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it lives");
+        let kb = |line: &str| {
+            line.split_whitespace()
+                .nth(1)
+                .and_then(|n| n.parse::<f64>().ok())
+        };
+        let lines = status
+            .lines()
+            .filter(|l| l.starts_with("RssAnon:") || l.starts_with("RssFile:"));
         lines.filter_map(kb).sum::<f64>() / 1024.0
     }
 }
@@ -180,7 +217,11 @@ impl Raw {
         let stream = UnixStream::connect(socket).expect("somebody listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("set");
         stream.set_write_timeout(Some(PATIENCE)).expect("set");
-        Self { stream, decoder: Decoder::new(64 << 20), next: 1 }
+        Self {
+            stream,
+            decoder: Decoder::new(64 << 20),
+            next: 1,
+        }
     }
 
     /// Connected and greeted.
@@ -204,7 +245,13 @@ impl Raw {
         let mut control = SendAncillaryBuffer::new(&mut room);
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         assert!(control.push(SendAncillaryMessage::ScmRights(&borrowed)));
-        sendmsg(&self.stream, &[std::io::IoSlice::new(bytes)], &mut control, SendFlags::empty()).expect("sent");
+        sendmsg(
+            &self.stream,
+            &[std::io::IoSlice::new(bytes)],
+            &mut control,
+            SendFlags::empty(),
+        )
+        .expect("sent");
     }
 
     /// Sends a request; its id.
@@ -219,9 +266,17 @@ impl Raw {
     /// The next reply; `None` when the session is over.
     pub fn hear(&mut self) -> Option<(u32, reply::Body)> {
         loop {
-            if let Some(frame) = self.decoder.next().expect("the daemon keeps to the framing") {
-                let reply = Reply::decode(frame.body).expect("the daemon's messages can be decoded");
-                return Some((frame.id, reply.body.expect("the daemon's messages are known")));
+            if let Some(frame) = self
+                .decoder
+                .next()
+                .expect("the daemon keeps to the framing")
+            {
+                let reply =
+                    Reply::decode(frame.body).expect("the daemon's messages can be decoded");
+                return Some((
+                    frame.id,
+                    reply.body.expect("the daemon's messages are known"),
+                ));
             }
             match self.stream.read(self.decoder.space()) {
                 Ok(0) => return None,
@@ -242,7 +297,10 @@ impl Raw {
 
     /// Registers [`geometry`]; the namespace's number.
     pub fn register(&mut self) -> u32 {
-        let register = kvd_wire::session::Register { record: record(&[]).into(), groups: vec![layout()] };
+        let register = kvd_wire::session::Register {
+            record: record(&[]).into(),
+            groups: vec![layout()],
+        };
         match self.ask(request::Body::Register(register)) {
             Some(reply::Body::Register(r)) => r.namespace,
             other => panic!("not registered: {other:?}"),
@@ -259,10 +317,13 @@ pub fn framed(id: u32, body: request::Body) -> Vec<u8> {
 
 /// A Hello of a process by itself.
 pub fn hello(role: Role) -> Hello {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let mut instance = vec![7; 16];
+    instance[..8].copy_from_slice(&NEXT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
     Hello {
         version_min: 1,
         version_max: 1,
-        instance: vec![7; 16].into(),
+        instance: instance.into(),
         role: role.into(),
         world: 1,
         label: "a test".to_owned(),
@@ -272,19 +333,37 @@ pub fn hello(role: Role) -> Hello {
 
 /// Blocks of 64 KiB.
 pub fn geometry() -> GroupGeometry {
-    GroupGeometry { kind: GroupKind::Full, layers: 4, heads: 2, block_tokens: 16, cell_bytes: 512, window: None }
+    GroupGeometry {
+        kind: GroupKind::Full,
+        layers: 4,
+        heads: 2,
+        block_tokens: 16,
+        cell_bytes: 512,
+        window: None,
+    }
 }
 
 /// What [`geometry`] is in one process.
 pub fn part() -> PartGeometry {
     let g = geometry();
-    PartGeometry { layers: g.layers, heads: g.heads, tokens: g.block_tokens, cell_bytes: g.cell_bytes }
+    PartGeometry {
+        layers: g.layers,
+        heads: g.heads,
+        tokens: g.block_tokens,
+        cell_bytes: g.cell_bytes,
+    }
 }
 
 /// The layout of a process that has whole blocks.
 pub fn layout() -> GroupLayout {
     let g = geometry();
-    GroupLayout { group: 0, layer_bounds: vec![0, g.layers], head_bounds: vec![0, g.heads], copies: true, part: 0 }
+    GroupLayout {
+        group: 0,
+        layer_bounds: vec![0, g.layers],
+        head_bounds: vec![0, g.heads],
+        copies: true,
+        part: 0,
+    }
 }
 
 /// The record of [`geometry`], with some fields otherwise.
@@ -308,14 +387,20 @@ pub fn record(other: &[(&str, &str)]) -> Vec<u8> {
         fields.retain(|(n, _)| n != name);
         fields.push((name, (*value).to_owned()));
     }
-    NamespaceRecord::build(fields).expect("a legal record").encode()
+    NamespaceRecord::build(fields)
+        .expect("a legal record")
+        .encode()
 }
 
 /// Copies whole blocks of [`geometry`].
 pub fn mover() -> BlockMover {
     let g = geometry();
     let cut = Cut::whole(&g);
-    BlockMover::new(Arc::new(HostDevice::default()), MoverConfig::new(0, g, cut, 0)).expect("a mover")
+    BlockMover::new(
+        Arc::new(HostDevice::default()),
+        MoverConfig::new(0, g, cut, 0),
+    )
+    .expect("a mover")
 }
 
 /// Memory for so many blocks.
@@ -333,5 +418,10 @@ pub fn hash(owner: u32, number: u32) -> [u8; 32] {
 
 /// What the block of this hash holds.
 pub fn content(owner: u32, number: u32) -> impl Fn(usize) -> u8 {
-    move |at| (at as u32).wrapping_mul(2_654_435_761).wrapping_add(owner * 31 + number * 7).to_be_bytes()[0]
+    move |at| {
+        (at as u32)
+            .wrapping_mul(2_654_435_761)
+            .wrapping_add(owner * 31 + number * 7)
+            .to_be_bytes()[0]
+    }
 }

@@ -1,11 +1,11 @@
-"""Comparisons that several end-to-end files share."""
+"""Comparisons and waits that several end-to-end files share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from daemon import Daemon
-from engine import Answer, Engine, kv_transfer, wait_until
+from engine import Answer, Engine, kv_transfer, patient, wait_until
 
 BLOCK = 32
 
@@ -16,7 +16,11 @@ def full_blocks(tokens: int, block: int = BLOCK) -> int:
 
 
 def wait_stored(daemon: Daemon, count: int) -> None:
-    wait_until(f"{count} blocks are stored", lambda: daemon.resident() >= count)
+    try:
+        wait_until(f"{count} blocks are stored", lambda: daemon.resident() >= count)
+    except TimeoutError as error:
+        said = daemon.status()
+        raise AssertionError(f"{error}; the daemon says {said['stores']}, {said['tiers']['host']['slots']}") from None
     assert daemon.resident() == count
 
 
@@ -56,7 +60,14 @@ def merged(dumps: list[dict[str, Any]]) -> list[list[list[str]]]:
 
 
 def loads(daemon: Daemon) -> dict[str, int]:
-    return {k: int(v) for k, v in daemon.status()["loads"].items() if isinstance(v, (int, float))}
+    """Blocks loaded since the daemon started, and those that failed, by reason."""
+    said = daemon.status()["loads"]
+    return {"hit": said["hit"], "absent": said["absent"]} | {f"failed {k}": v for k, v in said["failed"].items()}
 
 
-__all__ = ["BLOCK", "attached", "full_blocks", "kv_transfer", "largest_gap", "loads", "merged", "wait_stored"]
+def differences(daemon: Daemon) -> list[set[str]]:
+    """For every pair of namespaces that the daemon compares: the fields in which they differ."""
+    return [{one["field"] for one in d["fields"]} for n in daemon.status()["namespaces"] for d in n["differs"]]
+
+
+__all__ = ["BLOCK", "attached", "differences", "full_blocks", "kv_transfer", "largest_gap", "loads", "merged", "patient", "wait_stored"]

@@ -104,6 +104,9 @@ class Engines:
         self._all.append(one)
         return one.wait_started() if wait else one
 
+    def last_log(self) -> str:
+        return self._all[-1].log.read_text(errors="replace")
+
     def close(self) -> None:
         for one in self._all:
             one.close()

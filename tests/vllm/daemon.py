@@ -33,16 +33,20 @@ class Daemon:
         self.http: str | None = None
         self.starts = 0
 
+    def _env(self) -> dict[str, str]:
+        """Nothing of the caller's configuration. (KVD_BIN and KVD_TEST_* are the tests' own; kvd refuses variables it does not know.)"""
+        return {k: v for k, v in os.environ.items() if not k.startswith("KVD_")} | {"KVD_RUNTIME_DIR": str(self.where / "run"), "HOME": str(self.where)}
+
     def start(self, wait: bool = True) -> Daemon:
         assert self.process is None
         self.socket.parent.mkdir(parents=True, exist_ok=True)
         os.chmod(self.socket.parent.parent, 0o700)
-        env = {k: v for k, v in os.environ.items() if not k.startswith("KVD_")}
-        env |= {"KVD_RUNTIME_DIR": str(self.where / "run"), "HOME": str(self.where)}
         command = [str(self.program), "serve", "--socket", str(self.socket), "--host-capacity", self.capacity, "--http", "127.0.0.1:0", *self.flags]
+        if self.starts == 0:  # nobody can have a former daemon's arena
+            command += ["--adopt-grace", "1ms"]
         begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True)
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self._env(), start_new_session=True)
         self.starts += 1
         if wait:
             line = wait_until("the daemon is ready", lambda: self._ready_line(begin), 20.0)
@@ -109,7 +113,7 @@ class Daemon:
 
     # What it says ---------------------------------------------------------------------------------------------
     def run(self, *args: str) -> str:
-        done = subprocess.run([str(self.program), *args, "--socket", str(self.socket)], capture_output=True, text=True, timeout=20)
+        done = subprocess.run([str(self.program), *args, "--socket", str(self.socket)], capture_output=True, text=True, timeout=20, env=self._env())
         if done.returncode != 0:
             raise RuntimeError(f"kvd {' '.join(args)}: {done.stderr.strip()}")
         return done.stdout
@@ -126,17 +130,18 @@ class Daemon:
     def counts(self) -> dict[str, int]:
         return {k: int(v) for k, v in self.status().get("counts", {}).items()}
 
-    def memory(self) -> int:
-        """Bytes of host memory that all arenas of this daemon's process and of its engines use: shared pages counted once, by what
-        the daemon's memfds hold."""
-        total = 0
-        for fd in pathlib.Path(f"/proc/{self.pid}/fd").iterdir():
-            try:
-                if "memfd:" in os.readlink(fd):
-                    total += os.stat(fd).st_blocks * 512
-            except OSError:
-                continue
-        return total
+    def memory(self, *engines: int) -> int:
+        """Bytes of memory in this daemon's arenas and in those that the given processes keep open, each counted once."""
+        files: dict[tuple[int, int], int] = {}
+        for pid in (self.pid, *engines):
+            for fd in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+                try:
+                    if "memfd:" in os.readlink(fd):
+                        found = os.stat(fd)
+                        files[found.st_dev, found.st_ino] = found.st_blocks * 512
+                except OSError:
+                    continue
+        return sum(files.values())
 
     # Damage -----------------------------------------------------------------------------------------------------
     def arena(self) -> pathlib.Path:

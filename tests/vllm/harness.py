@@ -232,6 +232,23 @@ class ScriptedModel:
 
 
 # The engine ---------------------------------------------------------------------------------------------------
+class _Layer:
+    """As much of an attention layer as a connector may ask for."""
+
+    isa = "vec"
+    _k_scale_float = _v_scale_float = 1.0
+
+    @staticmethod
+    def get_attn_backend() -> Any:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        return CPUAttentionBackend
+
+
+def layer_names() -> list[str]:
+    return [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
+
+
 def make_config(
     model: pathlib.Path, connector: dict[str, Any] | None, *, async_scheduling: bool, blocks: int = 64, spec_tokens: int = 0,
     budget: int = 512, max_seqs: int = 8, **args: Any,
@@ -249,12 +266,13 @@ def make_config(
     ).create_engine_config()
     config.scheduler_config.async_scheduling = async_scheduling
     config.cache_config.num_gpu_blocks = blocks
+    config.compilation_config.static_forward_context.update((name, _Layer()) for name in layer_names())
     return config
 
 
 def make_kv(blocks: int) -> KVCacheConfig:
     page = HEADS * BLOCK * CELL_WORDS * 8
-    names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
+    names = layer_names()
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.bfloat16)
     assert spec.page_size_bytes == page
     tensor = KVCacheTensor(size=page * blocks * LAYERS, layers=names, layer_stride=page * blocks, block_stride=page)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import models
 import pytest
-from checks import attached, full_blocks, kv_transfer, wait_stored
+from checks import attached, full_blocks, patient, wait_stored
 from conftest import Engines
 from daemon import REPOSITORY, Daemon
 
@@ -29,7 +29,7 @@ def free_port() -> int:
 def test_multi_connector_with_nixl(engines: Engines, daemon: Daemon, model: Model) -> None:
     connector = {
         "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"connectors": [{"kv_connector": "NixlConnector", "kv_role": "kv_both"}, kv_transfer(daemon.socket)]},
+        "kv_connector_extra_config": {"connectors": [{"kv_connector": "NixlConnector", "kv_role": "kv_both"}, patient(daemon.socket)]},
     }
     env = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
     engine = engines.start(model(models.gqa()), connector=connector, env=env)
@@ -56,7 +56,7 @@ def test_next_vllm(engines: Engines, daemon: Daemon, model: Model) -> None:
     env = {"PYTHONPATH": str(overlay())}
     path = model(models.gqa())
     prompt = models.prompt(1, 700)
-    first = engines.start(path, own_process=True, connector=kv_transfer(daemon.socket), env=env)
+    first = engines.start(path, own_process=True, connector=patient(daemon.socket), env=env)
     assert first.facts["vllm"].startswith("0.33")
     attached(first, daemon)
     base = daemon.resident()
@@ -68,7 +68,7 @@ def test_next_vllm(engines: Engines, daemon: Daemon, model: Model) -> None:
     assert batch.external == 672
     assert batch.answers[0].bits == hit.bits
     first.exit()
-    second = engines.start(path, own_process=True, connector=kv_transfer(daemon.socket), env=env, in_process=True)
+    second = engines.start(path, own_process=True, connector=patient(daemon.socket), env=env, in_process=True)
     attached(second, daemon)
     batch = second.batch([prompt])
     assert batch.external == 672

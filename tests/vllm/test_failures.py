@@ -32,9 +32,17 @@ class House:
     def __init__(self, engine: Engine, daemon: Daemon) -> None:
         self.engine, self.daemon = engine, daemon
         attached(engine, daemon)
-        self.base = daemon.resident()
+        # With the deadlines that users have: a busy machine may let a store fall, and the next request makes up for it.
+        base = daemon.resident()
+
+        def stored() -> bool:
+            engine.reset_local()
+            engine.ask(PROMPT)
+            return daemon.resident() >= base + full_blocks(708)
+
+        wait_until("the prompt is stored", stored, 60.0)
+        engine.reset_local()
         engine.ask(PROMPT)
-        wait_stored(daemon, self.base + full_blocks(708))
         self.hit = engine.ask(PROMPT)
         assert self.hit.cached == 672
         self.long = engine.ask(LONG, max_tokens=150).tokens
@@ -76,25 +84,22 @@ def test_a_flipped_byte_is_caught_and_recomputed(house: House) -> None:
     house.engine.reset_local()
     batch = house.engine.batch([PROMPT])
     assert batch.answers[0].tokens == house.hit.tokens
-    after = loads(house.daemon)
-    assert sum(after.values()) > sum(before.values())
-    assert any("crc" in k or "corrupt" in k or "failed" in k for k, v in after.items() if v > before.get(k, 0)) or any(
-        v > 0 for k, v in house.daemon.counts().items() if "crc" in k or "corrupt" in k
-    )
+    assert loads(house.daemon).get("failed crc", 0) > before.get("failed crc", 0)
     house.loads_again()
 
 
 def test_a_punched_hole_is_caught_and_the_region_is_usable_again(house: House) -> None:
     house.loads_again()
+    before = loads(house.daemon)
     house.daemon.punch_hole(0, os.stat(house.daemon.arena()).st_size)
     house.engine.reset_local()
     batch = house.engine.batch([PROMPT])
     assert batch.answers[0].tokens == house.hit.tokens
+    assert loads(house.daemon).get("failed crc", 0) > before.get("failed crc", 0)
     house.loads_again()
 
 
 def test_daemon_killed_in_mid_answer(house: House) -> None:
-    memory = house.daemon.memory()
     house.engine.begin([LONG, PROMPT], max_tokens=150, progress=True)
     house.engine.wait_tokens(20)
     house.daemon.kill()
@@ -107,7 +112,9 @@ def test_daemon_killed_in_mid_answer(house: House) -> None:
     assert (batch.external, batch.answers[0].tokens) == (0, house.hit.tokens)
     house.daemon.start()
     house.loads_again()
-    assert house.daemon.memory() <= memory * 1.25, "host memory in use doubled"
+    engine = [pid for pid, _ in house.engine.group()]
+    assert house.daemon.memory(*engine) <= (256 << 20) * 1.25, "host memory in use doubled"
+    assert house.daemon.status()["tiers"]["host"]["adopted"] is True
 
 
 def test_daemon_hangs_in_mid_answer(house: House) -> None:

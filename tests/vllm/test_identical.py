@@ -12,7 +12,7 @@ from typing import Any
 
 import models
 import pytest
-from checks import attached, full_blocks, kv_transfer, largest_gap, merged, wait_stored
+from checks import attached, full_blocks, patient, largest_gap, merged, wait_stored
 from conftest import Engines
 from daemon import Daemon
 from engine import Engine, EngineError
@@ -20,8 +20,9 @@ from engine import Engine, EngineError
 pytestmark = [pytest.mark.engine, pytest.mark.plugin]
 Model = Callable[[models.Recipe], pathlib.Path]
 
-# bfloat16 keeps 8 bits; the models' logits are about 4 in size. Measured: see the test's output.
-TOLERANCE = 0.15
+# Largest difference of a logprob across parallel degrees. bfloat16 keeps 8 bits and logits are about 4 in size; measured 0.05 (GQA). In
+# the MLA model a rounding can also choose another expert; measured 0.22.
+TOLERANCE = {"gqa": 0.1, "mla": 0.5}
 
 KINDS: dict[str, tuple[Callable[[], models.Recipe], int, dict[str, Any]]] = {
     "gqa": (models.gqa, 32, {}),
@@ -33,8 +34,8 @@ KINDS: dict[str, tuple[Callable[[], models.Recipe], int, dict[str, Any]]] = {
 def start_or_skip(engines: Engines, path: pathlib.Path, **options: Any) -> Engine:
     try:
         return engines.start(path, **options)
-    except EngineError as error:
-        if "FP8 KV cache on CPU requires" in str(error):
+    except EngineError:
+        if "FP8 KV cache on CPU requires" in engines.last_log():
             pytest.skip("fp8 KV: vLLM needs AVX-512 or AMX for it, and this CPU has neither")
         raise
 
@@ -42,7 +43,7 @@ def start_or_skip(engines: Engines, path: pathlib.Path, **options: Any) -> Engin
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_load_is_bit_equal_to_a_local_hit(kind: str, engines: Engines, daemon: Daemon, model: Model) -> None:
     recipe, block, options = KINDS[kind]
-    first = start_or_skip(engines, model(recipe()), connector=kv_transfer(daemon.socket), **options)
+    first = start_or_skip(engines, model(recipe()), connector=patient(daemon.socket), **options)
     attached(first, daemon)
     base = daemon.resident()
     # One prompt ends within a block; of the other the last block is full, and its last token must be computed again.
@@ -59,7 +60,7 @@ def test_load_is_bit_equal_to_a_local_hit(kind: str, engines: Engines, daemon: D
         assert (batch.external, batch.answers[0].cached) == (length, length)
         assert batch.answers[0].bits == hit.bits
     first.exit()
-    second = engines.start(model(recipe()), connector=kv_transfer(daemon.socket), **options)
+    second = engines.start(model(recipe()), connector=patient(daemon.socket), **options)
     attached(second, daemon)
     for p, hit, length in zip(prompts, hits, lengths):
         batch = second.batch([p])
@@ -75,7 +76,7 @@ def test_mla_as_vllm_configures_it_on_a_cpu(engines: Engines, daemon: Daemon, mo
     reference.ask(prompt)
     hit = reference.ask(prompt)
     reference.exit()
-    engine = engines.start(path, connector=kv_transfer(daemon.socket))
+    engine = engines.start(path, connector=patient(daemon.socket))
     assert engine.facts["prefix_caching"] is False
     attached(engine, daemon)
     base = daemon.resident()
@@ -94,7 +95,7 @@ def test_any_tensor_parallel_degree_loads_what_any_other_stored(kind: str, store
     prompt = models.prompt(1, 700)
 
     def start(degree: int) -> Engine:
-        one = engines.start(model(recipe()), connector=kv_transfer(daemon.socket), tensor_parallel_size=degree, threads=2 // degree, **options)
+        one = engines.start(model(recipe()), connector=patient(daemon.socket), tensor_parallel_size=degree, threads=2 // degree, **options)
         attached(one, daemon)
         return one
 
@@ -118,13 +119,13 @@ def test_any_tensor_parallel_degree_loads_what_any_other_stored(kind: str, store
     alone.ask(prompt)
     gap = largest_gap(loaded.answers[0], alone.ask(prompt))
     print(f"\n{kind} TP={stored_at} -> TP={loaded_at}: largest logprob difference {gap:.4f}")
-    assert gap <= TOLERANCE
+    assert gap <= TOLERANCE[kind]
 
 
 def test_two_engines_alive_share(engines: Engines, daemon: Daemon, model: Model) -> None:
     path = model(models.gqa())
-    one = engines.start(path, connector=kv_transfer(daemon.socket), in_process=True)
-    two = engines.start(path, connector=kv_transfer(daemon.socket))
+    one = engines.start(path, connector=patient(daemon.socket), in_process=True)
+    two = engines.start(path, connector=patient(daemon.socket))
     attached(one, daemon)
     attached(two, daemon)
     base = daemon.resident()
@@ -143,7 +144,7 @@ def test_two_engines_alive_share(engines: Engines, daemon: Daemon, model: Model)
 
 def test_samples_salt_and_refusal_to_read(engines: Engines, daemon: Daemon, model: Model) -> None:
     """n > 1 stores and loads like anything else; another salt is another prompt; requests for prompt logprobs read no cache."""
-    engine = engines.start(model(models.gqa()), connector=kv_transfer(daemon.socket))
+    engine = engines.start(model(models.gqa()), connector=patient(daemon.socket))
     attached(engine, daemon)
     base = daemon.resident()
     prompt = models.prompt(8, 320)

@@ -8,7 +8,6 @@ harness notices wrong connectors is a test, too.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 import random
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import daemon as daemon_module  # noqa: E402
 import memory_connector  # noqa: E402
 import models  # noqa: E402
 from conftest import SOAK  # noqa: E402
-from engine import kv_transfer, wait_until  # noqa: E402
+from engine import kv_transfer, patient  # noqa: E402
 from harness import BLOCK, ScriptedEngine, WrongCache, continuation, make_config  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
@@ -44,8 +43,8 @@ class Rig:
     daemon: daemon_module.Daemon | None
     made: list[ScriptedEngine] = dataclasses.field(default_factory=list)
 
-    def engine(self, *, spec_tokens: int = 0, memory_extra: dict[str, Any] | None = None, **options: Any) -> ScriptedEngine:
-        connector = memory(**(memory_extra or {"delay": 2})) if self.daemon is None else kv_transfer(self.daemon.socket)
+    def engine(self, *, spec_tokens: int = 0, as_users_do: bool = False, memory_extra: dict[str, Any] | None = None, **options: Any) -> ScriptedEngine:
+        connector = memory(**(memory_extra or {"delay": 2})) if self.daemon is None else (kv_transfer if as_users_do else patient)(self.daemon.socket)
         config = make_config(self.path, connector, async_scheduling=self.is_async, spec_tokens=spec_tokens, **options)
         one = ScriptedEngine(config, spec_tokens=spec_tokens)
         self.made.append(one)
@@ -71,29 +70,15 @@ class Rig:
         assert self.stored() == count
 
 
-@pytest.fixture(scope="module")
-def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[daemon_module.Daemon]:
-    one = daemon_module.Daemon(tmp_path_factory.mktemp("d"))
-    try:
-        yield one
-    finally:
-        one.close()
-
-
 @pytest.fixture(params=["sync", "async"])
 def is_async(request: pytest.FixtureRequest) -> bool:
     return request.param == "async"
 
 
 @pytest.fixture(params=["memory", pytest.param("kvd", marks=pytest.mark.plugin)])
-def rig(request: pytest.FixtureRequest, is_async: bool, model: Callable[[models.Recipe], pathlib.Path], shared_daemon: daemon_module.Daemon) -> Iterator[Rig]:
+def rig(request: pytest.FixtureRequest, is_async: bool, model: Callable[[models.Recipe], pathlib.Path]) -> Iterator[Rig]:
     memory_connector.STORE.clear()
-    with_daemon = None
-    if request.param == "kvd":
-        with_daemon = shared_daemon
-        with_daemon.kill()  # every test starts with an empty daemon
-        with_daemon.start()
-    one = Rig(request.param, is_async, model(models.gqa()), with_daemon)
+    one = Rig(request.param, is_async, model(models.gqa()), request.getfixturevalue("daemon") if request.param == "kvd" else None)
     yield one
     for engine in one.made:
         engine.close()
@@ -171,7 +156,7 @@ def test_two_requests_on_one_prefix(rig: Rig) -> None:
     engine.drain()
     engine.check_answers()
     if rig.daemon is not None:
-        loaded = int(rig.daemon.status()["loads"].get("ready", 0))
+        loaded = int(rig.daemon.status()["loads"]["hit"])
         assert loaded <= 8, "requests that load the same prefix share one load"
 
 
@@ -336,6 +321,11 @@ def scramble(rig: Rig, seed: int, spec: int) -> None:
                 engine.step()
     engine.drain()
     engine.check_answers(skip=aborted)
+    # Whatever was stored on the way is right: load it.
+    for root in roots:
+        engine.reset()
+        engine.ask(root + continuation(root, 100), 2)
+    assert engine.external_hits > 0, "nothing was loaded: this seed shows nothing"
 
 
 @pytest.mark.parametrize("spec", [0, 3])
@@ -369,10 +359,8 @@ kvd_only = pytest.mark.plugin
 
 
 @pytest.fixture
-def kvd_rig(is_async: bool, model: Callable[[models.Recipe], pathlib.Path], shared_daemon: daemon_module.Daemon) -> Iterator[Rig]:
-    shared_daemon.kill()
-    shared_daemon.start()
-    one = Rig("kvd", is_async, model(models.gqa()), shared_daemon)
+def kvd_rig(is_async: bool, model: Callable[[models.Recipe], pathlib.Path], daemon: daemon_module.Daemon) -> Iterator[Rig]:
+    one = Rig("kvd", is_async, model(models.gqa()), daemon)
     yield one
     for engine in one.made:
         engine.close()
@@ -406,7 +394,7 @@ def test_daemon_killed_and_back(kvd_rig: Rig) -> None:
 @kvd_only
 def test_daemon_hangs(kvd_rig: Rig) -> None:
     """SIGSTOP: the scheduler's hooks never wait for the socket; everything ends, and comes back."""
-    engine, daemon = kvd_rig.engine(), kvd_rig.daemon
+    engine, daemon = kvd_rig.engine(as_users_do=True), kvd_rig.daemon
     assert daemon is not None and engine.times is not None
     base = kvd_rig.stored()
     prompt = models.prompt(110, 330)
@@ -437,7 +425,7 @@ def test_daemon_hangs(kvd_rig: Rig) -> None:
 @kvd_only
 def test_daemon_comes_late(is_async: bool, model: Callable[[models.Recipe], pathlib.Path], tmp_path_factory: pytest.TempPathFactory) -> None:
     daemon = daemon_module.Daemon(tmp_path_factory.mktemp("d"))
-    config = make_config(model(models.gqa()), kv_transfer(daemon.socket), async_scheduling=is_async)
+    config = make_config(model(models.gqa()), patient(daemon.socket), async_scheduling=is_async)
     engine = ScriptedEngine(config)
     try:
         prompt = models.prompt(130, 200)

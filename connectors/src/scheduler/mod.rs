@@ -219,13 +219,16 @@ impl<P: Port> Scheduler<P> {
         wanted
     }
 
-    /// Ends a step: what the workers shall do.
+    /// Ends a step: what the workers shall do; empty when they shall do nothing.
     pub fn end_step(&mut self, now: u64) -> Vec<u8> {
         self.collect_reservations(now);
         self.push_tails(now);
         self.tell_finished(now);
         self.meta.loads.append(&mut self.pending_loads);
         self.meta.namespaces = self.namespaces.introduce();
+        if self.meta.is_empty() {
+            return Vec::new();
+        }
         self.meta.version = VERSION;
         let bytes = self.meta.encode_to_vec();
         self.meta = StepMeta::default();

@@ -46,6 +46,8 @@ pub(crate) struct Namespaces<N> {
     mixed: bool,
     instance: String,
     by_key: HashMap<(u64, Adapter), Option<u32>>,
+    /// Some namespace has not been introduced to the workers.
+    unheard: bool,
     all: Vec<Option<Namespace<N>>>,
 }
 
@@ -60,6 +62,7 @@ impl<N> Namespaces<N> {
             mixed: false,
             instance: String::new(),
             by_key: HashMap::new(),
+            unheard: false,
             all: Vec::new(),
         }
     }
@@ -108,6 +111,9 @@ impl<N> Namespaces<N> {
     /// Namespaces that the workers have not been told of.
     pub(crate) fn introduce(&mut self) -> Vec<NamespaceIntro> {
         let mut intros = Vec::new();
+        if !std::mem::take(&mut self.unheard) {
+            return intros;
+        }
         for namespace in self.all.iter_mut().flatten().filter(|n| !n.introduced) {
             namespace.introduced = true;
             intros.push(namespace.intro.clone());
@@ -235,6 +241,7 @@ impl<P: Port> Scheduler<P> {
             .register(record.clone(), layouts(&groups, None))
             .map_err(|fault| format!("the namespace can't be registered: {fault:?}"))?;
         let index = self.namespaces.all.len() as u32;
+        self.namespaces.unheard = true;
         self.namespaces.all.push(Some(Namespace {
             slot,
             intro: NamespaceIntro {

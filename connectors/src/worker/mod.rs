@@ -55,16 +55,11 @@ impl Default for Settings {
     }
 }
 
-/// Why a worker half can't be made.
+/// Why a namespace can't be served.
 #[derive(Debug, thiserror::Error)]
-pub enum WorkerError {
-    /// A message of the scheduler half.
-    #[error(transparent)]
-    Meta(#[from] MetaError),
-    /// The system gives no thread.
+pub(crate) enum WorkerError {
     #[error("no thread for copies: {0}")]
     Thread(#[from] std::io::Error),
-    /// Geometry that can't be.
     #[error("a namespace of the scheduler does not fit this worker: {0}")]
     Namespace(String),
 }
@@ -124,16 +119,16 @@ impl Worker {
     /// away in this step.
     ///
     /// # Errors
-    /// When the orders can't be read, or don't fit this worker. What could be carried out will be.
-    pub fn begin(&mut self, orders: &[u8]) -> Result<(), WorkerError> {
+    /// When the orders can't be read.
+    pub fn begin(&mut self, orders: &[u8]) -> Result<(), MetaError> {
         let meta: StepMeta = meta::decode(orders)?;
         for request in &meta.preempted {
             self.shared.wait_for_stores(request);
         }
-        let mut result = Ok(());
         for intro in &meta.namespaces {
             if let Err(error) = self.join(intro) {
-                result = Err(error);
+                // Its loads will fail and its stores will be given up.
+                self.notices.warn(error.to_string());
             }
         }
         for index in &meta.retired {
@@ -145,7 +140,7 @@ impl Worker {
         self.shared.finish(meta.finish);
         self.stores.extend(meta.stores);
         self.loads.extend(meta.loads);
-        result
+        Ok(())
     }
 
     fn join(&mut self, intro: &meta::NamespaceIntro) -> Result<(), WorkerError> {

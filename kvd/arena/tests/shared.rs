@@ -1,5 +1,7 @@
 //! Two processes' views of one arena, and everything that somebody could pass instead of one.
 
+#![allow(clippy::unwrap_used, reason = "tests, helpers too")]
+
 use std::os::fd::{AsFd, OwnedFd};
 
 use kvd_arena::{
@@ -288,7 +290,6 @@ fn hostile_descriptors_are_refused() {
     let good = arena(2);
     let shape = *good.shape();
     let sealed = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-    let table_bytes = 4096 + 4096;
     let memory = || fds(&good).0;
     let table = || fds(&good).1;
 
@@ -354,6 +355,15 @@ fn hostile_descriptors_are_refused() {
     refused(memfd(1 << 46, sealed), table(), &shape, "huge");
     refused(memory(), memory(), &shape, "the arena twice");
     refused(table(), table(), &shape, "the table twice");
+}
+
+#[test]
+fn hostile_tables_are_refused() {
+    let good = arena(2);
+    let shape = *good.shape();
+    let sealed = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    let table_bytes = 4096 + 4096;
+    let memory = || fds(&good).0;
 
     let future = sealed | SealFlags::FUTURE_WRITE;
     refused(

@@ -403,7 +403,7 @@ fn a_link_survives_many_deaths() {
     let (_dir, path) = dir();
     let mut daemon = FakeDaemon::start(&path, Script::default());
     let (link, slot) = linked(config(&path));
-    for round in 1..20u64 {
+    for round in 1..8u64 {
         if round % 2 == 0 {
             daemon.hang_up();
         } else {

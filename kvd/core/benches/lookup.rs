@@ -31,10 +31,38 @@ fn hashes(first: u64, count: u64) -> Vec<[u8; 32]> {
     (first..first + count).map(hash).collect()
 }
 
+fn record() -> Vec<u8> {
+    let fields = [
+        ("tenant", "t"),
+        ("model", "m"),
+        ("weights", "w"),
+        ("kv_dtype", "bfloat16"),
+        ("cell_encoding", "flash:1"),
+        ("hash", "sha256_cbor:0"),
+        ("block_tokens", "16"),
+        ("groups", "1"),
+        ("group.0.kind", "full"),
+        ("group.0.layers", "4"),
+        ("group.0.heads", "2"),
+        ("group.0.cell_bytes", "32"),
+    ];
+    NamespaceRecord::build(fields)
+        .expect("a good record")
+        .encode()
+}
+
 impl Bench {
     fn new(eviction: EvictionPolicy) -> Bench {
-        let settings = Settings { eviction, lease_fraction: 1.0, ..Settings::default() };
-        let mut bench = Bench { core: Core::new(settings), out: Vec::new(), now: 0 };
+        let settings = Settings {
+            eviction,
+            lease_fraction: 1.0,
+            ..Settings::default()
+        };
+        let mut bench = Bench {
+            core: Core::new(settings),
+            out: Vec::new(),
+            now: 0,
+        };
         let extent_bytes = 64 << 20;
         let extents = (BLOCKS * 4096u64).div_ceil(extent_bytes);
         let shape = ArenaShape {
@@ -45,10 +73,21 @@ impl Bench {
             slots_per_extent: (extent_bytes / 4096) as u32,
         };
         let limits = TenantLimits::default();
-        bench.step(Input::Tenant { tenant: TENANT, name: "t", limits });
-        bench.step(Input::Arena { tenant: TENANT, shape, adopted: None });
+        bench.step(Input::Tenant {
+            tenant: TENANT,
+            name: "t",
+            limits,
+        });
+        bench.step(Input::Arena {
+            tenant: TENANT,
+            shape,
+            adopted: None,
+        });
         for extent in 0..extents as u32 {
-            bench.step(Input::ExtentReady { tenant: TENANT, extent });
+            bench.step(Input::ExtentReady {
+                tenant: TENANT,
+                extent,
+            });
         }
         bench.step(Input::Opened {
             session: SESSION,
@@ -60,24 +99,18 @@ impl Bench {
             label: "bench",
             past: None,
         });
-        let fields = [
-            ("tenant", "t"),
-            ("model", "m"),
-            ("weights", "w"),
-            ("kv_dtype", "bfloat16"),
-            ("cell_encoding", "flash:1"),
-            ("hash", "sha256_cbor:0"),
-            ("block_tokens", "16"),
-            ("groups", "1"),
-            ("group.0.kind", "full"),
-            ("group.0.layers", "4"),
-            ("group.0.heads", "2"),
-            ("group.0.cell_bytes", "32"),
-        ];
-        let record = NamespaceRecord::build(fields).expect("a good record").encode();
-        let groups =
-            [GroupLayout { group: 0, layer_bounds: &[0, 4], head_bounds: &[0, 2], copies: true, part: 0 }];
-        bench.ask(Request::Register { record: &record, groups: &groups });
+        let record = record();
+        let groups = [GroupLayout {
+            group: 0,
+            layer_bounds: &[0, 4],
+            head_bounds: &[0, 2],
+            copies: true,
+            part: 0,
+        }];
+        bench.ask(Request::Register {
+            record: &record,
+            groups: &groups,
+        });
         for first in (0..BLOCKS).step_by(10_000) {
             bench.store(&hashes(first, 10_000));
         }
@@ -91,7 +124,11 @@ impl Bench {
     }
 
     fn ask(&mut self, body: Request<'_>) -> &Reply {
-        self.step(Input::Request { session: SESSION, id: RequestId(0), body });
+        self.step(Input::Request {
+            session: SESSION,
+            id: RequestId(0),
+            body,
+        });
         match self.out.last() {
             Some(Output::Reply { reply, .. }) => reply,
             other => panic!("{other:?}"),
@@ -99,15 +136,24 @@ impl Bench {
     }
 
     fn reserve(&mut self, list: &[[u8; 32]]) -> ReserveReply {
-        let chain = Chain { group: 0, hashes: list, parent: None };
-        match self.ask(Request::Reserve { namespace: 0, chain }) {
+        let chain = Chain {
+            group: 0,
+            hashes: list,
+            parent: None,
+        };
+        match self.ask(Request::Reserve {
+            namespace: 0,
+            chain,
+        }) {
             Reply::Reserve(reply) => reply.clone(),
             other => panic!("{other:?}"),
         }
     }
 
     fn store(&mut self, list: &[[u8; 32]]) {
-        let ReserveReply { slots, generations, .. } = self.reserve(list);
+        let ReserveReply {
+            slots, generations, ..
+        } = self.reserve(list);
         let crcs = vec![7; slots.len() * 2];
         let body = Request::Commit {
             namespace: 0,
@@ -120,8 +166,17 @@ impl Bench {
     }
 
     fn lookup(&mut self, list: &[[u8; 32]]) {
-        let chains = [Chain { group: 0, hashes: list, parent: None }];
-        let body = Request::Lookup { namespace: 0, chains: &chains, lease_ms: 0, leading: true };
+        let chains = [Chain {
+            group: 0,
+            hashes: list,
+            parent: None,
+        }];
+        let body = Request::Lookup {
+            namespace: 0,
+            chains: &chains,
+            lease_ms: 0,
+            leading: true,
+        };
         match self.ask(body) {
             Reply::Lookup(reply) => assert_eq!(reply.chains[0].length, [list.len() as u32]),
             other => panic!("{other:?}"),
@@ -129,24 +184,40 @@ impl Bench {
     }
 
     fn load_and_release(&mut self, list: &[[u8; 32]]) {
-        let body = Request::Load { namespace: 0, group: 0, hashes: list, deadline_ms: 0 };
-        let Reply::Load(got) = self.ask(body).clone() else { panic!("no load") };
+        let body = Request::Load {
+            namespace: 0,
+            group: 0,
+            hashes: list,
+            deadline_ms: 0,
+        };
+        let Reply::Load(got) = self.ask(body).clone() else {
+            panic!("no load")
+        };
         assert_eq!(got.slots.len(), list.len());
         let (slots, generations) = (&got.slots[..], &got.generations[..]);
-        self.ask(Request::Release { slots, generations, corrupt: &[], lease: 0 });
+        self.ask(Request::Release {
+            slots,
+            generations,
+            corrupt: &[],
+            lease: 0,
+        });
     }
 }
 
 /// Stored in this order and looked up in another, so that entries of a chain are not neighbours in memory.
 fn scattered(at: u64, count: u64) -> Vec<[u8; 32]> {
-    (0..count).map(|n| hash((at * count + n).wrapping_mul(611_953) % BLOCKS)).collect()
+    (0..count)
+        .map(|n| hash((at * count + n).wrapping_mul(611_953) % BLOCKS))
+        .collect()
 }
 
 fn lookups(c: &mut Criterion) {
     let mut bench = Bench::new(EvictionPolicy::Lru);
     for count in [128, 6_250] {
         let hot = hashes(0, count);
-        c.bench_function(&format!("lookup {count} hot"), |b| b.iter(|| bench.lookup(&hot)));
+        c.bench_function(&format!("lookup {count} hot"), |b| {
+            b.iter(|| bench.lookup(&hot))
+        });
         let mut at = 0;
         c.bench_function(&format!("lookup {count} cold"), |b| {
             b.iter_batched(
@@ -160,11 +231,16 @@ fn lookups(c: &mut Criterion) {
         });
     }
     let hot = hashes(0, 6_250);
-    c.bench_function("load and release 6250 hot", |b| b.iter(|| bench.load_and_release(&hot)));
+    c.bench_function("load and release 6250 hot", |b| {
+        b.iter(|| bench.load_and_release(&hot))
+    });
 }
 
 fn stores(c: &mut Criterion) {
-    for (name, policy) in [("lru", EvictionPolicy::Lru), ("s3-fifo", EvictionPolicy::S3Fifo)] {
+    for (name, policy) in [
+        ("lru", EvictionPolicy::Lru),
+        ("s3-fifo", EvictionPolicy::S3Fifo),
+    ] {
         let mut bench = Bench::new(policy);
         let mut first = BLOCKS;
         c.bench_function(&format!("store 6250 evicting, {name}"), |b| {

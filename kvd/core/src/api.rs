@@ -105,7 +105,11 @@ pub struct TenantLimits {
 
 impl Default for TenantLimits {
     fn default() -> Self {
-        TenantLimits { sessions: 256, namespaces: 256, quarantine_bytes: 0 }
+        TenantLimits {
+            sessions: 256,
+            namespaces: 256,
+            quarantine_bytes: 0,
+        }
     }
 }
 
@@ -215,7 +219,7 @@ pub enum Request<'a> {
         /// Also end this lookup lease; 0: none.
         lease: u64,
     },
-    /// Every copy that this process began under its past session is over.
+    /// Every copy that this process began under its past session, or any before that, is over.
     Fence {
         /// Token of the past session, as it was given in Hello.
         past: SessionId,
@@ -310,11 +314,19 @@ pub struct Failure {
 impl Failure {
     /// A failure after which the session goes on.
     pub fn new(kind: ErrorKind, text: impl Into<String>) -> Self {
-        Failure { kind, text: text.into(), ends_session: false }
+        Failure {
+            kind,
+            text: text.into(),
+            ends_session: false,
+        }
     }
 
     pub(crate) fn fatal(kind: ErrorKind, text: impl Into<String>) -> Self {
-        Failure { kind, text: text.into(), ends_session: true }
+        Failure {
+            kind,
+            text: text.into(),
+            ends_session: true,
+        }
     }
 
     pub(crate) fn invalid(text: impl Into<String>) -> Self {

@@ -11,7 +11,9 @@ use crate::state::Core;
 impl Core {
     /// The block was looked up (`used` false) or used: recency of the block and of its extent.
     pub(crate) fn touch(&mut self, t: usize, class: u16, id: u32, used: bool) {
-        let Some(pool) = &mut self.tenants[t].pool else { return };
+        let Some(pool) = &mut self.tenants[t].pool else {
+            return;
+        };
         let (extents, policy) = pool.recency(class);
         extents.touch(self.index.entries.hot[id].slot, self.stamp);
         chain::touch(policy, &mut self.index.entries, id, self.stamp, used);
@@ -45,7 +47,9 @@ impl Core {
     fn count_pinned(&mut self, t: usize, id: u32, pinned: bool) {
         let tenant = &mut self.tenants[t];
         let Some(pool) = &mut tenant.pool else { return };
-        let Some(extent) = pool.extents.of(self.index.entries.hot[id].slot) else { return };
+        let Some(extent) = pool.extents.of(self.index.entries.hot[id].slot) else {
+            return;
+        };
         let extent = &mut pool.extents[extent];
         let bytes = pool.classes[usize::from(extent.class)].slot_bytes;
         if pinned {
@@ -61,14 +65,22 @@ impl Core {
     /// it was the coldest.
     pub(crate) fn drop_block(&mut self, id: u32, cold: bool, out: &mut Vec<Output>) {
         self.announce(id, ChangeKind::Removed);
-        let Entry { space, group, slot, crcs, pins, .. } = self.index.entries.hot[id];
+        let Entry {
+            space,
+            group,
+            slot,
+            crcs,
+            pins,
+            ..
+        } = self.index.entries.hot[id];
         let cut = self.index.entries.side[id].cut;
         let namespace = self.spaces.get_mut(space);
         let t = namespace.tenant;
         let found = &namespace.groups[usize::from(group)];
         namespace.blocks -= 1;
         namespace.bytes -= found.slot_bytes;
-        self.crcs.remove(namespace.cuts[usize::from(cut)].crcs, crcs);
+        self.crcs
+            .remove(namespace.cuts[usize::from(cut)].crcs, crcs);
         let class = found.class;
         if pins > 0 {
             self.count_pinned(t, id, false);
@@ -152,17 +164,26 @@ impl Core {
     }
 
     fn resident_in(&self, t: usize, extent: u32) -> Vec<u32> {
-        let Some(pool) = &self.tenants[t].pool else { return Vec::new() };
+        let Some(pool) = &self.tenants[t].pool else {
+            return Vec::new();
+        };
         let extent = &pool.extents[extent];
         let slots = extent.slots.iter().take(extent.fresh as usize);
-        slots.filter(|slot| slot.state == SlotState::Resident).map(|slot| slot.owner).collect()
+        slots
+            .filter(|slot| slot.state == SlotState::Resident)
+            .map(|slot| slot.owner)
+            .collect()
     }
 
     /// A reader found bytes that are not what was stored: the block goes. A streak of such takes the extent out.
     pub(crate) fn corrupt(&mut self, t: usize, id: u32, out: &mut Vec<Output>) {
         self.counters.load_failed.crc += 1;
-        let Some(pool) = &mut self.tenants[t].pool else { return };
-        let Some(at) = pool.extents.of(self.index.entries.hot[id].slot) else { return };
+        let Some(pool) = &mut self.tenants[t].pool else {
+            return;
+        };
+        let Some(at) = pool.extents.of(self.index.entries.hot[id].slot) else {
+            return;
+        };
         pool.extents[at].streak += 1;
         let streak = pool.extents[at].streak;
         self.drop_block(id, false, out);

@@ -68,7 +68,10 @@ impl Core {
         }
         pool.check_lists();
         assert_eq!(tenant.pinned_bytes, pinned, "pinned bytes of a tenant");
-        assert_eq!(tenant.quarantined_bytes, quarantined, "quarantined bytes of a tenant");
+        assert_eq!(
+            tenant.quarantined_bytes, quarantined,
+            "quarantined bytes of a tenant"
+        );
     }
 
     /// A slot and who has it name each other. Returns whether its block has pins.
@@ -79,16 +82,29 @@ impl Core {
             SlotState::Resident => {
                 let entry = self.entry(owner);
                 assert_eq!((entry.state, entry.slot), (EntryState::Resident, slot));
-                assert_eq!(self.spaces.get(entry.space).tenant, t, "a block in a foreign arena");
+                assert_eq!(
+                    self.spaces.get(entry.space).tenant,
+                    t,
+                    "a block in a foreign arena"
+                );
                 entry.pins > 0
             }
             SlotState::Reserved | SlotState::Filling | SlotState::Quarantined => {
                 let fill = &self.fills[owner];
-                assert_eq!((fill.slot, fill.tenant as usize), (slot, t), "a fill elsewhere");
-                assert_ne!(fill.writing, 0, "nobody writes a slot that is kept from others");
+                assert_eq!(
+                    (fill.slot, fill.tenant as usize),
+                    (slot, t),
+                    "a fill elsewhere"
+                );
+                assert_ne!(
+                    fill.writing, 0,
+                    "nobody writes a slot that is kept from others"
+                );
                 assert_eq!(fill.entry == NIL, state == SlotState::Quarantined);
                 let started = fill.writing != self.crews[fill.crew].all();
-                assert!(state == SlotState::Quarantined || started == (state == SlotState::Filling));
+                assert!(
+                    state == SlotState::Quarantined || started == (state == SlotState::Filling)
+                );
                 if fill.entry != NIL {
                     let entry = self.entry(fill.entry);
                     assert_eq!((entry.state, entry.slot), (EntryState::Filling, slot));
@@ -100,7 +116,9 @@ impl Core {
 
     /// Exactly the visible blocks without children are candidates.
     fn check_policy(&self, t: usize, class: u16) {
-        let Some(pool) = &self.tenants[t].pool else { return };
+        let Some(pool) = &self.tenants[t].pool else {
+            return;
+        };
         let policy = &pool.classes[usize::from(class)].policy;
         let all = policy.all(&self.index.entries);
         assert_eq!(all.len() as u64, policy.len());
@@ -116,27 +134,46 @@ impl Core {
         let mut children: BTreeMap<u32, u32> = BTreeMap::new();
         let mut leaves = 0;
         let range = self.index.entries.hot.range();
-        for id in range.clone().filter(|id| self.entry(*id).state != EntryState::Vacant) {
+        for id in range
+            .clone()
+            .filter(|id| self.entry(*id).state != EntryState::Vacant)
+        {
             let entry = self.entry(id);
             if let Some(parent) = self.index.entries.parent(id) {
                 *children.entry(parent).or_default() += 1;
             }
             let leaf = entry.state == EntryState::Resident && entry.children == 0;
-            assert_eq!(listed(entry), leaf, "a leaf is not a candidate, or a candidate no leaf");
+            assert_eq!(
+                listed(entry),
+                leaf,
+                "a leaf is not a candidate, or a candidate no leaf"
+            );
             leaves += u64::from(leaf);
             let tenant = self.spaces.get(entry.space).tenant;
             let pool = self.tenants[tenant].pool.as_ref();
-            let slot = pool.and_then(|pool| pool.slot(entry.slot)).map(|slot| slot.owner);
+            let slot = pool
+                .and_then(|pool| pool.slot(entry.slot))
+                .map(|slot| slot.owner);
             let owner = slot.expect("an entry has a slot");
-            let named = if entry.state == EntryState::Resident { owner } else { self.fills[owner].entry };
+            let named = if entry.state == EntryState::Resident {
+                owner
+            } else {
+                self.fills[owner].entry
+            };
             assert_eq!(named, id, "an entry's slot is another's");
         }
         for id in range.filter(|id| self.entry(*id).state != EntryState::Vacant) {
             let counted = children.get(&id).copied().unwrap_or(0);
             assert_eq!(self.entry(id).children, counted, "children of an entry");
         }
-        let pools = self.tenants.iter().filter_map(|tenant| tenant.pool.as_ref());
-        let candidates: u64 = pools.flat_map(|pool| &pool.classes).map(|c| c.policy.len()).sum();
+        let pools = self
+            .tenants
+            .iter()
+            .filter_map(|tenant| tenant.pool.as_ref());
+        let candidates: u64 = pools
+            .flat_map(|pool| &pool.classes)
+            .map(|c| c.policy.len())
+            .sum();
         assert_eq!(candidates, leaves, "candidates for eviction");
         assert_eq!(self.crcs.len(), self.index.len(), "runs of checksums");
     }
@@ -162,12 +199,22 @@ impl Core {
         let open = self.deadlines.all(&self.fills);
         assert!(open.iter().all(|id| self.fills[*id].entry != NIL));
         let given_up = self.tenants.iter().filter_map(|t| t.pool.as_ref());
-        let given_up: u64 = given_up.flat_map(|p| &p.classes).map(|c| c.counts.quarantined).sum();
-        assert_eq!(open.len() as u64 + given_up, seen as u64, "fills with and without a deadline");
+        let given_up: u64 = given_up
+            .flat_map(|p| &p.classes)
+            .map(|c| c.counts.quarantined)
+            .sum();
+        assert_eq!(
+            open.len() as u64 + given_up,
+            seen as u64,
+            "fills with and without a deadline"
+        );
         let deadlines: Vec<u64> = open.iter().map(|id| self.fills[*id].deadline).collect();
         assert!(deadlines.is_sorted(), "deadlines out of order");
         for (session, count) in writing {
-            assert_eq!(self.sessions[session].writing, count, "copy records of a session");
+            assert_eq!(
+                self.sessions[session].writing, count,
+                "copy records of a session"
+            );
         }
         for (crew, count) in fills {
             assert_eq!(self.crews[crew].fills, count, "fills of a crew");
@@ -182,8 +229,8 @@ impl Core {
             let session = &self.sessions[*at];
             assert_eq!(session.token, *token);
             assert!(self.instances[session.instance].sessions.contains(at));
-            let idle = session.writing == 0 && session.reads == 0 && session.lookups == 0;
-            assert!(session.attached || !idle, "a detached session without a reason to stay");
+            let kept = session.attached || self.lingers(*at);
+            assert!(kept, "a detached session without a reason to stay");
             counts[session.tenant].0 += 1;
             counts[session.tenant].1 += session.joined.len() as u32;
         }
@@ -194,7 +241,10 @@ impl Core {
         for ((tenant, id), at) in &self.instance_ids {
             let instance = &self.instances[*at];
             assert_eq!((instance.tenant, instance.id), (*tenant, *id));
-            assert!(!instance.sessions.is_empty(), "an instance without sessions");
+            assert!(
+                !instance.sessions.is_empty(),
+                "an instance without sessions"
+            );
             for team in instance.teams.iter().filter(|team| team.crew != NIL) {
                 let crew = &self.crews[team.crew];
                 current += 1;
@@ -202,8 +252,14 @@ impl Core {
             }
         }
         let all = self.crews.range().map(|at| &self.crews[at]);
-        let retired = all.filter(|crew| crew.retired).inspect(|crew| assert!(crew.fills > 0));
-        assert_eq!(current + retired.count(), self.crews.len(), "a crew of nobody");
+        let retired = all
+            .filter(|crew| crew.retired)
+            .inspect(|crew| assert!(crew.fills > 0));
+        assert_eq!(
+            current + retired.count(),
+            self.crews.len(),
+            "a crew of nobody"
+        );
     }
 
     fn check_leases(&self) {
@@ -231,7 +287,11 @@ impl Core {
         for at in self.tokens.values() {
             let session = &self.sessions[*at];
             let counted = held.remove(at).unwrap_or_default();
-            assert_eq!((session.reads, session.lookups), counted, "leases of a session");
+            assert_eq!(
+                (session.reads, session.lookups),
+                counted,
+                "leases of a session"
+            );
         }
         assert!(held.is_empty(), "leases of nobody");
         for id in self.index.entries.hot.range() {
@@ -256,7 +316,10 @@ impl Core {
             let joins = |at: &u32| self.sessions[*at].joined.iter().any(|j| j.space == *number);
             let sessions = self.tokens.values().filter(|at| joins(at)).count();
             assert_eq!(space.sessions as usize, sessions, "sessions of a namespace");
-            assert!(space.sessions > 0 || space.blocks > 0, "a namespace of nobody and nothing");
+            assert!(
+                space.sessions > 0 || space.blocks > 0,
+                "a namespace of nobody and nothing"
+            );
             per_tenant[space.tenant] += 1;
         }
         for (tenant, count) in self.tenants.iter().zip(per_tenant) {
@@ -291,19 +354,34 @@ impl Core {
 
 impl Pool {
     fn check_extent(&self, extent: &Extent) {
-        assert!(!(extent.held && extent.class != NO_CLASS), "a held extent is in use");
+        assert!(
+            !(extent.held && extent.class != NO_CLASS),
+            "a held extent is in use"
+        );
         assert!(extent.class == NO_CLASS || extent.state == ExtentState::Ready);
-        assert!(!extent.suspect || extent.used > 0, "an empty extent waits to be refilled");
+        assert!(
+            !extent.suspect || extent.used > 0,
+            "an empty extent waits to be refilled"
+        );
         if extent.class == NO_CLASS {
             assert_eq!(extent.used, 0);
             return;
         }
         let live = &extent.slots[..extent.fresh as usize];
-        let used = live.iter().filter(|slot| slot.state != SlotState::Free).count();
+        let used = live
+            .iter()
+            .filter(|slot| slot.state != SlotState::Free)
+            .count();
         let writing = live.iter().filter(|slot| slot.state.writable()).count();
-        assert_eq!((extent.used as usize, extent.writing as usize), (used, writing));
+        assert_eq!(
+            (extent.used as usize, extent.writing as usize),
+            (used, writing)
+        );
         let rest = &extent.slots[extent.fresh as usize..];
-        assert!(rest.iter().all(|slot| slot.state == SlotState::Free), "a slot beyond the used ones");
+        assert!(
+            rest.iter().all(|slot| slot.state == SlotState::Free),
+            "a slot beyond the used ones"
+        );
         let (mut free, mut at) = (0, extent.free);
         while at != NIL {
             assert!(free <= live.len(), "the free list runs in a circle");

@@ -26,7 +26,9 @@ fn power(count: u32) -> usize {
 
 impl Crcs {
     pub(crate) fn new() -> Self {
-        Crcs { pools: Default::default() }
+        Crcs {
+            pools: Default::default(),
+        }
     }
 
     /// A run of `count` (up to [`crate::geometry::MAX_CRCS`]); `None` when u32 handles are used up.
@@ -38,7 +40,9 @@ impl Crcs {
         }
         let last = (u64::from(pool.end) + 1) << power;
         let last = u32::try_from(last - 1).ok()?;
-        pool.chunks.get_or_insert_with(|| Box::new(Chunked::new())).reach(last);
+        pool.chunks
+            .get_or_insert_with(|| Box::new(Chunked::new()))
+            .reach(last);
         pool.end += 1;
         Some(pool.end - 1)
     }
@@ -65,7 +69,10 @@ impl Crcs {
 
     /// Runs in use.
     pub(crate) fn len(&self) -> usize {
-        self.pools.iter().map(|pool| pool.end as usize - pool.free.len()).sum()
+        self.pools
+            .iter()
+            .map(|pool| pool.end as usize - pool.free.len())
+            .sum()
     }
 }
 

@@ -3,11 +3,16 @@
 //! A crew is made when it is first needed and never changes; when a member comes or goes it is retired, and blocks that were
 //! reserved under it keep it until they are filled. Among replicas of a part the hash picks the writer ([`crate::replica_of`]).
 //! All ranks must be there before anything is reserved: else core and connectors would count replicas differently, and a
-//! process without a record might write.
+//! process without a record might write. Deliberately absent: choosing another writer when one is lost; the block is given up.
 
 use crate::api::{ErrorKind, Failure, NIL};
+use crate::ids::Role;
 use crate::sessions::Instance;
 use crate::state::Core;
+
+/// Most crews of one instance, retired ones included. A crew retires when a process comes or goes, so an instance gets here
+/// only if its processes keep coming back while their copies don't end.
+const MAX_CREWS: u32 = 512;
 
 /// How one instance fills the blocks of one group.
 #[derive(Debug)]
@@ -21,7 +26,12 @@ pub(crate) struct Team {
 
 impl Team {
     pub(crate) fn new(space: u32, group: u8, cut: u16) -> Self {
-        Team { space, group, cut, crew: NIL }
+        Team {
+            space,
+            group,
+            cut,
+            crew: NIL,
+        }
     }
 }
 
@@ -63,16 +73,25 @@ impl Core {
     /// The crew for new reservations. Unavailable while a rank is missing.
     pub(crate) fn crew(&mut self, instance: u32, space: u32, group: u8) -> Result<u32, Failure> {
         let teams = &self.instances[instance].teams;
-        let Some(at) = teams.iter().position(|team| team.space == space && team.group == group)
+        let Some(at) = teams
+            .iter()
+            .position(|team| team.space == space && team.group == group)
         else {
-            let text = format!("no process of this instance copies group {group}; register it in every rank");
+            let text = format!(
+                "no process of this instance copies group {group}; register it in every rank"
+            );
             return Err(unavailable(text));
         };
         if teams[at].crew != NIL {
             return Ok(teams[at].crew);
         }
+        if self.instances[instance].crews >= MAX_CREWS {
+            let text = "too many copies of former processes are unfinished; fence them";
+            return Err(unavailable(text.into()));
+        }
         let crew = self.muster(instance, space, group, teams[at].cut)?;
         let crew = self.crews.insert(crew);
+        self.instances[instance].crews += 1;
         self.instances[instance].teams[at].crew = crew;
         Ok(crew)
     }
@@ -90,7 +109,9 @@ impl Core {
         let world = members.first().map_or(1, |s| self.sessions[*s].world) as usize;
         if members.len() < world {
             let count = members.len();
-            let text = format!("{count} of {world} ranks have registered this namespace; store once all have");
+            let text = format!(
+                "{count} of {world} ranks have registered this namespace; store once all have"
+            );
             return Err(unavailable(text));
         }
         let mut parts = vec![Vec::new(); stored.cut.parts() as usize];
@@ -100,17 +121,32 @@ impl Core {
             }
         }
         if let Some(part) = parts.iter().position(Vec::is_empty) {
-            let text = format!("no rank copies part {part} of group {group}; give every part to a rank");
+            let text =
+                format!("no rank copies part {part} of group {group}; give every part to a rank");
             return Err(unavailable(text));
         }
         let slot_bytes = namespace.groups[usize::from(group)].slot_bytes;
         let crcs = stored.crcs;
-        Ok(Crew { instance, space, group, cut, slot_bytes, crcs, parts, fills: 0, retired: false })
+        Ok(Crew {
+            instance,
+            space,
+            group,
+            cut,
+            slot_bytes,
+            crcs,
+            parts,
+            fills: 0,
+            retired: false,
+        })
     }
 
-    /// A member came or went: the instance's crews for this namespace are made anew when next needed.
-    pub(crate) fn disband(&mut self, instance: u32, space: u32) {
-        for team in self.instances[instance].teams.iter_mut().filter(|team| team.space == space) {
+    /// A session that may be a member came or went: the instance's crews for this namespace are made anew when next needed.
+    pub(crate) fn disband(&mut self, instance: u32, space: u32, role: Role) {
+        if !role.copies() {
+            return;
+        }
+        let Instance { teams, crews, .. } = &mut self.instances[instance];
+        for team in teams.iter_mut().filter(|team| team.space == space) {
             let crew = std::mem::replace(&mut team.crew, NIL);
             if crew == NIL {
                 continue;
@@ -118,6 +154,7 @@ impl Core {
             self.crews[crew].retired = true;
             if self.crews[crew].fills == 0 {
                 self.crews.remove(crew);
+                *crews -= 1;
             }
         }
     }
@@ -127,18 +164,26 @@ impl Core {
         let found = &mut self.crews[crew];
         found.fills -= 1;
         if found.fills == 0 && found.retired {
-            self.crews.remove(crew);
+            let crew = self.crews.remove(crew);
+            self.instances[crew.instance].crews -= 1;
         }
     }
 
     /// Forgets how the instance cuts groups of a namespace that no session of it has (with that group) any more.
     pub(crate) fn forget_teams(&mut self, instance: u32, space: u32) {
-        let Core { instances, sessions, .. } = self;
-        let Instance { sessions: members, teams, .. } = &mut instances[instance];
+        let Core {
+            instances,
+            sessions,
+            ..
+        } = self;
+        let Instance {
+            sessions: members,
+            teams,
+            ..
+        } = &mut instances[instance];
         teams.retain(|team| {
             let has = |s: &u32| sessions[*s].layout(space, team.group).is_some();
             team.space != space || members.iter().any(has)
         });
     }
 }
-

@@ -76,17 +76,35 @@ fn bits(mut mask: u128) -> impl Iterator<Item = u32> {
 
 impl Core {
     /// Records everyone who may write the slot from now on.
-    pub(crate) fn begin_fill(&mut self, t: usize, crew: u32, slot: u32, entry: u32, low: u64) -> u32 {
+    pub(crate) fn begin_fill(
+        &mut self,
+        t: usize,
+        crew: u32,
+        slot: u32,
+        entry: u32,
+        low: u64,
+    ) -> u32 {
         let deadline = self.now.saturating_add(self.settings.fill_deadline_us);
         let writing = self.crews[crew].all();
-        let fill = Fill { crew, slot, entry, tenant: t as u32, low, writing, deadline, ..Fill::default() };
+        let fill = Fill {
+            crew,
+            slot,
+            entry,
+            tenant: t as u32,
+            low,
+            writing,
+            deadline,
+            ..Fill::default()
+        };
         let fill = self.fills.insert(fill);
         let found = &mut self.crews[crew];
         found.fills += 1;
         for part in bits(writing) {
             self.sessions[found.writer(part, low)].writing += 1;
         }
-        self.instances[found.instance].claims.push_back(&mut self.fills, fill);
+        self.instances[found.instance]
+            .claims
+            .push_back(&mut self.fills, fill);
         self.deadlines.push_back(&mut self.fills, fill);
         fill
     }
@@ -106,7 +124,13 @@ impl Core {
         crcs: &[u64],
         out: &mut Vec<Output>,
     ) -> CommitState {
-        let Fill { crew, slot, entry, tenant, .. } = self.fills[fill];
+        let Fill {
+            crew,
+            slot,
+            entry,
+            tenant,
+            ..
+        } = self.fills[fill];
         let bit = 1u128 << by.part;
         if entry == NIL {
             self.end_writers(fill, bit, out);
@@ -119,7 +143,9 @@ impl Core {
             self.sessions[by.session].writing -= 1;
             let pool = self.tenants[tenant as usize].pool.as_mut();
             if let Some(pool) = pool
-                && pool.slot(slot).is_some_and(|slot| slot.state == SlotState::Reserved)
+                && pool
+                    .slot(slot)
+                    .is_some_and(|slot| slot.state == SlotState::Reserved)
             {
                 pool.set_state(slot, SlotState::Filling, fill, out);
             }
@@ -136,14 +162,24 @@ impl Core {
     }
 
     fn in_suspect_extent(&self, t: usize, slot: u32) -> bool {
-        let Some(pool) = &self.tenants[t].pool else { return false };
-        pool.extents.of(slot).is_some_and(|extent| pool.extents[extent].suspect)
+        let Some(pool) = &self.tenants[t].pool else {
+            return false;
+        };
+        pool.extents
+            .of(slot)
+            .is_some_and(|extent| pool.extents[extent].suspect)
     }
 
     /// Every part is there: the block becomes visible.
     fn complete(&mut self, fill: u32, out: &mut Vec<Output>) {
         self.deadlines.remove(&mut self.fills, fill);
-        let Fill { crew, slot, entry, tenant, .. } = self.fills[fill];
+        let Fill {
+            crew,
+            slot,
+            entry,
+            tenant,
+            ..
+        } = self.fills[fill];
         self.forget_fill(fill);
         let entries = &mut self.index.entries;
         let (space, group) = (entries.hot[entry].space, entries.hot[entry].group);
@@ -178,13 +214,21 @@ impl Core {
 
     fn forget_fill(&mut self, fill: u32) {
         let instance = self.crews[self.fills[fill].crew].instance;
-        self.instances[instance].claims.remove(&mut self.fills, fill);
+        self.instances[instance]
+            .claims
+            .remove(&mut self.fills, fill);
         self.fills.remove(fill);
     }
 
     /// The block will not become visible: it leaves the index, and its slot waits for its writers.
     pub(crate) fn give_up(&mut self, fill: u32, why: GivenUp, out: &mut Vec<Output>) {
-        let Fill { crew, slot, entry, tenant, .. } = self.fills[fill];
+        let Fill {
+            crew,
+            slot,
+            entry,
+            tenant,
+            ..
+        } = self.fills[fill];
         if entry == NIL {
             return;
         }
@@ -197,7 +241,9 @@ impl Core {
         } += 1;
         self.fills[fill].entry = NIL;
         self.deadlines.remove(&mut self.fills, fill);
-        let Entry { space, group, crcs, .. } = self.index.entries.hot[entry];
+        let Entry {
+            space, group, crcs, ..
+        } = self.index.entries.hot[entry];
         let class = self.spaces.get(space).groups[usize::from(group)].class;
         let tenant = &mut self.tenants[tenant as usize];
         tenant.quarantined_bytes += self.crews[crew].slot_bytes;
@@ -212,8 +258,19 @@ impl Core {
 
     /// These writers of a block that was given up are terminal. The last one frees the slot.
     pub(crate) fn end_writers(&mut self, fill: u32, mask: u128, out: &mut Vec<Output>) {
-        let Fill { crew, slot, entry, tenant, low, writing, .. } = self.fills[fill];
-        assert!(entry == NIL && writing & mask == mask, "a writer ended twice");
+        let Fill {
+            crew,
+            slot,
+            entry,
+            tenant,
+            low,
+            writing,
+            ..
+        } = self.fills[fill];
+        assert!(
+            entry == NIL && writing & mask == mask,
+            "a writer ended twice"
+        );
         for part in bits(mask) {
             let session = self.crews[crew].writer(part, low);
             self.sessions[session].writing -= 1;
@@ -257,10 +314,12 @@ impl Core {
     /// Gives up what was not filled in time.
     pub(crate) fn fills_due(&mut self, most: usize, out: &mut Vec<Output>) {
         for _ in 0..most {
-            let due = self.deadlines.front().filter(|fill| self.fills[*fill].deadline <= self.now);
+            let due = self
+                .deadlines
+                .front()
+                .filter(|fill| self.fills[*fill].deadline <= self.now);
             let Some(fill) = due else { return };
             self.give_up(fill, GivenUp::Deadline, out);
         }
     }
 }
-

@@ -111,7 +111,11 @@ impl GroupGeometry {
     pub fn validate(&self) -> Result<(), GeometryError> {
         let range = |what, value: u32, most: u32| {
             if value == 0 || value > most {
-                return Err(GeometryError::Range { what, value: value.into(), most: most.into() });
+                return Err(GeometryError::Range {
+                    what,
+                    value: value.into(),
+                    most: most.into(),
+                });
             }
             Ok(())
         };
@@ -120,9 +124,14 @@ impl GroupGeometry {
         range("block_tokens", self.block_tokens, MAX_TOKENS)?;
         range("cell_bytes", self.cell_bytes, MAX_CELL)?;
         let most = 1u64 << 40;
-        let bytes = u128::from(self.layers) * u128::from(self.heads) * u128::from(self.head_bytes());
+        let bytes =
+            u128::from(self.layers) * u128::from(self.heads) * u128::from(self.head_bytes());
         if bytes > u128::from(most) {
-            return Err(GeometryError::Range { what: "block bytes", value: bytes.min(u64::MAX.into()) as u64, most });
+            return Err(GeometryError::Range {
+                what: "block bytes",
+                value: bytes.min(u64::MAX.into()) as u64,
+                most,
+            });
         }
         Ok(())
     }
@@ -156,7 +165,10 @@ impl Rect {
     /// What both cover; `None` if nothing.
     pub fn intersect(&self, other: &Rect) -> Option<Rect> {
         let cross = |a: &Range<u32>, b: &Range<u32>| a.start.max(b.start)..a.end.min(b.end);
-        let rect = Rect { layers: cross(&self.layers, &other.layers), heads: cross(&self.heads, &other.heads) };
+        let rect = Rect {
+            layers: cross(&self.layers, &other.layers),
+            heads: cross(&self.heads, &other.heads),
+        };
         (!rect.layers.is_empty() && !rect.heads.is_empty()).then_some(rect)
     }
 
@@ -175,34 +187,62 @@ pub struct Cut {
 
 impl Cut {
     /// A cut by these bounds (`0 = first < ... < last = layers` or `heads`). Invalid if they are not, or too many.
-    pub fn new(layer_bounds: &[u32], head_bounds: &[u32], geometry: &GroupGeometry) -> Result<Cut, GeometryError> {
+    pub fn new(
+        layer_bounds: &[u32],
+        head_bounds: &[u32],
+        geometry: &GroupGeometry,
+    ) -> Result<Cut, GeometryError> {
         check_bounds("layer", layer_bounds, geometry.layers)?;
         check_bounds("head", head_bounds, geometry.heads)?;
         let ranges = layer_bounds.len() as u64 - 1;
         let parts = ranges * (head_bounds.len() as u64 - 1);
         if parts > MAX_PARTS as u64 {
-            return Err(GeometryError::TooFine { what: "parts", value: parts, most: MAX_PARTS as u64 });
+            return Err(GeometryError::TooFine {
+                what: "parts",
+                value: parts,
+                most: MAX_PARTS as u64,
+            });
         }
         let crcs = ranges * u64::from(geometry.heads);
         if crcs > MAX_CRCS.into() {
-            return Err(GeometryError::TooFine { what: "checksums", value: crcs, most: MAX_CRCS.into() });
+            return Err(GeometryError::TooFine {
+                what: "checksums",
+                value: crcs,
+                most: MAX_CRCS.into(),
+            });
         }
-        Ok(Cut { layer_bounds: layer_bounds.to_vec(), head_bounds: head_bounds.to_vec() })
+        Ok(Cut {
+            layer_bounds: layer_bounds.to_vec(),
+            head_bounds: head_bounds.to_vec(),
+        })
     }
 
     /// The cut with one part: the whole block.
     pub fn whole(geometry: &GroupGeometry) -> Cut {
-        Cut { layer_bounds: vec![0, geometry.layers], head_bounds: vec![0, geometry.heads] }
+        Cut {
+            layer_bounds: vec![0, geometry.layers],
+            head_bounds: vec![0, geometry.heads],
+        }
     }
 
     /// `layer_ranges` x `head_ranges` parts of sizes as equal as can be.
-    pub fn grid(geometry: &GroupGeometry, layer_ranges: u32, head_ranges: u32) -> Result<Cut, GeometryError> {
+    pub fn grid(
+        geometry: &GroupGeometry,
+        layer_ranges: u32,
+        head_ranges: u32,
+    ) -> Result<Cut, GeometryError> {
         let spread = |what, total: u32, n: u32| {
             if n == 0 || n > total.min(MAX_PARTS as u32) {
                 let most = total.min(MAX_PARTS as u32).into();
-                return Err(GeometryError::Range { what, value: n.into(), most });
+                return Err(GeometryError::Range {
+                    what,
+                    value: n.into(),
+                    most,
+                });
             }
-            Ok((0..=n).map(|i| (u64::from(total) * u64::from(i) / u64::from(n)) as u32).collect::<Vec<_>>())
+            Ok((0..=n)
+                .map(|i| (u64::from(total) * u64::from(i) / u64::from(n)) as u32)
+                .collect::<Vec<_>>())
         };
         let layers = spread("layer ranges", geometry.layers, layer_ranges)?;
         let heads = spread("head ranges", geometry.heads, head_ranges)?;
@@ -235,7 +275,10 @@ impl Cut {
 
     /// What part `part` covers. Panics if there is no such part.
     pub fn part(&self, part: u32) -> Rect {
-        let (row, column) = ((part / self.columns()) as usize, (part % self.columns()) as usize);
+        let (row, column) = (
+            (part / self.columns()) as usize,
+            (part % self.columns()) as usize,
+        );
         Rect {
             layers: self.layer_bounds[row]..self.layer_bounds[row + 1],
             heads: self.head_bounds[column]..self.head_bounds[column + 1],
@@ -254,8 +297,12 @@ impl Cut {
     /// whole group and must lie in the part. Heads of one layer of one part follow each other without gaps.
     pub fn head_offset(&self, part: u32, layer: u32, head: u32, geometry: &GroupGeometry) -> u64 {
         let rect = self.part(part);
-        assert!(rect.layers.contains(&layer) && rect.heads.contains(&head), "not in this part");
-        let row = u64::from(layer - rect.layers.start) * rect.heads.len() as u64 + u64::from(head - rect.heads.start);
+        assert!(
+            rect.layers.contains(&layer) && rect.heads.contains(&head),
+            "not in this part"
+        );
+        let row = u64::from(layer - rect.layers.start) * rect.heads.len() as u64
+            + u64::from(head - rect.heads.start);
         self.part_offset(part, geometry) + row * geometry.head_bytes()
     }
 
@@ -310,16 +357,28 @@ impl ArenaShape {
         let most = 1u64 << 40;
         let extent = self.extent_bytes;
         if !extent.is_power_of_two() || !(SLOT_ALIGN..=most).contains(&extent) {
-            return Err(GeometryError::Range { what: "extent_bytes (a power of two)", value: extent, most });
+            return Err(GeometryError::Range {
+                what: "extent_bytes (a power of two)",
+                value: extent,
+                most,
+            });
         }
         let slots = extent / SLOT_ALIGN;
         if u64::from(self.slots_per_extent) != slots {
             let value = self.slots_per_extent.into();
-            return Err(GeometryError::Range { what: "slots_per_extent", value, most: slots });
+            return Err(GeometryError::Range {
+                what: "slots_per_extent",
+                value,
+                most: slots,
+            });
         }
         let most = u64::from(u32::MAX) * SLOT_ALIGN;
         if self.bytes == 0 || !self.bytes.is_multiple_of(extent) || self.bytes > most {
-            return Err(GeometryError::Range { what: "arena bytes (whole extents)", value: self.bytes, most });
+            return Err(GeometryError::Range {
+                what: "arena bytes (whole extents)",
+                value: self.bytes,
+                most,
+            });
         }
         Ok(())
     }
@@ -330,7 +389,14 @@ mod tests {
     use super::*;
 
     fn geometry() -> GroupGeometry {
-        GroupGeometry { kind: GroupKind::Full, layers: 6, heads: 4, block_tokens: 16, cell_bytes: 8, window: None }
+        GroupGeometry {
+            kind: GroupKind::Full,
+            layers: 6,
+            heads: 4,
+            block_tokens: 16,
+            cell_bytes: 8,
+            window: None,
+        }
     }
 
     /// The definition, word for word, against the closed forms.
@@ -361,7 +427,10 @@ mod tests {
     fn overlaps_cover_a_rectangle_exactly_once() {
         let g = geometry();
         let cut = Cut::new(&[0, 1, 6], &[0, 3, 4], &g).unwrap();
-        let rect = Rect { layers: 0..4, heads: 2..4 };
+        let rect = Rect {
+            layers: 0..4,
+            heads: 2..4,
+        };
         let bytes: u64 = cut.overlaps(&rect).map(|(_, piece)| piece.bytes(&g)).sum();
         assert_eq!(bytes, rect.bytes(&g));
         assert_eq!(cut.overlaps(&rect).count(), 4);
@@ -371,12 +440,24 @@ mod tests {
     #[test]
     fn bad_bounds_are_refused() {
         let g = geometry();
-        let absurd: [&[u32]; 7] = [&[], &[0], &[0, 5], &[1, 6], &[0, 3, 3, 6], &[0, 4, 2, 6], &[0, u32::MAX]];
+        let absurd: [&[u32]; 7] = [
+            &[],
+            &[0],
+            &[0, 5],
+            &[1, 6],
+            &[0, 3, 3, 6],
+            &[0, 4, 2, 6],
+            &[0, u32::MAX],
+        ];
         for bounds in absurd {
             assert!(Cut::new(bounds, &[0, 4], &g).is_err(), "{bounds:?}");
         }
         assert!(Cut::grid(&g, 0, 1).is_err() && Cut::grid(&g, 7, 1).is_err());
-        let wide = GroupGeometry { heads: 4096, layers: 4096, ..geometry() };
+        let wide = GroupGeometry {
+            heads: 4096,
+            layers: 4096,
+            ..geometry()
+        };
         assert!(Cut::grid(&wide, 1, 129).is_err());
         assert!(Cut::grid(&wide, 2, 1).is_err(), "8192 checksums");
         assert!(Cut::grid(&wide, 1, 128).is_ok());
@@ -385,9 +466,29 @@ mod tests {
     #[test]
     fn geometry_limits_hold() {
         assert!(geometry().validate().is_ok());
-        assert!(GroupGeometry { layers: 0, ..geometry() }.validate().is_err());
-        assert!(GroupGeometry { cell_bytes: u32::MAX, ..geometry() }.validate().is_err());
-        let huge = GroupGeometry { layers: 4096, heads: 4096, block_tokens: 1 << 20, cell_bytes: 1 << 24, ..geometry() };
+        assert!(
+            GroupGeometry {
+                layers: 0,
+                ..geometry()
+            }
+            .validate()
+            .is_err()
+        );
+        assert!(
+            GroupGeometry {
+                cell_bytes: u32::MAX,
+                ..geometry()
+            }
+            .validate()
+            .is_err()
+        );
+        let huge = GroupGeometry {
+            layers: 4096,
+            heads: 4096,
+            block_tokens: 1 << 20,
+            cell_bytes: 1 << 24,
+            ..geometry()
+        };
         assert!(huge.validate().is_err());
         assert_eq!(geometry().block_bytes(), 6 * 4 * 16 * 8);
         assert_eq!(geometry().slot_bytes(), 4096);
@@ -395,16 +496,37 @@ mod tests {
 
     #[test]
     fn shapes_are_checked() {
-        let good = ArenaShape { id: [1; 16], bytes: 8 << 21, extent_bytes: 1 << 21, page_bytes: 4096, slots_per_extent: 512 };
+        let good = ArenaShape {
+            id: [1; 16],
+            bytes: 8 << 21,
+            extent_bytes: 1 << 21,
+            page_bytes: 4096,
+            slots_per_extent: 512,
+        };
         assert!(good.validate().is_ok());
         assert_eq!(good.extents(), 8);
         for bad in [
             ArenaShape { bytes: 0, ..good },
-            ArenaShape { bytes: (8 << 21) + 1, ..good },
-            ArenaShape { extent_bytes: 0, ..good },
-            ArenaShape { extent_bytes: 3 << 20, ..good },
-            ArenaShape { slots_per_extent: 511, ..good },
-            ArenaShape { bytes: 1 << 60, ..good },
+            ArenaShape {
+                bytes: (8 << 21) + 1,
+                ..good
+            },
+            ArenaShape {
+                extent_bytes: 0,
+                ..good
+            },
+            ArenaShape {
+                extent_bytes: 3 << 20,
+                ..good
+            },
+            ArenaShape {
+                slots_per_extent: 511,
+                ..good
+            },
+            ArenaShape {
+                bytes: 1 << 60,
+                ..good
+            },
         ] {
             assert!(bad.validate().is_err(), "{bad:?}");
         }

@@ -89,14 +89,21 @@ pub(crate) struct Entries {
 
 impl Entries {
     pub(crate) fn new() -> Self {
-        Entries { hot: Slab::new(), side: Chunked::new() }
+        Entries {
+            hot: Slab::new(),
+            side: Chunked::new(),
+        }
     }
 
     pub(crate) fn insert(&mut self, entry: Entry, cut: u16) -> u32 {
         let id = self.hot.insert(entry);
         self.side.reach(id);
         let serial = self.side[id].serial;
-        self.side[id] = Side { serial, cut, ..Side::default() };
+        self.side[id] = Side {
+            serial,
+            cut,
+            ..Side::default()
+        };
         id
     }
 
@@ -152,7 +159,11 @@ fn fold(a: u64, b: u64) -> u64 {
 impl Index {
     pub(crate) fn new(seed: u64) -> Self {
         let shards = (0..SHARDS).map(|_| Table::default()).collect();
-        Index { seed, shards, entries: Entries::new() }
+        Index {
+            seed,
+            shards,
+            entries: Entries::new(),
+        }
     }
 
     /// What namespace and group add to the mix; once for a chain.
@@ -163,7 +174,10 @@ impl Index {
 
     fn place(&self, salt: u64, hash: &[u8; 32]) -> Place {
         let mixed = fold(low64(hash) ^ self.seed, salt ^ 0xA076_1D64_78BD_642F);
-        Place { shard: (mixed >> 58) as usize, tag: mixed as u32 }
+        Place {
+            shard: (mixed >> 58) as usize,
+            tag: mixed as u32,
+        }
     }
 
     fn is(&self, entry: u32, space: u32, group: u8, hash: &[u8; 32]) -> bool {
@@ -185,7 +199,12 @@ impl Index {
     }
 
     pub(crate) fn find(&self, space: u32, group: u8, hash: &[u8; 32]) -> Found {
-        self.search(self.place(self.salt(space, group), hash), space, group, hash)
+        self.search(
+            self.place(self.salt(space, group), hash),
+            space,
+            group,
+            hash,
+        )
     }
 
     /// Finds up to [`BATCH`] hashes at once; `found` gets an entry or [`NIL`] for each.
@@ -257,7 +276,14 @@ mod tests {
     use super::*;
 
     fn entry(space: u32, group: u8, hash: [u8; 32]) -> Entry {
-        Entry { hash, space, group, parent: NIL, state: EntryState::Resident, ..Entry::default() }
+        Entry {
+            hash,
+            space,
+            group,
+            parent: NIL,
+            state: EntryState::Resident,
+            ..Entry::default()
+        }
     }
 
     fn hash(n: u32) -> [u8; 32] {

@@ -54,7 +54,11 @@ fn tag(session: u32, slot: u32) -> u32 {
 
 impl Reads {
     pub(crate) fn new() -> Self {
-        Reads { table: Table::default(), leases: Slab::new(), order: List::new() }
+        Reads {
+            table: Table::default(),
+            leases: Slab::new(),
+            order: List::new(),
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -88,7 +92,11 @@ impl Reads {
     }
 
     pub(crate) fn all(&self) -> Vec<u32> {
-        assert_eq!(self.table.len(), self.leases.len(), "read leases and their table differ");
+        assert_eq!(
+            self.table.len(),
+            self.leases.len(),
+            "read leases and their table differ"
+        );
         self.order.all(&self.leases)
     }
 }
@@ -234,11 +242,17 @@ impl Core {
             blocks.push((*entry, self.index.entries.side[*entry].serial));
         }
         self.sessions[session].lookups += 1;
-        self.lookups.insert(LookupLease { session, blocks, expires })
+        self.lookups.insert(LookupLease {
+            session,
+            blocks,
+            expires,
+        })
     }
 
     fn end_lookup(&mut self, token: u64) {
-        let Some(lease) = self.lookups.remove(token) else { return };
+        let Some(lease) = self.lookups.remove(token) else {
+            return;
+        };
         let t = self.sessions[lease.session].tenant;
         self.sessions[lease.session].lookups -= 1;
         for (entry, serial) in lease.blocks {
@@ -267,15 +281,19 @@ impl Core {
     pub(crate) fn end_lookups_of(&mut self, session: u32) {
         if self.sessions[session].lookups > 0 {
             let all = self.lookups.by_token.iter();
-            let own: Vec<u64> =
-                all.filter(|(_, lease)| lease.session == session).map(|(t, _)| *t).collect();
+            let own: Vec<u64> = all
+                .filter(|(_, lease)| lease.session == session)
+                .map(|(t, _)| *t)
+                .collect();
             own.into_iter().for_each(|token| self.end_lookup(token));
         }
     }
 
     pub(crate) fn reads_due(&mut self, most: usize) {
         for _ in 0..most {
-            let Some(id) = self.reads.order.front() else { return };
+            let Some(id) = self.reads.order.front() else {
+                return;
+            };
             if self.reads.leases[id].expires > self.now {
                 return;
             }
@@ -288,7 +306,9 @@ impl Core {
 
     pub(crate) fn lookups_due(&mut self, most: usize) {
         for _ in 0..most {
-            let Some((expires, token)) = self.lookups.order.first().copied() else { return };
+            let Some((expires, token)) = self.lookups.order.first().copied() else {
+                return;
+            };
             if expires > self.now {
                 return;
             }

@@ -36,13 +36,14 @@ mod tenants;
 mod view;
 
 pub use crate::api::*;
-pub use crate::state::Core;
 pub use crate::counters::Counters;
 pub use crate::geometry::{ArenaShape, Cut, GeometryError, GroupGeometry, GroupKind, Rect};
 pub use crate::ids::{
-    BlockHash, InstanceId, NamespaceId, Now, RequestId, Role, SessionId, TenantId, low64, replica_of,
+    BlockHash, InstanceId, NamespaceId, Now, RequestId, Role, SessionId, TenantId, low64,
+    replica_of,
 };
 pub use crate::log::{Change, ChangeKind, Changes, Tier};
 pub use crate::record::{NamespaceRecord, RecordError};
 pub use crate::settings::{EvictionPolicy, MAX_WRITERS, Settings};
+pub use crate::state::Core;
 pub use crate::status::StatusView;

@@ -15,7 +15,10 @@ pub(crate) struct Link {
 
 impl Default for Link {
     fn default() -> Self {
-        Link { prev: NIL, next: NIL }
+        Link {
+            prev: NIL,
+            next: NIL,
+        }
     }
 }
 
@@ -42,7 +45,12 @@ impl<K> Default for List<K> {
 
 impl<K> List<K> {
     pub(crate) const fn new() -> Self {
-        List { front: NIL, back: NIL, len: 0, kind: PhantomData }
+        List {
+            front: NIL,
+            back: NIL,
+            len: 0,
+            kind: PhantomData,
+        }
     }
 
     pub(crate) fn len(&self) -> u32 {
@@ -70,7 +78,10 @@ impl<K> List<K> {
     where
         S::Output: Linked<K>,
     {
-        *items[at].link_mut() = Link { prev: NIL, next: self.front };
+        *items[at].link_mut() = Link {
+            prev: NIL,
+            next: self.front,
+        };
         match self.front {
             NIL => self.back = at,
             front => items[front].link_mut().prev = at,
@@ -83,7 +94,10 @@ impl<K> List<K> {
     where
         S::Output: Linked<K>,
     {
-        *items[at].link_mut() = Link { prev: self.back, next: NIL };
+        *items[at].link_mut() = Link {
+            prev: self.back,
+            next: NIL,
+        };
         match self.back {
             NIL => self.front = at,
             back => items[back].link_mut().next = at,
@@ -117,11 +131,18 @@ impl<K> List<K> {
         let mut found = Vec::with_capacity(self.len as usize);
         let mut at = self.front();
         while let Some(id) = at {
-            assert!(found.len() < self.len as usize, "a list is longer than it says");
+            assert!(
+                found.len() < self.len as usize,
+                "a list is longer than it says"
+            );
             found.push(id);
             at = self.after(items, id);
         }
-        assert_eq!(found.len(), self.len as usize, "a list is shorter than it says");
+        assert_eq!(
+            found.len(),
+            self.len as usize,
+            "a list is shorter than it says"
+        );
         found
     }
 }
@@ -157,7 +178,10 @@ mod tests {
         list.remove(&mut items, 1);
         list.remove(&mut items, 3);
         list.remove(&mut items, 0);
-        assert_eq!((list.all(&items), list.front(), list.back()), (vec![2], Some(2), Some(2)));
+        assert_eq!(
+            (list.all(&items), list.front(), list.back()),
+            (vec![2], Some(2), Some(2))
+        );
         list.remove(&mut items, 2);
         assert_eq!((list.len(), list.front()), (0, None));
     }

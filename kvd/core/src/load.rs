@@ -28,7 +28,13 @@ impl Core {
         let group = self.group_of(space, group)?;
         let found = &self.spaces.get(space).groups[usize::from(group)];
         let (class, slot_bytes) = (found.class, found.slot_bytes);
-        let mut loading = Loading { space, group, class, slot_bytes, cuts: Vec::new() };
+        let mut loading = Loading {
+            space,
+            group,
+            class,
+            slot_bytes,
+            cuts: Vec::new(),
+        };
         let mut reply = LoadReply::default();
         reply.states.reserve_exact(hashes.len());
         for batch in hashes.chunks(BATCH) {
@@ -45,7 +51,11 @@ impl Core {
             }
         }
         let stored = &self.spaces.get(space).cuts;
-        reply.cuts = loading.cuts.iter().map(|at| stored[usize::from(*at)].cut.clone()).collect();
+        reply.cuts = loading
+            .cuts
+            .iter()
+            .map(|at| stored[usize::from(*at)].cut.clone())
+            .collect();
         Ok(Reply::Load(reply))
     }
 
@@ -59,19 +69,31 @@ impl Core {
         if id == NIL || self.index.entries.hot[id].state != EntryState::Resident {
             return LoadState::Absent;
         }
-        let (slot, crcs) = (self.index.entries.hot[id].slot, self.index.entries.hot[id].crcs);
-        let Some(pool) = &self.tenants[caller.tenant].pool else { return LoadState::Absent };
-        let (word, offset) = (pool.slot(slot).map_or(0, |slot| slot.word), pool.offset(slot));
+        let (slot, crcs) = (
+            self.index.entries.hot[id].slot,
+            self.index.entries.hot[id].crcs,
+        );
+        let Some(pool) = &self.tenants[caller.tenant].pool else {
+            return LoadState::Absent;
+        };
+        let (word, offset) = (
+            pool.slot(slot).map_or(0, |slot| slot.word),
+            pool.offset(slot),
+        );
         if !self.lease_read(caller.session, id, slot, word, loading.slot_bytes) {
             return LoadState::Failed;
         }
         self.touch(caller.tenant, loading.class, id, true);
         self.counters.loaded_bytes += loading.slot_bytes;
         let stored = self.index.entries.side[id].cut;
-        let cut = loading.cuts.iter().position(|cut| *cut == stored).unwrap_or_else(|| {
-            loading.cuts.push(stored);
-            loading.cuts.len() - 1
-        });
+        let cut = loading
+            .cuts
+            .iter()
+            .position(|cut| *cut == stored)
+            .unwrap_or_else(|| {
+                loading.cuts.push(stored);
+                loading.cuts.len() - 1
+            });
         let found = &self.spaces.get(loading.space).cuts[usize::from(stored)];
         debug_assert_eq!(found.group, loading.group);
         self.crcs.append_to(found.crcs, crcs, &mut reply.crcs);
@@ -94,7 +116,10 @@ impl Core {
         let mut bad = vec![false; list.len()];
         for at in corrupt {
             let Some(bad) = bad.get_mut(*at as usize) else {
-                let text = format!("corrupt position {at} of {} slots; count from 0", list.len());
+                let text = format!(
+                    "corrupt position {at} of {} slots; count from 0",
+                    list.len()
+                );
                 return Err(Failure::invalid(text));
             };
             *bad = true;

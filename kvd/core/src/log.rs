@@ -64,7 +64,12 @@ pub(crate) struct ChangeLog {
 
 impl ChangeLog {
     pub(crate) fn new(incarnation: [u8; 16], most: u32) -> Self {
-        ChangeLog { incarnation, most: most as usize, newest: 0, ring: VecDeque::new() }
+        ChangeLog {
+            incarnation,
+            most: most as usize,
+            newest: 0,
+            ring: VecDeque::new(),
+        }
     }
 
     pub(crate) fn newest(&self) -> u64 {
@@ -85,7 +90,10 @@ impl ChangeLog {
     pub(crate) fn after(&self, tenant: TenantId, after: u64, most: usize) -> Changes {
         let oldest = self.newest - self.ring.len() as u64 + 1;
         let lost = after + 1 < oldest || after > self.newest;
-        let skip = after.saturating_add(1).saturating_sub(oldest).min(self.ring.len() as u64) as usize;
+        let skip = after
+            .saturating_add(1)
+            .saturating_sub(oldest)
+            .min(self.ring.len() as u64) as usize;
         let mut next = oldest - 1 + skip as u64;
         let mut changes = Vec::new();
         for change in self.ring.iter().skip(skip) {
@@ -97,7 +105,12 @@ impl ChangeLog {
                 changes.push(*change);
             }
         }
-        Changes { incarnation: self.incarnation, lost, next, changes }
+        Changes {
+            incarnation: self.incarnation,
+            lost,
+            next,
+            changes,
+        }
     }
 
     pub(crate) fn check(&self) {
@@ -123,7 +136,15 @@ mod tests {
     #[test]
     fn a_reader_follows_and_is_told_what_it_lost() {
         let mut log = ChangeLog::new([7; 16], 4);
-        assert_eq!(log.after(TenantId(0), 0, 10), Changes { incarnation: [7; 16], lost: false, next: 0, changes: vec![] });
+        assert_eq!(
+            log.after(TenantId(0), 0, 10),
+            Changes {
+                incarnation: [7; 16],
+                lost: false,
+                next: 0,
+                changes: vec![]
+            }
+        );
         for n in 1..=6 {
             log.push(change(n, 0));
         }
@@ -133,7 +154,13 @@ mod tests {
         let some = log.after(TenantId(0), 3, 2);
         assert!(!some.lost);
         assert_eq!((some.next, some.changes[0].hash.0[0]), (5, 4));
-        assert!(log.after(TenantId(0), u64::MAX - 1, 2).lost, "a sequence of another incarnation");
-        assert!(log.after(TenantId(1), 2, 10).changes.is_empty(), "another tenant's changes");
+        assert!(
+            log.after(TenantId(0), u64::MAX - 1, 2).lost,
+            "a sequence of another incarnation"
+        );
+        assert!(
+            log.after(TenantId(1), 2, 10).changes.is_empty(),
+            "another tenant's changes"
+        );
     }
 }

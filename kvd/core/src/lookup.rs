@@ -24,7 +24,8 @@ impl Presence {
     /// Where the block at position `at` of the chain is.
     pub fn at(&self, at: u32) -> Where {
         let runs = self.start.iter().zip(&self.length).zip(&self.place);
-        let mut covering = runs.filter(|((start, length), _)| (**start..**start + **length).contains(&at));
+        let mut covering =
+            runs.filter(|((start, length), _)| (**start..**start + **length).contains(&at));
         covering.next().map_or(Where::Absent, |(_, place)| *place)
     }
 }
@@ -63,15 +64,27 @@ impl Core {
             let text = format!("{} chains in one lookup; send at most {most}", chains.len());
             return Err(Failure::invalid(text));
         }
-        let total = chains.iter().map(|chain| chain.hashes.len()).fold(0, usize::saturating_add);
+        let total = chains
+            .iter()
+            .map(|chain| chain.hashes.len())
+            .fold(0, usize::saturating_add);
         self.bounded("hashes", total)?;
         for chain in chains {
             self.group_of(space, chain.group)?;
         }
-        let manner = Manner { space, lease: lease_ms > 0, leading };
+        let manner = Manner {
+            space,
+            lease: lease_ms > 0,
+            leading,
+        };
         let mut hits = Hits::default();
-        let looked = chains.iter().map(|chain| self.lookup_chain(caller, manner, chain, &mut hits));
-        let mut reply = LookupReply { chains: looked.collect(), ..LookupReply::default() };
+        let looked = chains
+            .iter()
+            .map(|chain| self.lookup_chain(caller, manner, chain, &mut hits));
+        let mut reply = LookupReply {
+            chains: looked.collect(),
+            ..LookupReply::default()
+        };
         self.counters.lookup_hit += hits.hit;
         self.counters.lookup_absent += hits.absent;
         self.counters.lookup_filling += hits.filling;
@@ -95,7 +108,9 @@ impl Core {
         let (class, slot_bytes) = (class.class, class.slot_bytes);
         let Core { index, tenants, .. } = self;
         let mut presence = Presence::default();
-        let Some(pool) = &mut tenants[caller.tenant].pool else { return presence };
+        let Some(pool) = &mut tenants[caller.tenant].pool else {
+            return presence;
+        };
         let (extents, policy) = pool.recency(class);
         for (number, batch) in chain.hashes.chunks(BATCH).enumerate() {
             let mut found = [NIL; BATCH];

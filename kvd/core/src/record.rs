@@ -18,8 +18,16 @@ pub const MAX_FIELDS: usize = 512;
 /// Most KV-cache groups of a namespace.
 pub const MAX_GROUPS: u32 = 64;
 
-const REQUIRED: [&str; 8] =
-    ["tenant", "model", "weights", "kv_dtype", "cell_encoding", "hash", "block_tokens", "groups"];
+const REQUIRED: [&str; 8] = [
+    "tenant",
+    "model",
+    "weights",
+    "kv_dtype",
+    "cell_encoding",
+    "hash",
+    "block_tokens",
+    "groups",
+];
 const OPTIONAL: [&str; 11] = [
     "adapter",
     "scales",
@@ -33,7 +41,15 @@ const OPTIONAL: [&str; 11] = [
     "machine_isa",
     "rank_layout",
 ];
-const GROUP_FIELDS: [&str; 7] = ["kind", "layers", "heads", "cell_bytes", "window", "head_size", "layer_names"];
+const GROUP_FIELDS: [&str; 7] = [
+    "kind",
+    "layers",
+    "heads",
+    "cell_bytes",
+    "window",
+    "head_size",
+    "layer_names",
+];
 
 /// Why a record is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -53,10 +69,14 @@ pub enum RecordError {
         most: usize,
     },
     /// Names are not in strictly ascending order, so the encoding is not canonical.
-    #[error("field '{0}' of the namespace record is out of order or given twice; sort fields by name")]
+    #[error(
+        "field '{0}' of the namespace record is out of order or given twice; sort fields by name"
+    )]
     Order(String),
     /// A name or a value has characters that are not allowed.
-    #[error("a name or value of the namespace record near '{0}' is not plain UTF-8 text; remove control characters")]
+    #[error(
+        "a name or value of the namespace record near '{0}' is not plain UTF-8 text; remove control characters"
+    )]
     Text(String),
     /// A field that this format does not know.
     #[error("unknown field '{0}' in the namespace record; begin private names with 'x.'")]
@@ -97,7 +117,10 @@ impl NamespaceRecord {
     pub fn build<N: Into<String>, V: Into<String>>(
         fields: impl IntoIterator<Item = (N, V)>,
     ) -> Result<Self, RecordError> {
-        let mut fields: Vec<(String, String)> = fields.into_iter().map(|(n, v)| (n.into(), v.into())).collect();
+        let mut fields: Vec<(String, String)> = fields
+            .into_iter()
+            .map(|(n, v)| (n.into(), v.into()))
+            .collect();
         fields.sort();
         Self::from_sorted(fields)
     }
@@ -105,13 +128,19 @@ impl NamespaceRecord {
     /// Reads canonical bytes. Anything that [`Self::encode`] could not have written is refused.
     pub fn parse(bytes: &[u8]) -> Result<Self, RecordError> {
         if bytes.len() > MAX_BYTES {
-            return Err(RecordError::TooLarge { what: "bytes", most: MAX_BYTES });
+            return Err(RecordError::TooLarge {
+                what: "bytes",
+                most: MAX_BYTES,
+            });
         }
         let mut rest = bytes.strip_prefix(MAGIC).ok_or(RecordError::Magic)?;
         let mut fields = Vec::new();
         while !rest.is_empty() {
             if fields.len() == MAX_FIELDS {
-                return Err(RecordError::TooLarge { what: "fields", most: MAX_FIELDS });
+                return Err(RecordError::TooLarge {
+                    what: "fields",
+                    most: MAX_FIELDS,
+                });
             }
             let name = take(&mut rest)?;
             let value = take(&mut rest)?;
@@ -122,20 +151,32 @@ impl NamespaceRecord {
 
     fn from_sorted(fields: Vec<(String, String)>) -> Result<Self, RecordError> {
         if fields.len() > MAX_FIELDS {
-            return Err(RecordError::TooLarge { what: "fields", most: MAX_FIELDS });
+            return Err(RecordError::TooLarge {
+                what: "fields",
+                most: MAX_FIELDS,
+            });
         }
         if let Some(pair) = fields.windows(2).find(|pair| pair[0].0 >= pair[1].0) {
             return Err(RecordError::Order(pair[1].0.clone()));
         }
         for (name, value) in &fields {
-            let plain = name.bytes().all(|b| b.is_ascii_graphic()) && !value.chars().any(|c| c.is_ascii_control());
+            let plain = name.bytes().all(|b| b.is_ascii_graphic())
+                && !value.chars().any(|c| c.is_ascii_control());
             if name.is_empty() || !plain {
-                return Err(RecordError::Text(name.chars().take(64).filter(|c| !c.is_control()).collect()));
+                return Err(RecordError::Text(
+                    name.chars().take(64).filter(|c| !c.is_control()).collect(),
+                ));
             }
         }
-        let mut record = NamespaceRecord { fields, groups: Vec::new() };
+        let mut record = NamespaceRecord {
+            fields,
+            groups: Vec::new(),
+        };
         if record.encoded_len() > MAX_BYTES {
-            return Err(RecordError::TooLarge { what: "bytes", most: MAX_BYTES });
+            return Err(RecordError::TooLarge {
+                what: "bytes",
+                most: MAX_BYTES,
+            });
         }
         for name in REQUIRED {
             if record.get(name).is_none_or(str::is_empty) {
@@ -147,20 +188,26 @@ impl NamespaceRecord {
         if let Some((name, _)) = record.fields.iter().find(|(name, _)| !known(name, count)) {
             return Err(RecordError::Unknown(name.clone()));
         }
-        record.groups = (0..count).map(|g| record.group(g, block_tokens)).collect::<Result<_, _>>()?;
+        record.groups = (0..count)
+            .map(|g| record.group(g, block_tokens))
+            .collect::<Result<_, _>>()?;
         Ok(record)
     }
 
     fn group(&self, group: u32, block_tokens: u32) -> Result<GroupGeometry, RecordError> {
         let name = |field: &str| format!("group.{group}.{field}");
-        let word = self.get(&name("kind")).ok_or_else(|| RecordError::Missing(name("kind")))?;
+        let word = self
+            .get(&name("kind"))
+            .ok_or_else(|| RecordError::Missing(name("kind")))?;
         let kind = GroupKind::from_word(word).ok_or_else(|| RecordError::Value {
             field: name("kind"),
             wanted: "one of full, sliding_window, state, opaque",
         })?;
         let window = match self.get(&name("window")) {
             Some(_) => Some(self.number(&name("window"), u32::MAX)?),
-            None if kind == GroupKind::SlidingWindow => return Err(RecordError::Missing(name("window"))),
+            None if kind == GroupKind::SlidingWindow => {
+                return Err(RecordError::Missing(name("window")));
+            }
             None => None,
         };
         let geometry = GroupGeometry {
@@ -171,23 +218,33 @@ impl NamespaceRecord {
             cell_bytes: self.number(&name("cell_bytes"), u32::MAX)?,
             window,
         };
-        geometry.validate().map_err(|error| RecordError::Geometry { group, error })?;
+        geometry
+            .validate()
+            .map_err(|error| RecordError::Geometry { group, error })?;
         Ok(geometry)
     }
 
     /// A field that must be a decimal number from 1 to `most`, without leading zeros or signs.
     fn number(&self, field: &str, most: u32) -> Result<u32, RecordError> {
-        let text = self.get(field).ok_or_else(|| RecordError::Missing(field.into()))?;
+        let text = self
+            .get(field)
+            .ok_or_else(|| RecordError::Missing(field.into()))?;
         let canonical = !text.starts_with(['0', '+']);
-        text.parse::<u32>().ok().filter(|n| canonical && *n <= most).ok_or_else(|| RecordError::Value {
-            field: field.into(),
-            wanted: "a decimal number from 1 up to its limit, without leading zeros",
-        })
+        text.parse::<u32>()
+            .ok()
+            .filter(|n| canonical && *n <= most)
+            .ok_or_else(|| RecordError::Value {
+                field: field.into(),
+                wanted: "a decimal number from 1 up to its limit, without leading zeros",
+            })
     }
 
     /// The value of a field.
     pub fn get(&self, name: &str) -> Option<&str> {
-        let at = self.fields.binary_search_by(|(field, _)| field.as_str().cmp(name)).ok()?;
+        let at = self
+            .fields
+            .binary_search_by(|(field, _)| field.as_str().cmp(name))
+            .ok()?;
         Some(&self.fields[at].1)
     }
 
@@ -202,7 +259,12 @@ impl NamespaceRecord {
     }
 
     fn encoded_len(&self) -> usize {
-        MAGIC.len() + self.fields.iter().map(|(name, value)| 8 + name.len() + value.len()).sum::<usize>()
+        MAGIC.len()
+            + self
+                .fields
+                .iter()
+                .map(|(name, value)| 8 + name.len() + value.len())
+                .sum::<usize>()
     }
 
     /// The canonical bytes.
@@ -226,7 +288,10 @@ fn known(name: &str, groups: u32) -> bool {
     if name.starts_with("x.") || REQUIRED.contains(&name) || OPTIONAL.contains(&name) {
         return true;
     }
-    let Some((number, field)) = name.strip_prefix("group.").and_then(|rest| rest.split_once('.')) else {
+    let Some((number, field)) = name
+        .strip_prefix("group.")
+        .and_then(|rest| rest.split_once('.'))
+    else {
         return false;
     };
     let canonical = number == "0" || !number.starts_with(['0', '+']);
@@ -234,9 +299,13 @@ fn known(name: &str, groups: u32) -> bool {
 }
 
 fn take(rest: &mut &[u8]) -> Result<String, RecordError> {
-    let (length, after) = rest.split_first_chunk::<4>().ok_or(RecordError::Truncated)?;
+    let (length, after) = rest
+        .split_first_chunk::<4>()
+        .ok_or(RecordError::Truncated)?;
     let length = u32::from_le_bytes(*length) as usize;
-    let (text, after) = after.split_at_checked(length).ok_or(RecordError::Truncated)?;
+    let (text, after) = after
+        .split_at_checked(length)
+        .ok_or(RecordError::Truncated)?;
     *rest = after;
     let text = std::str::from_utf8(text).map_err(|_| RecordError::Text(String::new()))?;
     Ok(text.to_owned())
@@ -307,14 +376,20 @@ mod tests {
     fn only_canonical_bytes_parse() {
         let bytes = NamespaceRecord::build(fields()).unwrap().encode();
         for end in 0..bytes.len() {
-            assert!(NamespaceRecord::parse(&bytes[..end]).is_err(), "cut at {end}");
+            assert!(
+                NamespaceRecord::parse(&bytes[..end]).is_err(),
+                "cut at {end}"
+            );
         }
         let mut lying = bytes.clone();
         lying[MAGIC.len()..MAGIC.len() + 4].copy_from_slice(&u32::MAX.to_le_bytes());
         assert_eq!(NamespaceRecord::parse(&lying), Err(RecordError::Truncated));
         let mut twice = bytes.clone();
         twice.extend_from_slice(&bytes[MAGIC.len()..]);
-        assert!(matches!(NamespaceRecord::parse(&twice), Err(RecordError::Order(_))));
+        assert!(matches!(
+            NamespaceRecord::parse(&twice),
+            Err(RecordError::Order(_))
+        ));
         assert_eq!(NamespaceRecord::parse(b""), Err(RecordError::Magic));
         assert!(NamespaceRecord::parse(&vec![0; MAX_BYTES + 1]).is_err());
     }
@@ -325,16 +400,44 @@ mod tests {
             assert!(with(name, "").is_err(), "{name}");
         }
         for number in ["0", "-1", "+1", "01", "1 ", "4294967296", "x"] {
-            assert!(with("block_tokens", Box::leak(number.to_string().into_boxed_str())).is_err(), "{number}");
+            assert!(
+                with(
+                    "block_tokens",
+                    Box::leak(number.to_string().into_boxed_str())
+                )
+                .is_err(),
+                "{number}"
+            );
         }
-        assert!(matches!(with("groups", "65"), Err(RecordError::Value { .. })));
+        assert!(matches!(
+            with("groups", "65"),
+            Err(RecordError::Value { .. })
+        ));
         assert!(matches!(with("groups", "2"), Err(RecordError::Missing(_))));
-        assert!(matches!(with("colour", "red"), Err(RecordError::Unknown(_))));
-        assert!(matches!(with("group.1.heads", "2"), Err(RecordError::Unknown(_))));
-        assert!(matches!(with("group.00.heads", "2"), Err(RecordError::Unknown(_))));
-        assert!(matches!(with("group.0.kind", "other"), Err(RecordError::Value { .. })));
-        assert!(matches!(with("group.0.kind", "sliding_window"), Err(RecordError::Missing(_))));
-        assert!(matches!(with("group.0.layers", "99999"), Err(RecordError::Geometry { .. })));
+        assert!(matches!(
+            with("colour", "red"),
+            Err(RecordError::Unknown(_))
+        ));
+        assert!(matches!(
+            with("group.1.heads", "2"),
+            Err(RecordError::Unknown(_))
+        ));
+        assert!(matches!(
+            with("group.00.heads", "2"),
+            Err(RecordError::Unknown(_))
+        ));
+        assert!(matches!(
+            with("group.0.kind", "other"),
+            Err(RecordError::Value { .. })
+        ));
+        assert!(matches!(
+            with("group.0.kind", "sliding_window"),
+            Err(RecordError::Missing(_))
+        ));
+        assert!(matches!(
+            with("group.0.layers", "99999"),
+            Err(RecordError::Geometry { .. })
+        ));
         assert!(matches!(with("model", "a\nb"), Err(RecordError::Text(_))));
         assert!(with("x.note", "anything").is_ok());
         assert!(with("adapter", "blake3:9").is_ok());
@@ -349,7 +452,14 @@ mod tests {
         let b = NamespaceRecord::build(other).unwrap();
         let d = diff(&a, &b);
         assert_eq!(d[0], ("adapter".into(), None, Some("blake3:9".into())));
-        assert_eq!(d[1], ("weights".into(), Some("blake3:00".into()), Some("blake3:01".into())));
+        assert_eq!(
+            d[1],
+            (
+                "weights".into(),
+                Some("blake3:00".into()),
+                Some("blake3:01".into())
+            )
+        );
         assert_eq!(d.len(), 2);
         assert!(diff(&a, &a).is_empty());
         assert_eq!(diff(&b, &a)[0].1, Some("blake3:9".into()));

@@ -54,7 +54,11 @@ impl Core {
 
     fn registered(&self, caller: Caller, namespace: usize, id: NamespaceId) -> Reply {
         match &self.tenants[caller.tenant].pool {
-            Some(pool) => Reply::Registered { namespace: namespace as u32, id, arena: pool.shape },
+            Some(pool) => Reply::Registered {
+                namespace: namespace as u32,
+                id,
+                arena: pool.shape,
+            },
             None => Reply::Failure(no_arena()),
         }
     }
@@ -65,10 +69,14 @@ impl Core {
         let named = record.get("tenant").unwrap_or_default();
         if named != tenant.name {
             let (name, own) = (named.escape_debug(), &tenant.name);
-            let text = format!("the record is of tenant '{name}', this socket of '{own}'; use that tenant's socket");
+            let text = format!(
+                "the record is of tenant '{name}', this socket of '{own}'; use that tenant's socket"
+            );
             return Err(Failure::invalid(text));
         }
-        let Some(pool) = &tenant.pool else { return Err(no_arena()) };
+        let Some(pool) = &tenant.pool else {
+            return Err(no_arena());
+        };
         let extent = pool.shape.extent_bytes;
         for (group, geometry) in record.groups().iter().enumerate() {
             let bytes = geometry.slot_bytes();
@@ -90,14 +98,21 @@ impl Core {
     ) -> Result<Vec<Checked>, Failure> {
         let known = record.groups();
         if groups.len() > known.len() {
-            let text = format!("{} layouts for {} groups; give one each", groups.len(), known.len());
+            let text = format!(
+                "{} layouts for {} groups; give one each",
+                groups.len(),
+                known.len()
+            );
             return Err(Failure::invalid(text));
         }
         let mut checked: Vec<Checked> = Vec::with_capacity(groups.len());
         for layout in groups {
             let group = layout.group;
             let Some(geometry) = known.get(group as usize) else {
-                let text = format!("a layout for group {group}, but the record has {}", known.len());
+                let text = format!(
+                    "a layout for group {group}, but the record has {}",
+                    known.len()
+                );
                 return Err(Failure::invalid(text));
             };
             if checked.iter().any(|other| u32::from(other.group) == group) {
@@ -116,7 +131,11 @@ impl Core {
                 return Err(Failure::invalid(text));
             }
             let part = layout.copies.then_some(layout.part);
-            checked.push(Checked { group: group as u8, cut, part });
+            checked.push(Checked {
+                group: group as u8,
+                cut,
+                part,
+            });
         }
         Ok(checked)
     }
@@ -137,7 +156,8 @@ impl Core {
         };
         let pairs = joined.layouts.iter().zip(layouts);
         if joined.layouts.len() != layouts.len() || !pairs.into_iter().all(|(o, n)| same(o, n)) {
-            let text = "this session registered the namespace with another layout; open a new session";
+            let text =
+                "this session registered the namespace with another layout; open a new session";
             return Err(Failure::invalid(text));
         }
         Ok(self.registered(caller, at, id))
@@ -146,11 +166,20 @@ impl Core {
     /// All processes of an instance cut alike.
     fn check_team(&self, caller: Caller, space: u32, new: &[Checked]) -> Result<(), Failure> {
         let cuts = &self.spaces.get(space).cuts;
-        for team in self.instances[caller.instance].teams.iter().filter(|t| t.space == space) {
+        for team in self.instances[caller.instance]
+            .teams
+            .iter()
+            .filter(|t| t.space == space)
+        {
             let cut = &cuts[usize::from(team.cut)].cut;
-            if new.iter().any(|layout| layout.group == team.group && layout.cut != *cut) {
+            if new
+                .iter()
+                .any(|layout| layout.group == team.group && layout.cut != *cut)
+            {
                 let group = team.group;
-                let text = format!("another process of this instance cuts group {group} differently; give all the same bounds");
+                let text = format!(
+                    "another process of this instance cuts group {group} differently; give all the same bounds"
+                );
                 return Err(Failure::invalid(text));
             }
         }
@@ -166,7 +195,11 @@ impl Core {
                 let text = "blocks of this namespace are cut in too many ways; use fewer layouts";
                 return Err(Failure::new(ErrorKind::Busy, text));
             };
-            layouts.push(Layout { group: layout.group, cut, part: layout.part });
+            layouts.push(Layout {
+                group: layout.group,
+                cut,
+                part: layout.part,
+            });
         }
         namespace.sessions += 1;
         namespace.used = self.now;
@@ -174,14 +207,17 @@ impl Core {
         for layout in &layouts {
             let (group, cut) = (layout.group, layout.cut);
             let teams = &mut self.instances[caller.instance].teams;
-            if !teams.iter().any(|team| team.space == space && team.group == group) {
+            if !teams
+                .iter()
+                .any(|team| team.space == space && team.group == group)
+            {
                 teams.push(Team::new(space, group, cut));
             }
         }
-        let joined = &mut self.sessions[caller.session].joined;
-        joined.push(Joined { space, layouts });
-        let at = joined.len() - 1;
-        self.disband(caller.instance, space);
+        let session = &mut self.sessions[caller.session];
+        session.joined.push(Joined { space, layouts });
+        let (at, role) = (session.joined.len() - 1, session.role);
+        self.disband(caller.instance, space, role);
         Ok(at)
     }
 

@@ -73,6 +73,8 @@ pub(crate) struct Instance {
     pub(crate) tenant: usize,
     pub(crate) sessions: Vec<u32>,
     pub(crate) teams: Vec<Team>,
+    /// Crews it has, retired ones included.
+    pub(crate) crews: u32,
     /// What it is filling, quarantined slots included.
     pub(crate) claims: List<ByInstance>,
 }
@@ -95,18 +97,27 @@ impl Core {
             Ok(tenant) => tenant,
             Err(failure) => {
                 self.counters.sessions_ended += 1;
-                out.push(Output::EndSession { session: opening.session, failure });
+                out.push(Output::EndSession {
+                    session: opening.session,
+                    failure,
+                });
                 return;
             }
         };
         let key = (tenant, opening.instance);
         let instance = self.instance_ids.get(&key).copied().unwrap_or_else(|| {
             let id = opening.instance;
-            let at = self.instances.insert(Instance { id, tenant, ..Instance::default() });
+            let at = self.instances.insert(Instance {
+                id,
+                tenant,
+                ..Instance::default()
+            });
             self.instance_ids.insert(key, at);
             at
         });
-        let cut = (0..=LABEL.min(opening.label.len())).rev().find(|n| opening.label.is_char_boundary(*n));
+        let cut = (0..=LABEL.min(opening.label.len()))
+            .rev()
+            .find(|n| opening.label.is_char_boundary(*n));
         let session = self.sessions.insert(Session {
             token: opening.session,
             tenant,
@@ -134,19 +145,26 @@ impl Core {
             return refuse(ErrorKind::NotFound, "there is no such tenant here".into());
         };
         if opening.session.0 == 0 || self.knows(opening.session) {
-            return refuse(ErrorKind::Internal, "the session token is taken; connect again".into());
+            return refuse(
+                ErrorKind::Internal,
+                "the session token is taken; connect again".into(),
+            );
         }
         let copies = opening.role.copies();
         if copies && (opening.world > MAX_WORLD || opening.rank >= opening.world) {
             let (rank, world) = (opening.rank, opening.world);
-            let text = format!("rank {rank} of {world}; ranks count from 0 and {MAX_WORLD} are the most");
+            let text =
+                format!("rank {rank} of {world}; ranks count from 0 and {MAX_WORLD} are the most");
             return refuse(ErrorKind::Invalid, text);
         }
         self.detach_past(t, opening, out);
         if self.tokens.len() >= self.settings.max_sessions as usize
             || self.tenants[t].sessions >= self.tenants[t].limits.sessions
         {
-            return refuse(ErrorKind::Busy, "too many sessions; close one or raise the limit".into());
+            return refuse(
+                ErrorKind::Busy,
+                "too many sessions; close one or raise the limit".into(),
+            );
         }
         if !copies {
             return Ok(t);
@@ -158,12 +176,16 @@ impl Core {
         for other in self.copying(t, opening.instance) {
             if other.world != opening.world {
                 let (world, theirs) = (opening.world, other.world);
-                let text = format!("a world of {world}, but this instance has {theirs}; give each engine its own instance id");
+                let text = format!(
+                    "a world of {world}, but this instance has {theirs}; give each engine its own instance id"
+                );
                 return refuse(ErrorKind::Invalid, text);
             }
             if other.rank == opening.rank {
                 let rank = opening.rank;
-                let text = format!("rank {rank} of this instance is attached already; wait for it to end or use another instance id");
+                let text = format!(
+                    "rank {rank} of this instance is attached already; wait for it to end or use another instance id"
+                );
                 return refuse(ErrorKind::Busy, text);
             }
         }
@@ -180,7 +202,10 @@ impl Core {
 
     /// A process that comes back before its old socket was seen to close.
     fn detach_past(&mut self, t: usize, opening: &Opening<'_>, out: &mut Vec<Output>) {
-        let Some(past) = opening.past.and_then(|past| self.tokens.get(&past).copied()) else {
+        let Some(past) = opening
+            .past
+            .and_then(|past| self.tokens.get(&past).copied())
+        else {
             return;
         };
         let found = &self.sessions[past];
@@ -190,7 +215,10 @@ impl Core {
         if same && found.attached {
             let text = "the same process attached again";
             let failure = Failure::fatal(ErrorKind::Unavailable, text);
-            out.push(Output::EndSession { session: found.token, failure });
+            out.push(Output::EndSession {
+                session: found.token,
+                failure,
+            });
             self.detach(past, out);
         }
     }
@@ -198,14 +226,13 @@ impl Core {
     /// Its socket is closed: it gets no new copies, but what it may be copying stays its.
     fn detach(&mut self, session: u32, out: &mut Vec<Output>) {
         self.sessions[session].attached = false;
-        let instance = self.sessions[session].instance;
+        let (instance, role) = (self.sessions[session].instance, self.sessions[session].role);
         for at in 0..self.sessions[session].joined.len() {
             let space = self.sessions[session].joined[at].space;
-            self.disband(instance, space);
+            self.disband(instance, space, role);
         }
-        if self.sessions[session].idle() {
-            self.end_session(session, out);
-        }
+        self.relieved(session);
+        self.sweep(out);
     }
 
     pub(crate) fn detached(&mut self, token: SessionId, out: &mut Vec<Output>) {
@@ -216,11 +243,48 @@ impl Core {
         }
     }
 
-    /// Gone or closed: either way nothing of it can still write.
+    /// It said that its copies are over.
     pub(crate) fn closed(&mut self, token: SessionId, out: &mut Vec<Output>) {
         if let Some(session) = self.tokens.get(&token).copied() {
             self.end_session(session, out);
         }
+    }
+
+    /// Its process is dead, and with it whatever it began under its past session.
+    pub(crate) fn gone(&mut self, token: SessionId, out: &mut Vec<Output>) {
+        let Some(session) = self.tokens.get(&token).copied() else {
+            return;
+        };
+        self.counters.sessions_gone += 1;
+        self.end_past(session, out);
+        self.end_session(session, out);
+    }
+
+    /// Whatever this process began under its past session, and under those before it, is over.
+    fn end_past(&mut self, session: u32, out: &mut Vec<Output>) {
+        let t = self.sessions[session].tenant;
+        let (mut at, mut olds, mut tokens) = (session, Vec::new(), Vec::new());
+        while let Some(past) = self.sessions[at].past {
+            tokens.push(past);
+            match self.past_of(at, past) {
+                Some(old) if !olds.contains(&old) && old != session => olds.push(old),
+                _ => break,
+            }
+            at = olds[olds.len() - 1];
+        }
+        olds.into_iter().for_each(|old| self.end_session(old, out));
+        tokens
+            .into_iter()
+            .for_each(|token| self.fence_former(t, token, out));
+    }
+
+    /// The detached session that `past` names, if it is of the same process as `session`.
+    fn past_of(&self, session: u32, past: SessionId) -> Option<u32> {
+        let old = self.tokens.get(&past).copied()?;
+        let (own, found) = (&self.sessions[session], &self.sessions[old]);
+        let same = (found.tenant, found.instance) == (own.tenant, own.instance)
+            && (found.role, found.rank) == (own.role, own.rank);
+        (same && !found.attached).then_some(old)
     }
 
     /// The session's copies are terminal. Ends its leases and copy records and forgets it.
@@ -234,9 +298,11 @@ impl Core {
         self.tenants[old.tenant].sessions -= 1;
         self.tenants[old.tenant].joined -= old.joined.len() as u32;
         let instance = old.instance;
-        self.instances[instance].sessions.retain(|other| *other != session);
+        self.instances[instance]
+            .sessions
+            .retain(|other| *other != session);
         for joined in &old.joined {
-            self.disband(instance, joined.space);
+            self.disband(instance, joined.space, old.role);
             self.forget_teams(instance, joined.space);
             let space = self.spaces.get_mut(joined.space);
             space.sessions -= 1;
@@ -245,13 +311,17 @@ impl Core {
         }
         if self.instances[instance].sessions.is_empty() {
             let gone = self.instances.remove(instance);
-            debug_assert!(gone.claims.len() == 0 && gone.teams.is_empty(), "claims of nobody");
+            debug_assert!(
+                gone.claims.len() == 0 && gone.teams.is_empty(),
+                "claims of nobody"
+            );
             self.instance_ids.remove(&(gone.tenant, gone.id));
         }
+        self.relieve_successors(old.token);
         self.write_table(old.tenant, out);
     }
 
-    /// Every copy that this process began under `past` is over.
+    /// Every copy that this process began under `past`, or before it, is over.
     pub(crate) fn fence(
         &mut self,
         caller: Caller,
@@ -263,23 +333,24 @@ impl Core {
             let text = "a process fences only its own past session, which it must name in hello";
             return Err(Failure::invalid(text));
         }
-        if let Some(old) = self.tokens.get(&past).copied() {
-            let found = &self.sessions[old];
-            let same = found.tenant == caller.tenant
-                && found.instance == caller.instance
-                && (found.role, found.rank) == (own.role, own.rank);
-            if !same || found.attached {
-                let text = "the past session is not this process's; name the right one in hello";
-                return Err(Failure::invalid(text));
-            }
-            self.end_session(old, out);
+        if self.knows(past) && self.past_of(caller.session, past).is_none() {
+            let text = "the past session is not this process's; name the right one in hello";
+            return Err(Failure::invalid(text));
         }
-        self.fence_former(caller.tenant, past, out);
+        self.end_past(caller.session, out);
         self.counters.fences += 1;
         Ok(Reply::Fenced)
     }
 
-    /// A record or lease of this session ended: if that was a detached session's last, the end of the step forgets it.
+    /// Whether a detached session must be remembered: it has records or leases, or is the link to a past that has them.
+    pub(crate) fn lingers(&self, session: u32) -> bool {
+        let found = &self.sessions[session];
+        let unfenced = &self.tenants[found.tenant].unfenced;
+        let past = |p| unfenced.contains(&p) || self.past_of(session, p).is_some();
+        !found.idle() || found.past.is_some_and(past)
+    }
+
+    /// Something that kept this session ended: if it is detached and that was the last, the end of the step forgets it.
     pub(crate) fn relieved(&mut self, session: u32) {
         let found = &self.sessions[session];
         if !found.attached && found.idle() {
@@ -287,10 +358,19 @@ impl Core {
         }
     }
 
+    /// The token is of no session any more: sessions that came after it may not have to be remembered.
+    pub(crate) fn relieve_successors(&mut self, past: SessionId) {
+        for session in self.sessions.range() {
+            if self.sessions[session].token.0 != 0 && self.sessions[session].past == Some(past) {
+                self.relieved(session);
+            }
+        }
+    }
+
     pub(crate) fn sweep(&mut self, out: &mut Vec<Output>) {
         while let Some(session) = self.idle.pop() {
             let found = &self.sessions[session];
-            if found.token.0 != 0 && !found.attached && found.idle() {
+            if found.token.0 != 0 && !found.attached && !self.lingers(session) {
                 self.end_session(session, out);
             }
         }

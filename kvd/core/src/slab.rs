@@ -19,7 +19,11 @@ impl<T: Default, const CHUNK: usize> Chunked<T, CHUNK> {
     pub(crate) fn reach(&mut self, at: u32) {
         while self.chunks.len() <= at as usize / CHUNK {
             let chunk: Vec<T> = (0..CHUNK).map(|_| T::default()).collect();
-            let chunk = chunk.into_boxed_slice().try_into().ok().expect("chunk has its length");
+            let chunk = chunk
+                .into_boxed_slice()
+                .try_into()
+                .ok()
+                .expect("chunk has its length");
             self.chunks.push(chunk);
         }
     }
@@ -48,7 +52,11 @@ pub(crate) struct Slab<T, const CHUNK: usize> {
 
 impl<T: Default, const CHUNK: usize> Slab<T, CHUNK> {
     pub(crate) fn new() -> Self {
-        Slab { items: Chunked::new(), free: Vec::new(), end: 0 }
+        Slab {
+            items: Chunked::new(),
+            free: Vec::new(),
+            end: 0,
+        }
     }
 
     pub(crate) fn insert(&mut self, item: T) -> u32 {

@@ -55,7 +55,11 @@ impl Namespace {
         if self.cuts.len() == MAX_CUTS {
             return None;
         }
-        self.cuts.push(StoredCut { group, cut: cut.clone(), crcs: cut.crc_count() });
+        self.cuts.push(StoredCut {
+            group,
+            cut: cut.clone(),
+            crcs: cut.crc_count(),
+        });
         Some(self.cuts.len() as u16 - 1)
     }
 }
@@ -78,7 +82,9 @@ impl Spaces {
     }
 
     pub(crate) fn get_mut(&mut self, number: u32) -> &mut Namespace {
-        self.by_number.get_mut(&number).expect("a namespace in use is known")
+        self.by_number
+            .get_mut(&number)
+            .expect("a namespace in use is known")
     }
 
     fn insert(&mut self, namespace: Namespace) -> u32 {
@@ -109,12 +115,16 @@ impl Core {
             return Err(Failure::new(ErrorKind::Busy, text));
         }
         let tenant = &mut self.tenants[t];
-        let Some(pool) = &mut tenant.pool else { return Err(no_arena()) };
+        let Some(pool) = &mut tenant.pool else {
+            return Err(no_arena());
+        };
         let mut groups: Vec<Group> = Vec::with_capacity(record.groups().len());
         for geometry in record.groups() {
             let slot_bytes = geometry.slot_bytes();
             let Some(class) = pool.join_class(slot_bytes) else {
-                groups.iter().for_each(|group| pool.leave_class(group.class));
+                groups
+                    .iter()
+                    .for_each(|group| pool.leave_class(group.class));
                 let text = "too many different block sizes; detach an engine";
                 return Err(Failure::new(ErrorKind::Busy, text));
             };
@@ -136,23 +146,36 @@ impl Core {
 
     /// Forgets the namespace if nobody has it and no block is of it.
     pub(crate) fn drop_space_if_idle(&mut self, number: u32) {
-        let Some(space) = self.spaces.by_number.get(&number) else { return };
+        let Some(space) = self.spaces.by_number.get(&number) else {
+            return;
+        };
         if space.sessions > 0 || space.blocks > 0 {
             return;
         }
-        let Some(space) = self.spaces.by_number.remove(&number) else { return };
+        let Some(space) = self.spaces.by_number.remove(&number) else {
+            return;
+        };
         self.spaces.by_id.remove(&(space.tenant, space.id));
         let tenant = &mut self.tenants[space.tenant];
         tenant.namespaces -= 1;
         if let Some(pool) = &mut tenant.pool {
-            space.groups.iter().for_each(|group| pool.leave_class(group.class));
+            space
+                .groups
+                .iter()
+                .for_each(|group| pool.leave_class(group.class));
         }
     }
 
     /// Drops the blocks of the tenant's namespace that no session has and that was unused for longest.
     fn forget_idle_space(&mut self, t: usize, out: &mut Vec<Output>) -> bool {
-        let idle = self.spaces.by_number.iter().filter(|(_, s)| s.tenant == t && s.sessions == 0);
-        let Some(number) = idle.min_by_key(|(number, s)| (s.used, **number)).map(|(n, _)| *n)
+        let idle = self
+            .spaces
+            .by_number
+            .iter()
+            .filter(|(_, s)| s.tenant == t && s.sessions == 0);
+        let Some(number) = idle
+            .min_by_key(|(number, s)| (s.used, **number))
+            .map(|(n, _)| *n)
         else {
             return false;
         };
@@ -169,5 +192,8 @@ impl Core {
 
 /// The tenant has no memory yet.
 pub(crate) fn no_arena() -> Failure {
-    Failure::new(ErrorKind::Unavailable, "the arena is not there yet; try again soon")
+    Failure::new(
+        ErrorKind::Unavailable,
+        "the arena is not there yet; try again soon",
+    )
 }

@@ -1,4 +1,5 @@
 //! The core's state in one piece. What each part means, and what may be done with it, is in the module of that part.
+//! Deliberately absent: logic.
 
 use std::collections::BTreeMap;
 

@@ -1,7 +1,6 @@
 //! What the core shows of itself: the truth that `kvd status` prints. Owned values, so that formatting happens elsewhere.
-//! Deliberately absent: JSON, tables, units.
+//! Deliberately absent: JSON, tables, units; counters, which core keeps for all tenants together.
 
-use crate::counters::Counters;
 use crate::geometry::ArenaShape;
 use crate::ids::{InstanceId, NamespaceId, Role, SessionId};
 use crate::record::{Difference, NamespaceRecord, diff};
@@ -38,16 +37,21 @@ pub struct StatusView {
     pub namespaces: Vec<NamespaceView>,
     /// By order of opening.
     pub sessions: Vec<SessionView>,
-    /// Of all tenants together.
-    pub counters: Counters,
 }
 
 impl StatusView {
     /// The namespace most like the `at`-th one, and the fields in which the two differ. Costs time; not for the core's thread.
     pub fn nearest(&self, at: usize) -> Option<(&NamespaceView, Vec<Difference>)> {
         let own = &self.namespaces[at].record;
-        let others = self.namespaces.iter().enumerate().filter(|(i, _)| *i != at).map(|(_, other)| other);
-        others.map(|other| (other, diff(own, &other.record))).min_by_key(|(_, fields)| fields.len())
+        let others = self
+            .namespaces
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| *i != at)
+            .map(|(_, other)| other);
+        others
+            .map(|other| (other, diff(own, &other.record)))
+            .min_by_key(|(_, fields)| fields.len())
     }
 }
 

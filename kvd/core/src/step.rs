@@ -25,20 +25,42 @@ impl Core {
         self.stamp = self.stamp.wrapping_add(1);
         self.due(out);
         match input {
-            Input::Tenant { tenant, name, limits } => self.add_tenant(tenant, name, limits),
-            Input::Arena { tenant, shape, adopted } => self.set_arena(tenant, shape, adopted, out),
+            Input::Tenant {
+                tenant,
+                name,
+                limits,
+            } => self.add_tenant(tenant, name, limits),
+            Input::Arena {
+                tenant,
+                shape,
+                adopted,
+            } => self.set_arena(tenant, shape, adopted, out),
             Input::ExtentReady { tenant, extent } => self.populated(tenant, extent, false),
             Input::ExtentFailed { tenant, extent } => self.populated(tenant, extent, true),
-            Input::Opened { session, tenant, instance, role, rank, world, label, past } => {
-                let opening =
-                    Opening { session, tenant, instance, role, rank, world, label, past };
+            Input::Opened {
+                session,
+                tenant,
+                instance,
+                role,
+                rank,
+                world,
+                label,
+                past,
+            } => {
+                let opening = Opening {
+                    session,
+                    tenant,
+                    instance,
+                    role,
+                    rank,
+                    world,
+                    label,
+                    past,
+                };
                 self.opened(opening, out);
             }
             Input::Detached { session } => self.detached(session, out),
-            Input::Gone { session } => {
-                self.counters.sessions_gone += u64::from(self.knows(session));
-                self.closed(session, out);
-            }
+            Input::Gone { session } => self.gone(session, out),
             Input::Closed { session } => self.closed(session, out),
             Input::Request { session, id, body } => self.request(session, id, body, out),
             Input::Tick => {}
@@ -61,7 +83,9 @@ impl Core {
         out: &mut Vec<Output>,
     ) {
         self.counters.requests += 1;
-        let reply = self.caller(session).and_then(|caller| self.serve(caller, body, out));
+        let reply = self
+            .caller(session)
+            .and_then(|caller| self.serve(caller, body, out));
         let reply = Box::new(reply.unwrap_or_else(|failure| {
             self.counters.refused += 1;
             Reply::Failure(failure)
@@ -80,7 +104,11 @@ impl Core {
             let text = "an observer may only ask for status; attach as scheduler, worker or both";
             return Err(Failure::invalid(text));
         }
-        Ok(Caller { session, tenant: found.tenant, instance: found.instance })
+        Ok(Caller {
+            session,
+            tenant: found.tenant,
+            instance: found.instance,
+        })
     }
 
     fn serve(
@@ -91,11 +119,20 @@ impl Core {
     ) -> Result<Reply, Failure> {
         match body {
             Request::Register { record, groups } => self.register(caller, record, groups, out),
-            Request::Lookup { namespace, chains, lease_ms, leading } => {
-                self.lookup(caller, namespace, chains, lease_ms, leading)
-            }
+            Request::Lookup {
+                namespace,
+                chains,
+                lease_ms,
+                leading,
+            } => self.lookup(caller, namespace, chains, lease_ms, leading),
             Request::Reserve { namespace, chain } => self.reserve(caller, namespace, &chain, out),
-            Request::Commit { namespace, group, slots, generations, crcs } => {
+            Request::Commit {
+                namespace,
+                group,
+                slots,
+                generations,
+                crcs,
+            } => {
                 let list = self.pairs(slots, generations)?;
                 self.commit(caller, namespace, group, list, crcs, out)
             }
@@ -103,10 +140,18 @@ impl Core {
                 let list = self.pairs(slots, generations)?;
                 Ok(self.abort(caller, list, out))
             }
-            Request::Load { namespace, group, hashes, deadline_ms: _ } => {
-                self.load(caller, namespace, group, hashes)
-            }
-            Request::Release { slots, generations, corrupt, lease } => {
+            Request::Load {
+                namespace,
+                group,
+                hashes,
+                deadline_ms: _,
+            } => self.load(caller, namespace, group, hashes),
+            Request::Release {
+                slots,
+                generations,
+                corrupt,
+                lease,
+            } => {
                 let list = self.pairs(slots, generations)?;
                 self.release(caller, list, corrupt, lease, out)
             }
@@ -124,11 +169,7 @@ impl Core {
         Ok(())
     }
 
-    fn pairs<'a>(
-        &self,
-        slots: &'a [u32],
-        generations: &'a [u64],
-    ) -> Result<SlotList<'a>, Failure> {
+    fn pairs<'a>(&self, slots: &'a [u32], generations: &'a [u64]) -> Result<SlotList<'a>, Failure> {
         self.bounded("slots", slots.len())?;
         if slots.len() != generations.len() {
             let (s, g) = (slots.len(), generations.len());
@@ -152,6 +193,9 @@ impl SlotList<'_> {
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, u64)> {
-        self.slots.iter().copied().zip(self.generations.iter().copied())
+        self.slots
+            .iter()
+            .copied()
+            .zip(self.generations.iter().copied())
     }
 }

@@ -91,7 +91,8 @@ impl Core {
         let mut all = Vec::with_capacity(hashes.len());
         for batch in hashes.chunks(BATCH) {
             let mut found = [NIL; BATCH];
-            self.index.find_batch(storing.space, storing.group, batch, &mut found);
+            self.index
+                .find_batch(storing.space, storing.group, batch, &mut found);
             for id in &found[..batch.len()] {
                 if *id != NIL {
                     self.touch(storing.tenant, storing.class, *id, true);
@@ -121,15 +122,15 @@ impl Core {
                 EntryState::Filling | EntryState::Vacant => ReserveState::Filling,
             };
         }
-        if !storing.full && found == Found::Absent {
-            if let Some(slot) = self.slot_for(storing, out)
-                && let Some((word, offset)) = self.begin_block(storing, hash, slot, out)
-            {
-                reply.slots.push(slot);
-                reply.generations.push(word);
-                reply.offsets.push(offset);
-                return ReserveState::Reserved;
-            }
+        if !storing.full
+            && found == Found::Absent
+            && let Some(slot) = self.slot_for(storing, out)
+            && let Some((word, offset)) = self.begin_block(storing, hash, slot, out)
+        {
+            reply.slots.push(slot);
+            reply.generations.push(word);
+            reply.offsets.push(offset);
+            return ReserveState::Reserved;
         }
         storing.full = true;
         ReserveState::NoSpace
@@ -137,7 +138,12 @@ impl Core {
 
     /// A slot for one more block, if limits allow and room can be made.
     fn slot_for(&mut self, storing: &mut Storing, out: &mut Vec<Output>) -> Option<u32> {
-        let Storing { tenant: t, class, instance, .. } = *storing;
+        let Storing {
+            tenant: t,
+            class,
+            instance,
+            ..
+        } = *storing;
         let tenant = &self.tenants[t];
         if tenant.quarantined_bytes > tenant.quarantine_limit()
             || self.instances[instance].claims.len() >= self.settings.max_claims
@@ -168,7 +174,10 @@ impl Core {
         out: &mut Vec<Output>,
     ) -> Option<(u64, u64)> {
         let Some(crcs) = self.crcs.insert(storing.crcs) else {
-            self.tenants[storing.tenant].pool.as_mut()?.release(slot, out);
+            self.tenants[storing.tenant]
+                .pool
+                .as_mut()?
+                .release(slot, out);
             return None;
         };
         let entry = Entry {
@@ -214,20 +223,28 @@ impl Core {
         };
         let cut = &self.spaces.get(space).cuts[usize::from(cut)].cut;
         let heads = cut.part(part).heads.len();
-        let writer = Writer { session: caller.session, part, crc_base: cut.crc_base(part) };
+        let writer = Writer {
+            session: caller.session,
+            part,
+            crc_base: cut.crc_base(part),
+        };
         if crcs.len() != list.len() * heads {
             let (got, want) = (crcs.len(), list.len() * heads);
-            let text = format!("{got} checksums, but {want} are needed: one for each head of each slot");
+            let text =
+                format!("{got} checksums, but {want} are needed: one for each head of each slot");
             return Err(Failure::new(ErrorKind::Invalid, text));
         }
-        let states = list.iter().zip(crcs.chunks_exact(heads)).map(|((slot, word), crcs)| {
-            let state = match self.to_write(caller, space, group, slot, word, part) {
-                Some(fill) => self.part_written(fill, writer, crcs, out),
-                None => CommitState::Stale,
-            };
-            self.counters.store_failed.stale += u64::from(state == CommitState::Stale);
-            state
-        });
+        let states = list
+            .iter()
+            .zip(crcs.chunks_exact(heads))
+            .map(|((slot, word), crcs)| {
+                let state = match self.to_write(caller, space, group, slot, word, part) {
+                    Some(fill) => self.part_written(fill, writer, crcs, out),
+                    None => CommitState::Stale,
+                };
+                self.counters.store_failed.stale += u64::from(state == CommitState::Stale);
+                state
+            });
         Ok(Reply::Commit(states.collect()))
     }
 

@@ -47,13 +47,21 @@ impl Table {
     #[inline]
     pub(crate) fn look(&self, tag: u32) -> Look {
         let at = self.home(tag);
-        Look { tag, at, bucket: self.buckets.get(at).copied().unwrap_or(EMPTY) }
+        Look {
+            tag,
+            at,
+            bucket: self.buckets.get(at).copied().unwrap_or(EMPTY),
+        }
     }
 
     /// The first id under the tag of `look` for which `is` holds. Ids under other tags are not asked about.
     #[inline]
     pub(crate) fn search(&self, look: Look, mut is: impl FnMut(u32) -> bool) -> Option<u32> {
-        let Look { tag, mut at, mut bucket } = look;
+        let Look {
+            tag,
+            mut at,
+            mut bucket,
+        } = look;
         while bucket != EMPTY {
             if tag_of(bucket) == tag && is(bucket as u32) {
                 return Some(bucket as u32);
@@ -90,12 +98,16 @@ impl Table {
     fn grow(&mut self) {
         let length = (self.buckets.len() * 2).max(LEAST);
         let old = std::mem::replace(&mut self.buckets, vec![EMPTY; length]);
-        old.into_iter().filter(|bucket| *bucket != EMPTY).for_each(|bucket| self.put(bucket));
+        old.into_iter()
+            .filter(|bucket| *bucket != EMPTY)
+            .for_each(|bucket| self.put(bucket));
     }
 
     /// Removes an id; false if it is not there under this tag.
     pub(crate) fn remove(&mut self, tag: u32, id: u32) -> bool {
-        let Some(mut hole) = self.position(tag, id) else { return false };
+        let Some(mut hole) = self.position(tag, id) else {
+            return false;
+        };
         self.len -= 1;
         // What follows moves up, unless it would come to lie before its home.
         let mut at = self.next(hole);
@@ -114,7 +126,9 @@ impl Table {
 
     fn position(&self, tag: u32, id: u32) -> Option<usize> {
         let wanted = bucket(tag, id);
-        let Look { mut at, mut bucket, .. } = self.look(tag);
+        let Look {
+            mut at, mut bucket, ..
+        } = self.look(tag);
         while bucket != EMPTY {
             if bucket == wanted {
                 return Some(at);

@@ -66,7 +66,11 @@ impl Core {
         let Some(tenant) = self.tenant_ids.get(&tenant).map(|t| &self.tenants[*t]) else {
             return false;
         };
-        let used = |pool: &Pool| pool.extents.iter().any(|extent| extent.used > 0 || extent.held);
+        let used = |pool: &Pool| {
+            pool.extents
+                .iter()
+                .any(|extent| extent.used > 0 || extent.held)
+        };
         tenant.joined > 0 || tenant.pool.as_ref().is_some_and(used)
     }
 
@@ -78,7 +82,10 @@ impl Core {
         out: &mut Vec<Output>,
     ) {
         if let Err(failure) = self.check_arena(id, shape, adopted.as_ref()) {
-            out.push(Output::ArenaRefused { tenant: id, failure });
+            out.push(Output::ArenaRefused {
+                tenant: id,
+                failure,
+            });
             return;
         }
         let t = self.tenant_ids[&id];
@@ -116,7 +123,9 @@ impl Core {
         if let Err(error) = shape.validate() {
             return Err(Failure::invalid(error.to_string()));
         }
-        let Some(adopted) = adopted else { return Ok(()) };
+        let Some(adopted) = adopted else {
+            return Ok(());
+        };
         let slots = u64::from(shape.extents()) * u64::from(shape.slots_per_extent);
         if adopted.words.len() as u64 > slots {
             return refuse("the generation table is longer than the arena; offer one that fits");
@@ -142,7 +151,8 @@ impl Core {
     /// Sessions of the tenant that may write, in order of their places.
     pub(crate) fn writers(&self, t: usize) -> impl Iterator<Item = SessionId> {
         let all = self.sessions.range().map(|s| &self.sessions[s]);
-        all.filter(move |s| s.token.0 != 0 && s.tenant == t && s.role.copies()).map(|s| s.token)
+        all.filter(move |s| s.token.0 != 0 && s.tenant == t && s.role.copies())
+            .map(|s| s.token)
     }
 
     /// Gives out the session table if it has changed: whoever may write, of this daemon or a former one.
@@ -156,7 +166,10 @@ impl Core {
         let tenant = &mut self.tenants[t];
         if tenant.table != tokens {
             tenant.table.clone_from(&tokens);
-            out.push(Output::WriterTable { tenant: tenant.id, tokens });
+            out.push(Output::WriterTable {
+                tenant: tenant.id,
+                tokens,
+            });
         }
     }
 
@@ -173,6 +186,7 @@ impl Core {
         {
             pool.lift_holds(out);
         }
+        self.relieve_successors(past);
         self.write_table(t, out);
     }
 }

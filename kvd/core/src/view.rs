@@ -2,9 +2,7 @@
 
 use crate::ids::TenantId;
 use crate::state::Core;
-use crate::status::{
-    ClassView, ExtentCounts, NamespaceView, SessionView, SlotCounts, StatusView,
-};
+use crate::status::{ClassView, ExtentCounts, NamespaceView, SessionView, SlotCounts, StatusView};
 
 fn add(sum: &mut SlotCounts, counts: &SlotCounts, each: u64) {
     sum.free += counts.free * each;
@@ -41,13 +39,17 @@ impl Core {
             classes,
             namespaces: self.namespace_views(t),
             sessions: self.session_views(t),
-            counters: self.counters,
         })
     }
 
     fn class_views(&self, t: usize) -> Vec<ClassView> {
-        let Some(pool) = &self.tenants[t].pool else { return Vec::new() };
-        let live = pool.classes.iter().filter(|class| class.groups > 0 || class.extents > 0);
+        let Some(pool) = &self.tenants[t].pool else {
+            return Vec::new();
+        };
+        let live = pool
+            .classes
+            .iter()
+            .filter(|class| class.groups > 0 || class.extents > 0);
         let mut views: Vec<ClassView> = live
             .map(|class| ClassView {
                 slot_bytes: class.slot_bytes,
@@ -61,7 +63,11 @@ impl Core {
     }
 
     fn namespace_views(&self, t: usize) -> Vec<NamespaceView> {
-        let own = self.spaces.by_number.values().filter(|space| space.tenant == t);
+        let own = self
+            .spaces
+            .by_number
+            .values()
+            .filter(|space| space.tenant == t);
         own.map(|space| NamespaceView {
             id: space.id,
             record: space.record.clone(),

@@ -9,12 +9,23 @@ fn odd_words_keep_their_extents_out_until_every_writer_fenced() {
     let mut world = World::bare(Settings::default());
     let mut words = vec![0u64; 40];
     (words[0], words[3], words[20]) = (6, 9, 4);
-    world.arena(A, 3, Some(Adopted { words: &words, writers: &[0, 71, 72, 0] }));
+    world.arena(
+        A,
+        3,
+        Some(Adopted {
+            words: &words,
+            writers: &[0, 71, 72, 0],
+        }),
+    );
     assert_eq!((world.word(0), world.word(3), world.word(20)), (8, 11, 6));
     let status = world.status();
     assert_eq!((status.extents.held_out, status.extents.free), (1, 2));
     assert_eq!(status.unfenced_writers, 2);
-    assert_eq!(world.tables[&A], [SessionId(71), SessionId(72)], "for a further successor");
+    assert_eq!(
+        world.tables[&A],
+        [SessionId(71), SessionId(72)],
+        "for a further successor"
+    );
     assert!(world.core.arena_in_use(A), "a second offer is not taken");
     let rec = record("a", "w", CELL);
     for (session, past, rank) in [(1, 71, 0), (2, 72, 1)] {
@@ -24,11 +35,38 @@ fn odd_words_keep_their_extents_out_until_every_writer_fenced() {
     let list = hashes(0..40);
     let got = world.reserve(1, &list, None);
     assert_eq!(got.slots.len(), 32);
-    assert!(got.slots.iter().all(|slot| *slot >= 16), "nothing of extent 0");
-    assert_eq!(world.ask(1, Request::Fence { past: SessionId(71) }), Reply::Fenced);
+    assert!(
+        got.slots.iter().all(|slot| *slot >= 16),
+        "nothing of extent 0"
+    );
+    assert_eq!(
+        world.ask(
+            1,
+            Request::Fence {
+                past: SessionId(71)
+            }
+        ),
+        Reply::Fenced
+    );
     assert_eq!(world.status().extents.held_out, 1);
-    assert_eq!(kind(&world.ask(2, Request::Fence { past: SessionId(71) })), Some(ErrorKind::Invalid));
-    assert_eq!(world.ask(2, Request::Fence { past: SessionId(72) }), Reply::Fenced);
+    assert_eq!(
+        kind(&world.ask(
+            2,
+            Request::Fence {
+                past: SessionId(71)
+            }
+        )),
+        Some(ErrorKind::Invalid)
+    );
+    assert_eq!(
+        world.ask(
+            2,
+            Request::Fence {
+                past: SessionId(72)
+            }
+        ),
+        Reply::Fenced
+    );
     assert_eq!((world.status().extents.held_out, world.word(3)), (0, 12));
     assert_eq!(world.tables[&A], [SessionId(1), SessionId(2)]);
     let more = world.reserve(1, &list[32..], None);
@@ -37,17 +75,52 @@ fn odd_words_keep_their_extents_out_until_every_writer_fenced() {
 }
 
 #[test]
+fn a_former_writer_that_comes_back_and_dies_needs_no_fence() {
+    let mut world = World::bare(Settings::default());
+    world.arena(
+        A,
+        2,
+        Some(Adopted {
+            words: &[5],
+            writers: &[71],
+        }),
+    );
+    world.open_after(1, A, 0, Role::Both, 0, 1, Some(71));
+    assert_eq!(world.status().extents.held_out, 1);
+    world.step(Input::Gone {
+        session: SessionId(1),
+    });
+    assert_eq!(world.status().extents.held_out, 0);
+    assert_eq!((world.word(0), world.status().unfenced_writers), (8, 0));
+}
+
+#[test]
 fn an_arena_is_replaced_only_while_unused() {
     let mut world = World::bare(Settings::default());
     world.arena(A, 2, None);
-    world.arena(A, 3, Some(Adopted { words: &[2, 4], writers: &[5] }));
+    world.arena(
+        A,
+        3,
+        Some(Adopted {
+            words: &[2, 4],
+            writers: &[5],
+        }),
+    );
     assert_eq!(world.status().arena.unwrap().bytes, 3 * EXTENT);
-    assert_eq!(world.status().extents.held_out, 0, "even words hold nothing");
+    assert_eq!(
+        world.status().extents.held_out,
+        0,
+        "even words hold nothing"
+    );
     assert_eq!(world.status().unfenced_writers, 0);
     world.script(1, 0);
     world.arena(A, 4, None);
     assert_eq!(world.status().arena.unwrap().bytes, 3 * EXTENT);
-    let refused = world.seen.iter().filter(|o| matches!(o, Output::ArenaRefused { .. })).count();
+    let refused = world
+        .seen
+        .iter()
+        .filter(|o| matches!(o, Output::ArenaRefused { .. }))
+        .count();
     assert_eq!(refused, 1);
 }
 
@@ -55,13 +128,35 @@ fn an_arena_is_replaced_only_while_unused() {
 fn forged_or_impossible_arenas_are_refused() {
     let mut world = World::bare(Settings::default());
     let tokens: Vec<u64> = (1..300).collect();
-    for (words, writers) in [(vec![u64::MAX], vec![]), (vec![0; 100], vec![]), (vec![1], tokens)] {
-        world.arena(A, 1, Some(Adopted { words: &words, writers: &writers }));
+    for (words, writers) in [
+        (vec![u64::MAX], vec![]),
+        (vec![0; 100], vec![]),
+        (vec![1], tokens),
+    ] {
+        world.arena(
+            A,
+            1,
+            Some(Adopted {
+                words: &words,
+                writers: &writers,
+            }),
+        );
         assert!(world.status().arena.is_none());
     }
-    let bad = ArenaShape { slots_per_extent: 7, ..shape(1) };
-    world.step(Input::Arena { tenant: A, shape: bad, adopted: None });
-    world.step(Input::Arena { tenant: TenantId(77), shape: shape(1), adopted: None });
+    let bad = ArenaShape {
+        slots_per_extent: 7,
+        ..shape(1)
+    };
+    world.step(Input::Arena {
+        tenant: A,
+        shape: bad,
+        adopted: None,
+    });
+    world.step(Input::Arena {
+        tenant: TenantId(77),
+        shape: shape(1),
+        adopted: None,
+    });
     assert!(world.status().arena.is_none());
     world.open(1, A, 0, Role::Both, 0, 1);
     let reply = world.register(1, &record("a", "w", CELL), 1, 1, Some(0));
@@ -71,24 +166,56 @@ fn forged_or_impossible_arenas_are_refused() {
 #[test]
 fn only_populated_extents_are_handed_out() {
     let mut world = World::bare(Settings::default());
-    world.step(Input::Arena { tenant: A, shape: shape(3), adopted: None });
+    world.step(Input::Arena {
+        tenant: A,
+        shape: shape(3),
+        adopted: None,
+    });
     world.script(1, 0);
     let list = hashes(0..40);
-    assert_eq!(world.reserve(1, &list[..1], None).states, [ReserveState::NoSpace]);
-    world.step(Input::ExtentFailed { tenant: A, extent: 0 });
-    world.step(Input::ExtentReady { tenant: A, extent: 2 });
-    world.step(Input::ExtentReady { tenant: A, extent: 0 });
-    world.step(Input::ExtentReady { tenant: A, extent: u32::MAX });
+    assert_eq!(
+        world.reserve(1, &list[..1], None).states,
+        [ReserveState::NoSpace]
+    );
+    world.step(Input::ExtentFailed {
+        tenant: A,
+        extent: 0,
+    });
+    world.step(Input::ExtentReady {
+        tenant: A,
+        extent: 2,
+    });
+    world.step(Input::ExtentReady {
+        tenant: A,
+        extent: 0,
+    });
+    world.step(Input::ExtentReady {
+        tenant: A,
+        extent: u32::MAX,
+    });
     let got = world.reserve(1, &list, None);
     assert_eq!(got.slots.len(), 16);
-    assert!(got.offsets.iter().all(|at| (2 * EXTENT..3 * EXTENT).contains(at)));
+    assert!(
+        got.offsets
+            .iter()
+            .all(|at| (2 * EXTENT..3 * EXTENT).contains(at))
+    );
     let extents = world.status().extents;
-    assert_eq!((extents.pending, extents.failed, extents.classed), (1, 1, 1));
+    assert_eq!(
+        (extents.pending, extents.failed, extents.classed),
+        (1, 1, 1)
+    );
 }
 
 #[test]
 fn a_streak_of_corrupt_blocks_refills_the_extent() {
-    let mut world = World::new(Settings { lease_fraction: 1.0, ..Settings::default() }, 2);
+    let mut world = World::new(
+        Settings {
+            lease_fraction: 1.0,
+            ..Settings::default()
+        },
+        2,
+    );
     world.script(1, 0);
     let list = hashes(0..10);
     world.store(1, &list);
@@ -98,7 +225,11 @@ fn a_streak_of_corrupt_blocks_refills_the_extent() {
     assert_eq!(world.hits(1, &list), 8);
     assert!(world.refills.is_empty());
     world.release(1, &got.slots[2..4], &got.generations[2..4], &[1]);
-    assert_eq!(world.hits(1, &list), 7, "a sound one in between ends the streak");
+    assert_eq!(
+        world.hits(1, &list),
+        7,
+        "a sound one in between ends the streak"
+    );
     world.release(1, &got.slots[4..7], &got.generations[4..7], &[0, 1]);
     assert_eq!(world.hits(1, &list), 0, "all of the extent is dropped");
     assert_eq!(world.status().extents.refilling, 1);
@@ -107,7 +238,14 @@ fn a_streak_of_corrupt_blocks_refills_the_extent() {
     assert_eq!(late, [CommitState::Stale]);
     assert_eq!(world.refills, [0]);
     assert_eq!(world.status().extents.pending, 1);
-    world.step(Input::ExtentReady { tenant: A, extent: 0 });
-    assert_eq!(world.store(1, &hashes(0..32)).slots.len(), 32, "the extent is of use again");
+    world.step(Input::ExtentReady {
+        tenant: A,
+        extent: 0,
+    });
+    assert_eq!(
+        world.store(1, &hashes(0..32)).slots.len(),
+        32,
+        "the extent is of use again"
+    );
     assert_eq!(world.core.counters().load_failed.crc, 5);
 }

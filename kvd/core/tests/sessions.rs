@@ -30,7 +30,11 @@ fn a_block_is_visible_when_every_part_is_there() {
         assert_eq!(world.hits(1, &list), 0);
         let crcs: Vec<u64> = (0..4).map(|i| (n as u64) * 10 + i).collect();
         let states = world.commit(session, &got.slots, &got.generations, &crcs);
-        let want = if n == 3 { CommitState::Visible } else { CommitState::Waiting };
+        let want = if n == 3 {
+            CommitState::Visible
+        } else {
+            CommitState::Waiting
+        };
         assert_eq!(states, [want; 2]);
         let again = world.commit(session, &got.slots, &got.generations, &crcs);
         assert_eq!(again, [CommitState::Stale; 2], "a part comes once");
@@ -40,7 +44,10 @@ fn a_block_is_visible_when_every_part_is_there() {
     assert_eq!(loaded.crcs[..8], [0, 1, 10, 11, 20, 21, 30, 31]);
     assert_eq!(loaded.cuts.len(), 1);
     assert_eq!(loaded.cuts[0].parts(), 4);
-    assert_eq!(loaded.generations, [got.generations[0] + 1, got.generations[1] + 1]);
+    assert_eq!(
+        loaded.generations,
+        [got.generations[0] + 1, got.generations[1] + 1]
+    );
 }
 
 #[test]
@@ -50,17 +57,35 @@ fn nothing_is_reserved_before_every_rank_is_there() {
     world.open(1, A, 0, Role::Scheduler, 0, 2);
     world.register(1, &rec, 1, 2, None);
     let list = hashes(0..1);
-    let chain = Chain { group: 0, hashes: &list, parent: None };
-    let body = Request::Reserve { namespace: 0, chain };
-    assert_eq!(kind(&world.ask(1, body.clone())), Some(ErrorKind::Unavailable));
+    let chain = Chain {
+        group: 0,
+        hashes: &list,
+        parent: None,
+    };
+    let body = Request::Reserve {
+        namespace: 0,
+        chain,
+    };
+    assert_eq!(
+        kind(&world.ask(1, body.clone())),
+        Some(ErrorKind::Unavailable)
+    );
     world.open(10, A, 0, Role::Worker, 0, 2);
     world.register(10, &rec, 1, 2, Some(0));
-    assert_eq!(kind(&world.ask(1, body.clone())), Some(ErrorKind::Unavailable));
+    assert_eq!(
+        kind(&world.ask(1, body.clone())),
+        Some(ErrorKind::Unavailable)
+    );
     world.open(11, A, 0, Role::Worker, 1, 2);
-    assert_eq!(kind(&world.ask(1, body.clone())), Some(ErrorKind::Unavailable));
+    assert_eq!(
+        kind(&world.ask(1, body.clone())),
+        Some(ErrorKind::Unavailable)
+    );
     world.register(11, &rec, 1, 2, Some(1));
     assert!(matches!(world.ask(1, body.clone()), Reply::Reserve(_)));
-    world.step(Input::Detached { session: SessionId(11) });
+    world.step(Input::Detached {
+        session: SessionId(11),
+    });
     assert_eq!(kind(&world.ask(1, body)), Some(ErrorKind::Unavailable));
 }
 
@@ -77,8 +102,14 @@ fn replicas_take_turns_by_hash() {
     for (at, hash) in list.iter().enumerate() {
         let writer = 10 + replica_of(hash, 2) as u64;
         let (slot, word) = ([got.slots[at]], [got.generations[at]]);
-        assert_eq!(world.commit(21 - writer, &slot, &word, &[0; 4]), [CommitState::Stale]);
-        assert_eq!(world.commit(writer, &slot, &word, &[0; 4]), [CommitState::Visible]);
+        assert_eq!(
+            world.commit(21 - writer, &slot, &word, &[0; 4]),
+            [CommitState::Stale]
+        );
+        assert_eq!(
+            world.commit(writer, &slot, &word, &[0; 4]),
+            [CommitState::Visible]
+        );
     }
 }
 
@@ -88,11 +119,16 @@ fn a_dead_writer_frees_its_slots_and_hides_its_blocks() {
     engine(&mut world, 0, 1, 2);
     let got = world.reserve(1, &hashes(0..3), None);
     world.commit(10, &got.slots, &got.generations, &[0; 6]);
-    world.step(Input::Gone { session: SessionId(11) });
+    world.step(Input::Gone {
+        session: SessionId(11),
+    });
     assert_eq!(world.status().slots.total(), world.status().slots.free);
     assert_eq!(world.hits(1, &hashes(0..3)), 0);
     assert_eq!(world.core.counters().store_failed.writer_lost, 3);
-    assert_eq!(world.commit(10, &got.slots, &got.generations, &[0; 6]), [CommitState::Stale; 3]);
+    assert_eq!(
+        world.commit(10, &got.slots, &got.generations, &[0; 6]),
+        [CommitState::Stale; 3]
+    );
 }
 
 #[test]
@@ -105,10 +141,17 @@ fn a_late_part_leads_to_quarantine_until_its_writer_ends() {
     assert_eq!(world.core.next_deadline(), Some(Now(world.now)));
     world.step(Input::Tick);
     assert_eq!(world.status().slots.quarantined, 2);
-    assert_eq!(world.word(got.slots[0]), got.generations[0], "the word stays odd");
+    assert_eq!(
+        world.word(got.slots[0]),
+        got.generations[0],
+        "the word stays odd"
+    );
     let again = world.reserve(1, &hashes(0..2), None);
     assert_eq!(again.states, [ReserveState::Reserved; 2]);
-    assert!(again.slots.iter().all(|slot| !got.slots.contains(slot)), "not while 11 may write");
+    assert!(
+        again.slots.iter().all(|slot| !got.slots.contains(slot)),
+        "not while 11 may write"
+    );
     let late = world.commit(11, &got.slots[..1], &got.generations[..1], &[0; 2]);
     assert_eq!(late, [CommitState::Stale]);
     assert_eq!(world.status().slots.quarantined, 1);
@@ -120,16 +163,27 @@ fn a_late_part_leads_to_quarantine_until_its_writer_ends() {
 #[test]
 fn quarantine_is_capped() {
     let mut world = World::bare(Settings::default());
-    let limits = TenantLimits { quarantine_bytes: 8192, ..TenantLimits::default() };
+    let limits = TenantLimits {
+        quarantine_bytes: 8192,
+        ..TenantLimits::default()
+    };
     world.core = Core::new(Settings::default());
-    world.step(Input::Tenant { tenant: A, name: "a", limits });
+    world.step(Input::Tenant {
+        tenant: A,
+        name: "a",
+        limits,
+    });
     world.arena(A, 4, None);
     world.script(1, 0);
     world.reserve(1, &hashes(0..3), None);
     world.now += 100_000_000;
     world.step(Input::Tick);
     let got = world.reserve(1, &hashes(10..11), None);
-    assert_eq!(got.states, [ReserveState::NoSpace], "three slots are quarantined, two are allowed");
+    assert_eq!(
+        got.states,
+        [ReserveState::NoSpace],
+        "three slots are quarantined, two are allowed"
+    );
 }
 
 #[test]
@@ -137,22 +191,58 @@ fn a_detached_session_keeps_its_records_until_fenced() {
     let mut world = World::new(Settings::default(), 2);
     engine(&mut world, 0, 1, 2);
     let got = world.reserve(1, &hashes(0..2), None);
-    world.step(Input::Detached { session: SessionId(11) });
+    world.step(Input::Detached {
+        session: SessionId(11),
+    });
     assert!(world.core.knows(SessionId(11)));
     assert!(world.tables[&A].contains(&SessionId(11)));
     world.open_after(12, A, 0, Role::Worker, 1, 2, Some(11));
     world.register(12, &record("a", "w", CELL), 1, 2, Some(1));
     let stale = world.commit(12, &got.slots, &got.generations, &[0; 4]);
-    assert_eq!(stale, [CommitState::Stale; 2], "the new session has no claim to write these");
+    assert_eq!(
+        stale,
+        [CommitState::Stale; 2],
+        "the new session has no claim to write these"
+    );
     assert_eq!(world.status().slots.reserved, 2);
-    let wrong = world.ask(10, Request::Fence { past: SessionId(11) });
-    assert_eq!(kind(&wrong), Some(ErrorKind::Invalid), "only the same process fences");
-    assert_eq!(world.ask(12, Request::Fence { past: SessionId(11) }), Reply::Fenced);
+    let wrong = world.ask(
+        10,
+        Request::Fence {
+            past: SessionId(11),
+        },
+    );
+    assert_eq!(
+        kind(&wrong),
+        Some(ErrorKind::Invalid),
+        "only the same process fences"
+    );
+    assert_eq!(
+        world.ask(
+            12,
+            Request::Fence {
+                past: SessionId(11)
+            }
+        ),
+        Reply::Fenced
+    );
     assert!(!world.core.knows(SessionId(11)));
-    assert_eq!(world.status().slots.quarantined, 2, "rank 0 may still write");
+    assert_eq!(
+        world.status().slots.quarantined,
+        2,
+        "rank 0 may still write"
+    );
     assert_eq!(world.abort(10, &got.slots, &got.generations), 2);
     assert_eq!(world.status().slots.free, world.status().slots.total());
-    assert_eq!(world.ask(12, Request::Fence { past: SessionId(11) }), Reply::Fenced, "again");
+    assert_eq!(
+        world.ask(
+            12,
+            Request::Fence {
+                past: SessionId(11)
+            }
+        ),
+        Reply::Fenced,
+        "again"
+    );
 }
 
 #[test]
@@ -162,7 +252,9 @@ fn a_session_without_records_is_forgotten_when_it_detaches() {
     let list = hashes(0..2);
     world.store(1, &list);
     world.load(1, &list);
-    world.step(Input::Detached { session: SessionId(1) });
+    world.step(Input::Detached {
+        session: SessionId(1),
+    });
     assert!(world.core.knows(SessionId(1)), "it has read leases");
     world.now += world.core.settings().lease_us;
     world.step(Input::Tick);
@@ -178,18 +270,44 @@ fn a_process_that_comes_back_first_detaches_its_old_socket() {
     engine(&mut world, 0, 1, 1);
     world.reserve(1, &hashes(0..1), None);
     world.open(20, A, 0, Role::Worker, 0, 1);
-    assert_eq!(world.ended.pop().map(|(s, f)| (s.0, f.kind)), Some((20, ErrorKind::Busy)));
+    assert_eq!(
+        world.ended.pop().map(|(s, f)| (s.0, f.kind)),
+        Some((20, ErrorKind::Busy))
+    );
     world.open_after(21, A, 0, Role::Worker, 0, 1, Some(10));
     assert_eq!(world.ended.pop().map(|(s, _)| s.0), Some(10));
     assert!(world.core.knows(SessionId(10)) && world.core.knows(SessionId(21)));
-    assert_eq!(kind(&world.ask(10, Request::Abort { slots: &[], generations: &[] })), Some(ErrorKind::NotFound));
-    assert_eq!(world.ask(21, Request::Fence { past: SessionId(10) }), Reply::Fenced);
+    assert_eq!(
+        kind(&world.ask(
+            10,
+            Request::Abort {
+                slots: &[],
+                generations: &[]
+            }
+        )),
+        Some(ErrorKind::NotFound)
+    );
+    assert_eq!(
+        world.ask(
+            21,
+            Request::Fence {
+                past: SessionId(10)
+            }
+        ),
+        Reply::Fenced
+    );
     assert_eq!(world.status().slots.quarantined, 0);
 }
 
 #[test]
 fn openings_that_make_no_sense_are_refused() {
-    let mut world = World::new(Settings { max_sessions: 3, ..Settings::default() }, 2);
+    let mut world = World::new(
+        Settings {
+            max_sessions: 3,
+            ..Settings::default()
+        },
+        2,
+    );
     world.open(1, A, 0, Role::Worker, 0, 2);
     world.open(1, A, 0, Role::Worker, 1, 2);
     world.open(0, A, 0, Role::Worker, 1, 2);
@@ -215,7 +333,11 @@ fn a_scheduler_aborts_what_it_told_nobody_of() {
     world.commit(10, &got.slots[..1], &got.generations[..1], &[0; 2]);
     assert_eq!(world.abort(1, &got.slots, &got.generations), 2);
     let slots = world.status().slots;
-    assert_eq!((slots.quarantined, slots.reserved, slots.filling), (1, 0, 0), "one had begun");
+    assert_eq!(
+        (slots.quarantined, slots.reserved, slots.filling),
+        (1, 0, 0),
+        "one had begun"
+    );
     assert_eq!(world.abort(11, &got.slots, &got.generations), 1);
     assert_eq!(world.status().slots.quarantined, 0);
 }
@@ -237,11 +359,19 @@ fn other_instances_and_tenants_touch_nothing() {
         assert_eq!(world.abort(foreign, &got.slots, &got.generations), 0);
     }
     world.commit(10, &got.slots, &got.generations, &[0; 8]);
-    assert_eq!(world.hits(101, &list), 2, "another instance of the tenant shares");
+    assert_eq!(
+        world.hits(101, &list),
+        2,
+        "another instance of the tenant shares"
+    );
     assert_eq!(world.hits(500, &list), 0, "another tenant does not");
     let even = [got.generations[0] + 1, got.generations[1] + 1];
     world.release(110, &got.slots, &even, &[0, 1]);
-    assert_eq!(world.hits(101, &list), 2, "corruption is reported by who has it leased");
+    assert_eq!(
+        world.hits(101, &list),
+        2,
+        "corruption is reported by who has it leased"
+    );
     let other = world.reserve(500, &list, None);
     assert_eq!(other.states, [ReserveState::Reserved; 2]);
 }
@@ -251,11 +381,15 @@ fn the_deadline_does_not_free_what_a_detached_writer_may_write() {
     let mut world = World::new(Settings::default(), 2);
     world.script(1, 0);
     world.reserve(1, &hashes(0..2), None);
-    world.step(Input::Detached { session: SessionId(1) });
+    world.step(Input::Detached {
+        session: SessionId(1),
+    });
     world.now += 10 * world.core.settings().fill_deadline_us;
     world.step(Input::Tick);
     assert_eq!(world.status().slots.quarantined, 2);
-    world.step(Input::Gone { session: SessionId(1) });
+    world.step(Input::Gone {
+        session: SessionId(1),
+    });
     assert_eq!(world.status().slots.quarantined, 0);
     assert!(world.status().sessions.is_empty());
 }

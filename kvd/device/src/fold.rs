@@ -67,9 +67,6 @@ impl Remainder {
 }
 
 /// The checksum: the remainder times x^64, reduced (Barrett), ones added.
-///
-/// # Safety
-/// [`available`] said yes.
 #[target_feature(enable = "pclmulqdq,sse2")]
 pub(crate) fn finish(remainder: Remainder) -> u64 {
     let [lo, hi] = remainder.0;
@@ -237,7 +234,8 @@ fn ahead(from: *const u8) {
     _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PREFETCH + 64).cast());
 }
 
-/// How far ahead of the loads to prefetch, in bytes: what comes next is usually the next run.
+/// How far ahead of the loads to prefetch, in bytes: into the next page, where the machine's own prefetchers stop. What lies
+/// there is usually the next run.
 const PREFETCH: usize = 4096;
 
 /// # Safety

@@ -222,3 +222,89 @@ impl ArenaPort for HostArenas {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::Receiver;
+
+    use super::*;
+    use crate::conformance::{self, Probe};
+
+    /// The adapter, and what comes back from its thread.
+    struct Tested(HostArenas, Receiver<Populated>);
+
+    impl ArenaPort for Tested {
+        type Offer = Offer;
+
+        fn create(&mut self, tenant: TenantId) -> Result<ArenaShape, PortError> {
+            self.0.create(tenant)
+        }
+
+        fn adopt(&mut self, tenant: TenantId, offer: Offer) -> Result<AdoptedArena, PortError> {
+            self.0.adopt(tenant, offer)
+        }
+
+        fn set_generation(&mut self, tenant: TenantId, slot: u32, word: u64) {
+            self.0.set_generation(tenant, slot, word);
+        }
+
+        fn set_writers(&mut self, tenant: TenantId, tokens: &[u64]) {
+            self.0.set_writers(tenant, tokens);
+        }
+
+        fn populate(&mut self, tenant: TenantId, extent: u32) {
+            self.0.populate(tenant, extent);
+        }
+
+        fn page_probe(&self, tenant: TenantId) -> Option<Box<dyn FnOnce() -> Pages + Send>> {
+            self.0.page_probe(tenant)
+        }
+    }
+
+    impl Probe for Tested {
+        fn word(&self, tenant: TenantId, slot: u32) -> u64 {
+            self.0.get(tenant).expect("made").generations().get(slot)
+        }
+
+        fn writers(&self, tenant: TenantId) -> Vec<u64> {
+            let table = self.0.get(tenant).expect("made").generations().writers();
+            table.into_iter().filter(|token| *token != 0).collect()
+        }
+
+        fn offer(&self, tenant: TenantId) -> Offer {
+            let fds = self.0.descriptors(tenant).expect("made");
+            let shape = *self.0.get(tenant).expect("made").shape();
+            Offer {
+                arena: fds.arena,
+                generations: fds.generations,
+                shape,
+            }
+        }
+
+        fn wrong_offer(&self, tenant: TenantId) -> Offer {
+            let mut offer = self.offer(tenant);
+            offer.shape.bytes /= 2;
+            offer
+        }
+
+        fn populated(&mut self) -> (TenantId, u32, bool) {
+            let done = self.1.recv().expect("the thread lives");
+            (done.tenant, done.extent, done.failed.is_none())
+        }
+    }
+
+    #[test]
+    fn real_memory_conforms() {
+        conformance::run(|| {
+            let spec = HostSpec {
+                capacity: 8 << 20,
+                extent_bytes: Some(2 << 20),
+                huge_pages: HugePages::Off,
+            };
+            let (sender, receiver) = sync_channel(16);
+            let arenas = HostArenas::new(vec![spec; 2], move |done| drop(sender.send(done)))
+                .expect("a thread");
+            Tested(arenas, receiver)
+        });
+    }
+}

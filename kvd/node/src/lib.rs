@@ -5,6 +5,7 @@
 //! [`SystemEntropy`]), because they need nothing but the arena. Sockets, frames and threads that serve are deliberately
 //! absent; they are in `kvd-serve`.
 
+pub mod conformance;
 mod counts;
 mod host;
 mod node;
@@ -12,6 +13,8 @@ mod ports;
 mod status;
 mod system;
 mod tenant;
+#[cfg(test)]
+mod tests;
 
 pub use counts::{COUNT_NAMES, Counts};
 pub use host::{Descriptors, HostArenas, HostSpec, Offer, Populated};

@@ -269,7 +269,7 @@ impl Collector for Latencies {
             encoder.encode_descriptor("request_seconds", help, None, MetricType::Histogram)?;
         for (kind, latency) in KINDS.iter().zip(&self.0) {
             let seconds = |us: u64| us as f64 / 1e6;
-            let bounds = BUCKETS.iter().map(|b| seconds(*b)).chain([f64::MAX]);
+            let bounds = BUCKETS.iter().map(|b| seconds(*b)).chain([f64::INFINITY]);
             let buckets: Vec<_> = bounds.zip(latency.counts).collect();
             let count = latency.counts.iter().sum();
             family

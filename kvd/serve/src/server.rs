@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvd_node::{HostArenas, Node, SystemClock, SystemEntropy, TenantSpec};
 use nix::sys::signal::{SigSet, Signal};
@@ -107,6 +107,8 @@ impl Server {
             ),
             None => None,
         };
+        // The sockets are listened on; memory is taken when it is needed.
+        ready.store(true, Ordering::Release);
         let reactor = Reactor::new(Parts {
             config,
             node,

@@ -46,7 +46,7 @@ impl World {
             && let Some(at) = all.iter().position(|c| c.kind == ChangeKind::Removed)
         {
             daemon.hidden += 1;
-            if daemon.hidden.is_multiple_of(20) {
+            if daemon.hidden.is_multiple_of(3) {
                 all.remove(at);
             }
         }

@@ -30,6 +30,8 @@ pub(crate) struct Config {
     pub(crate) node: NodeSettings,
     /// For each tenant.
     pub(crate) limits: Vec<TenantLimits>,
+    /// Limits are so low that not every engine gets in.
+    pub(crate) tight: bool,
     /// For each tenant.
     pub(crate) arenas: Vec<ArenaSpec>,
     /// Of all tenants.
@@ -90,19 +92,21 @@ impl Config {
             }
         }
         let tenants = rng.range(1, 3).min(options.tenants as u64) as usize;
-        let extent_bytes = 4096 << rng.range(2, 6);
+        let extent_bytes = 4096 << rng.range(2, 5);
         let arenas = (0..tenants)
             .map(|_| {
-                let extents = rng.range(3, 16).min(u64::from(options.extents)).max(1);
+                let extents = rng.range(2, 8).min(u64::from(options.extents)).max(1);
                 ArenaSpec { bytes: extents * extent_bytes, extent_bytes }
             })
             .collect();
-        let limits = (0..tenants).map(|_| Self::limits(&mut rng, extent_bytes)).collect();
+        let tight = rng.one_in(6);
+        let limits = (0..tenants).map(|_| Self::limits(&mut rng, extent_bytes, tight)).collect();
         let namespaces = Self::namespaces(&mut rng, tenants);
         let most = options.instances as u64;
         Config {
-            node: Self::node(&mut rng),
+            node: Self::node(&mut rng, tight),
             limits,
+            tight,
             arenas,
             namespaces,
             instances: rng.range(1.min(most), most.min(8)) as usize,
@@ -114,15 +118,15 @@ impl Config {
         }
     }
 
-    fn limits(rng: &mut Rng, extent_bytes: u64) -> TenantLimits {
+    fn limits(rng: &mut Rng, extent_bytes: u64, tight: bool) -> TenantLimits {
         TenantLimits {
-            sessions: rng.spread(24, 128) as u32,
-            namespaces: rng.spread(4, 64) as u32,
+            sessions: if tight { rng.spread(6, 64) } else { 240 } as u32,
+            namespaces: if tight { rng.spread(2, 8) } else { 64 } as u32,
             quarantine_bytes: if rng.one_in(2) { 0 } else { rng.spread(4096, 8 * extent_bytes) },
         }
     }
 
-    fn node(rng: &mut Rng) -> NodeSettings {
+    fn node(rng: &mut Rng, tight: bool) -> NodeSettings {
         let core = Settings {
             eviction: if rng.one_in(2) { EvictionPolicy::Lru } else { EvictionPolicy::S3Fifo },
             fill_deadline_us: rng.spread(20_000, 4_000_000),
@@ -132,7 +136,7 @@ impl Config {
             corrupt_streak: rng.range(1, 4) as u32,
             max_hashes: rng.spread(32, 256) as u32,
             max_chains: rng.spread(4, 32) as u32,
-            max_sessions: rng.spread(48, 256) as u32,
+            max_sessions: if tight { rng.spread(12, 128) } else { 720 } as u32,
             max_session_namespaces: rng.spread(4, 16) as u32,
             max_claims: rng.spread(8, 256) as u32,
             max_read_leases: rng.spread(4, 256) as u32,

@@ -50,6 +50,20 @@ impl Instance {
     }
 }
 
+/// One thing that a process may do in a turn.
+#[derive(Clone, Copy)]
+enum Doing {
+    Receive,
+    Connect,
+    Copy,
+    TakeOrder,
+    Commit,
+    Load,
+    Release,
+    Schedule,
+    Misbehave,
+}
+
 /// What a request was for.
 #[derive(Clone, Debug)]
 pub(crate) enum Pending {
@@ -232,15 +246,45 @@ impl World {
         if !proc.alive || proc.stalled_until > self.clock.us() {
             return Ok(());
         }
+        let conn = proc.conn.and_then(|at| self.conns.get(&at));
+        let news = conn.is_some_and(|c| !c.to_client.is_empty() || !c.daemon_open);
         let copies = proc.stores.len() + proc.reads.len();
-        match self.rng.below(8) {
-            0..=2 if copies > 0 => self.copy_some(p),
-            3 if copies > 0 => self.copy_some(p),
-            0 | 4 => self.receive(p),
-            1 | 5 => self.connect(p),
-            2 | 6 => self.work(p),
-            _ => self.misbehave(p),
+        // Only what there is to do, the copies twice: most of a worker's time goes there.
+        let doings = [
+            (news, Doing::Receive),
+            (!proc.ready, Doing::Connect),
+            (copies > 0, Doing::Copy),
+            (copies > 0, Doing::Copy),
+            (!proc.orders.is_empty(), Doing::TakeOrder),
+            (!proc.stores.is_empty(), Doing::Commit),
+            (!proc.to_load.is_empty(), Doing::Load),
+            (!proc.read.is_empty(), Doing::Release),
+            (proc.schedules(), Doing::Schedule),
+            (true, Doing::Misbehave),
+        ];
+        let all: Vec<Doing> = doings.iter().filter(|(can, _)| *can).map(|(_, doing)| *doing).collect();
+        let doing = *self.rng.pick(&all);
+        self.do_one(p, doing)
+    }
+
+    fn do_one(&mut self, p: usize, doing: Doing) -> Check {
+        match doing {
+            Doing::Receive => return self.receive(p),
+            Doing::Connect => return self.connect(p),
+            Doing::Copy => return self.copy_some(p),
+            Doing::TakeOrder => return self.take_order(p),
+            Doing::Commit => self.commit(p),
+            Doing::Load => self.ask_to_load(p),
+            Doing::Release => self.release(p),
+            Doing::Schedule => self.schedule(p),
+            Doing::Misbehave => self.misbehave(p),
         }
+        Ok(())
+    }
+
+    /// Most bytes that a copy moves in one turn.
+    pub(crate) fn window(&self) -> u64 {
+        if self.quiet { 1 << 16 } else { self.config.window as u64 }
     }
 
     fn copy_some(&mut self, p: usize) -> Check {
@@ -252,42 +296,16 @@ impl World {
         }
     }
 
-    fn work(&mut self, p: usize) -> Check {
-        let (copies, schedules) = (self.procs[p].role.copies(), self.procs[p].schedules());
-        if schedules && (!copies || self.rng.one_in(2)) {
-            self.schedule(p);
-            return Ok(());
-        }
-        match self.rng.below(4) {
-            0 => self.take_order(p),
-            1 => {
-                self.commit(p);
-                Ok(())
-            }
-            2 => {
-                self.ask_to_load(p);
-                Ok(())
-            }
-            _ => {
-                self.release(p);
-                Ok(())
-            }
-        }
-    }
-
-    fn misbehave(&mut self, p: usize) -> Check {
+    fn misbehave(&mut self, p: usize) {
         let instance = &self.instances[self.procs[p].instance];
         let (liar, rogue) = (instance.liar, instance.rogue);
-        if self.quiet || !self.rng.one_in(4) {
-            return self.work(p);
+        if self.quiet || !self.rng.one_in(3) {
+            return;
         }
         if liar {
             self.lie(p);
         } else if rogue {
             self.scribble(p);
-        } else {
-            return self.work(p);
         }
-        Ok(())
     }
 }

@@ -114,10 +114,8 @@ impl World {
         let token = proc.token;
         let store = proc.stores.iter_mut().find(|s| s.token == token && !s.rogue)?;
         store.rogue = true;
-        let (space, job, group) = (store.space, store.job, store.held.key.group);
+        let (space, group) = (store.space, store.held.key.group);
         let (slots, generations, mut crcs) = (vec![store.held.slot], vec![store.held.generation], store.crcs.clone());
-        store.mapping.memory.mark(store.held.offset, store.held.len);
-        self.end_write(job);
         match self.rng.below(4) {
             0 => crcs.iter_mut().for_each(|crc| *crc ^= 1),
             1 => crcs.push(0),

@@ -179,7 +179,9 @@ struct State {
     current: Vec<Option<Mapping>>,
     asked: Vec<Vec<bool>>,
     events: Vec<Event>,
+    /// For [`Plant::LateWords`]: of this call, and of the one before.
     late: Vec<(u16, u32, u64)>,
+    held_back: Vec<(u16, u32, u64)>,
 }
 
 /// What all ports of one simulation share.
@@ -204,6 +206,7 @@ impl SimArena {
             asked: specs.iter().map(|_| Vec::new()).collect(),
             events: Vec::new(),
             late: Vec::new(),
+            held_back: Vec::new(),
         };
         SimArena(Rc::new(Shared {
             specs,
@@ -220,6 +223,7 @@ impl SimArena {
         state.current.iter_mut().for_each(|c| *c = None);
         state.events.clear();
         state.late.clear();
+        state.held_back.clear();
         self.0.fuse.set(None);
     }
 
@@ -252,7 +256,9 @@ impl SimArena {
     pub(crate) fn take_events(&self) -> Vec<Event> {
         let mut state = self.0.state.borrow_mut();
         let events = std::mem::take(&mut state.events);
-        for (tenant, slot, word) in std::mem::take(&mut state.late) {
+        let (held_back, late) = (std::mem::take(&mut state.held_back), std::mem::take(&mut state.late));
+        state.held_back = late;
+        for (tenant, slot, word) in held_back {
             if let Some(mapping) = &state.current[usize::from(tenant)] {
                 mapping.table.words.borrow_mut()[slot as usize] = word;
             }

@@ -28,6 +28,8 @@ pub(crate) struct Held {
     pub(crate) offset: u64,
     /// Bytes of the slot.
     pub(crate) len: u64,
+    /// Reservations are numbered as they are given.
+    pub(crate) version: u64,
     /// From which its bytes follow; no two reservations have the same.
     pub(crate) seed: u64,
     pub(crate) geometry: GroupGeometry,
@@ -196,7 +198,9 @@ impl Model {
                     t.by_key.insert(key, held.slot);
                     return Ok(());
                 }
-                let at = ended.iter().position(|(h, _)| h.key == key);
+                // An older reservation of the same block, long given up, may have lost its last writer in this very call.
+                let same = ended.iter().enumerate().filter(|(_, (h, _))| h.key == key);
+                let at = same.max_by_key(|(_, (h, _))| h.version).map(|(at, _)| at);
                 ensure!(at.is_some(), 6, "{key:?} was announced, but no slot became readable for it");
                 if let Some(at) = at {
                     let (mut held, word) = ended.remove(at);

@@ -90,6 +90,8 @@ pub struct Options {
     pub instances: usize,
     /// Most extents of an arena.
     pub extents: u32,
+    /// How many of the last events a failure shows.
+    pub tail: usize,
     /// A mistake to make.
     pub plant: Option<Plant>,
 }
@@ -103,7 +105,8 @@ impl Options {
             faults: Faults::all(),
             tenants: 3,
             instances: 8,
-            extents: 16,
+            extents: 8,
+            tail: 60,
             plant: None,
         }
     }

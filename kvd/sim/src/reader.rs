@@ -83,7 +83,7 @@ impl World {
 
     /// Copies one window of one block out.
     pub(crate) fn read_some(&mut self, p: usize, at: usize) -> Check {
-        let most = self.config.window as u64;
+        let most = self.window();
         let mut left = self.rng.range(1, most) as usize;
         let read = &mut self.procs[p].reads[at];
         let size = read.held.geometry.head_bytes() as usize;

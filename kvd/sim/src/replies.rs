@@ -202,6 +202,7 @@ impl World {
             generation,
             offset,
             len: geometry.slot_bytes(),
+            version: self.versions,
             seed,
             cut,
             suspect: degrees.liar,

@@ -104,13 +104,13 @@ pub(crate) struct EventLog {
     hash: u64,
     tail: Vec<(u64, u64, &'static str, [u64; 3])>,
     next: usize,
+    most: usize,
 }
 
-const TAIL: usize = 160;
-
 impl EventLog {
-    pub(crate) fn new() -> Self {
-        EventLog { hash: 0, tail: Vec::new(), next: 0 }
+    /// Keeps the last `most` events in words.
+    pub(crate) fn new(most: usize) -> Self {
+        EventLog { hash: 0, tail: Vec::new(), next: 0, most: most.max(1) }
     }
 
     /// Adds an event.
@@ -119,12 +119,12 @@ impl EventLog {
         let first = what.as_bytes().iter().fold(0u64, |sum, b| sum.wrapping_mul(131) + u64::from(*b));
         self.hash = mix(&[self.hash, step, now, first, a, b, c]);
         let event = (step, now, what, numbers);
-        if self.tail.len() < TAIL {
+        if self.tail.len() < self.most {
             self.tail.push(event);
         } else {
             self.tail[self.next] = event;
         }
-        self.next = (self.next + 1) % TAIL;
+        self.next = (self.next + 1) % self.most;
     }
 
     pub(crate) fn hash(&self) -> u64 {
@@ -133,7 +133,7 @@ impl EventLog {
 
     /// The last events, oldest first.
     pub(crate) fn words(&self) -> Vec<String> {
-        let split = if self.tail.len() < TAIL { 0 } else { self.next };
+        let split = if self.tail.len() < self.most { 0 } else { self.next };
         let (new, old) = self.tail.split_at(split);
         old.iter()
             .chain(new)

@@ -27,7 +27,9 @@ pub(crate) struct Store {
     /// Under which session.
     pub(crate) token: u64,
     pub(crate) mapping: Mapping,
-    /// It has no right to write here any more; what it writes is tampering.
+    /// Its engine lies: nobody may rely on who writes what here, so what it writes counts as tampering.
+    pub(crate) suspect: bool,
+    /// It must not commit this any more.
     pub(crate) rogue: bool,
     /// Planted: it was committed before it was written.
     pub(crate) committed: bool,
@@ -39,6 +41,7 @@ impl World {
         if !self.procs[p].ready {
             return Ok(());
         }
+        self.event("order", [p as u64, self.procs[p].token, 0]);
         match self.procs[p].orders.pop_front() {
             Some(Order::Load { space, group, hashes }) => {
                 let blocks = hashes.into_iter().map(|hash| (space, group, hash));
@@ -47,7 +50,10 @@ impl World {
             Some(Order::Store { space, blocks, token }) => {
                 let stale = self.options.plant == Some(Plant::StaleOrders);
                 if token != self.procs[p].token && !stale {
-                    self.counters.add("orders for an earlier connection");
+                    // Core may have recorded this connection or the earlier one. Saying that this one will not write is right
+                    // in both cases; saying nothing would keep the slots until this connection ends.
+                    self.counters.add("orders for another connection");
+                    self.not_written(p, &blocks);
                     return Ok(());
                 }
                 for held in blocks.iter() {
@@ -57,6 +63,14 @@ impl World {
             None => {}
         }
         Ok(())
+    }
+
+    fn not_written(&mut self, p: usize, blocks: &[Held]) {
+        let ask = Ask::Abort {
+            slots: blocks.iter().map(|b| b.slot).collect(),
+            generations: blocks.iter().map(|b| b.generation).collect(),
+        };
+        self.send(p, ask, Pending::Other);
     }
 
     fn begin_store(&mut self, p: usize, space: usize, held: &Held) -> Check {
@@ -72,8 +86,8 @@ impl World {
         let moved_on = mapping.word(held.slot) != held.generation;
         if moved_on || self.rng.one_in(20) {
             // The engine has freed the block, or the reservation is over already: say that nothing will be written.
-            let ask = Ask::Abort { slots: vec![held.slot], generations: vec![held.generation] };
-            self.send(p, ask, Pending::Other);
+            self.event("not written", [p as u64, u64::from(held.slot), held.generation]);
+            self.not_written(p, std::slice::from_ref(held));
             self.counters.add("parts aborted");
             return Ok(());
         }
@@ -91,6 +105,7 @@ impl World {
             crcs,
             token: self.procs[p].token,
             mapping,
+            suspect: held.suspect,
             rogue: false,
             committed: false,
         };
@@ -103,19 +118,20 @@ impl World {
             generation: held.generation,
         };
         self.event("store", [p as u64, u64::from(held.slot), held.generation]);
+        let suspect = store.suspect;
         self.procs[p].stores.push(store);
-        self.begin_write(write)
+        if suspect { Ok(()) } else { self.begin_write(write) }
     }
 
     /// Writes one window of one store.
     pub(crate) fn write_some(&mut self, p: usize, at: usize) -> Check {
-        let most = self.config.window as u64;
+        let most = self.window();
         let window = self.rng.range(1, most) as usize;
         let store = &mut self.procs[p].stores[at];
         let to = (store.done + window).min(store.bytes.len());
         let (from, offset) = (store.done, store.offset + store.done as u64);
         store.mapping.memory.write(offset, &store.bytes[from..to]);
-        if store.rogue {
+        if store.suspect {
             store.mapping.memory.mark(offset, (to - from) as u64);
         }
         store.done = to;
@@ -179,8 +195,7 @@ impl World {
         }
         let store = self.procs[p].stores.remove(at);
         self.end_write(store.job);
-        let ask = Ask::Abort { slots: vec![store.held.slot], generations: vec![store.held.generation] };
-        self.send(p, ask, Pending::Other);
+        self.not_written(p, &[store.held]);
         self.counters.add("parts aborted in mid-copy");
     }
 }

@@ -53,7 +53,7 @@ impl World {
         World {
             rng: Rng::new(options.seed, 0),
             clock: SimClock::new(),
-            log: EventLog::new(),
+            log: EventLog::new(options.tail),
             step: 0,
             counters: Counters::default(),
             arenas,
@@ -93,8 +93,8 @@ impl World {
             self.start_daemon()?;
         }
         match self.rng.below(32) {
-            0..=10 => self.serve_some()?,
-            11..=27 => self.turn_some()?,
+            0..=9 => self.serve_some()?,
+            10..=27 => self.turn_some()?,
             28 | 29 => self.finish_job(false)?,
             30 => self.hear_of_deaths()?,
             _ if !self.quiet => self.strike()?,
@@ -174,7 +174,7 @@ impl World {
                 self.hang_up(p);
             }
             Fault::Flip => self.flip(),
-            Fault::Crash if self.rng.one_in(12) && self.daemon.is_some() => {
+            Fault::Crash if self.rng.one_in(8) && self.daemon.is_some() => {
                 if self.rng.one_in(2) {
                     self.kill_daemon();
                 } else {

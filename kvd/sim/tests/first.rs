@@ -7,7 +7,7 @@ fn first() {
     let (mut total, mut failed) = (0, 0);
     let t = std::time::Instant::now();
     for seed in from..from + n {
-        match kvd_sim::run(seed, steps) {
+        match kvd_sim::run_with(&kvd_sim::Options { tail: if std::env::var("TAIL").is_ok() { 200000 } else { 10 }, ..kvd_sim::Options::new(seed, steps) }) {
             Ok(r) => { all.merge(&r.counters); total += r.steps; }
             Err(f) => { let f = if std::env::var("SHRINK").is_ok() { kvd_sim::shrink(f, 100) } else { f };
                 let f2 = f.to_string(); let keep = if std::env::var("TAIL").is_ok() { 300 } else { 1 };
@@ -18,4 +18,17 @@ fn first() {
     }
     println!("{total} steps in {:?}, {failed} failed", t.elapsed());
     for (k, v) in all.each() { println!("  {k}: {v}"); }
+}
+
+#[test]
+fn plants() {
+    for plant in kvd_sim::Plant::ALL {
+        let mut found = std::collections::BTreeMap::<u8, u32>::new();
+        let mut first = None;
+        for seed in 0..60 {
+            let o = kvd_sim::Options::new(seed, 6000).with_plant(plant);
+            if let Err(f) = kvd_sim::run_with(&o) { *found.entry(f.invariant).or_default() += 1; first.get_or_insert((seed, f.text.chars().take(150).collect::<String>())); }
+        }
+        println!("{plant:?}: {found:?} {first:?}");
+    }
 }

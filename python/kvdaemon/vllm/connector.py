@@ -241,17 +241,25 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         if half is None:
             return KvdMetadata(b"")
         cached = scheduler_output.scheduled_cached_reqs
-        new = scheduler_output.scheduled_new_reqs
-        ids = [one.req_id for one in new] + cached.req_ids if new else cached.req_ids
-        computed = [one.num_computed_tokens for one in new] + cached.num_computed_tokens if new else cached.num_computed_tokens
-        preempted = list(scheduler_output.preempted_req_ids or ())
-        for at, first in half.begin_step(preempted, ids, computed):
-            self._capture(half, scheduler_output, ids[at], first, computed[at])
-        metadata = KvdMetadata(half.end_step())
-        for warning, text in half.notices():
-            (logger.warning if warning else logger.info)("kvd: %s", text)
+        ids, computed = cached.req_ids, cached.num_computed_tokens
+        if new := scheduler_output.scheduled_new_reqs:
+            ids = [one.req_id for one in new] + ids
+            computed = [one.num_computed_tokens for one in new] + computed
+        preempted = scheduler_output.preempted_req_ids
+        wanted, orders, notices = half.step(list(preempted) if preempted else [], ids, computed)
+        if orders is None:
+            for at, first in wanted:
+                self._capture(half, scheduler_output, ids[at], first, computed[at])
+            orders = half.end_step()
+        if notices:
+            self._log(half.notices())
         self._took("build_connector_meta", began)
-        return metadata
+        return KvdMetadata(orders)
+
+    @staticmethod
+    def _log(notices: list[tuple[bool, str]]) -> None:
+        for warning, text in notices:
+            (logger.warning if warning else logger.info)("kvd: %s", text)
 
     def _capture(self, half: SchedulerHalf, output: SchedulerOutput, name: str, first: int, computed: int) -> None:
         """Gives the half the blocks of a running request that are full by now."""
@@ -453,6 +461,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(metadata, KvdMetadata)
         if metadata.orders:
             self._worker.begin(metadata.orders)
+            self._log(self._worker.notices())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -484,8 +493,6 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is None:
             return None
         report = self._worker.report()
-        for warning, text in self._worker.notices():
-            (logger.warning if warning else logger.info)("kvd: %s", text)
         return None if report is None else KvdWorkerMeta([report])
 
     def unregister_kv_caches(self) -> None:

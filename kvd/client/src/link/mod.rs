@@ -106,7 +106,7 @@ impl NamespaceSlot {
 /// What callers and the thread share.
 #[derive(Debug)]
 struct Shared {
-    notify: Notify,
+    notify: Arc<Notify>,
     stop: AtomicBool,
     /// The number of the current epoch, 0 when there is none: for those who must not wait.
     up: AtomicU64,
@@ -150,7 +150,7 @@ impl Link {
             )
         };
         let shared = Arc::new(Shared {
-            notify: Notify::new().map_err(|e| internal(&e.to_string()))?,
+            notify: Arc::new(Notify::new().map_err(|e| internal(&e.to_string()))?),
             stop: AtomicBool::new(false),
             up: AtomicU64::new(0),
             epochs: AtomicU64::new(0),
@@ -206,7 +206,13 @@ impl Link {
         match self.queue.try_send(submitted) {
             Ok(()) => {
                 self.shared.notify.wake();
-                Ok(Ticket::new(cell, self.queue.clone(), epoch, self.pid))
+                Ok(Ticket::new(
+                    cell,
+                    self.queue.clone(),
+                    Arc::clone(&self.shared.notify),
+                    epoch,
+                    self.pid,
+                ))
             }
             Err(TrySendError::Full(_)) => Err(Error::new(
                 ErrorKind::Busy,

@@ -8,6 +8,7 @@ use kvd_wire::session::{reply, request};
 use rustix::process::Pid;
 
 use super::lock;
+use super::notify::Notify;
 use crate::Error;
 use crate::pending::undo;
 
@@ -77,15 +78,23 @@ pub(super) struct Submitted {
 pub struct Ticket {
     cell: Arc<Cell>,
     queue: SyncSender<Submitted>,
+    notify: Arc<Notify>,
     epoch: u64,
     pid: Pid,
 }
 
 impl Ticket {
-    pub(super) fn new(cell: Arc<Cell>, queue: SyncSender<Submitted>, epoch: u64, pid: Pid) -> Self {
+    pub(super) fn new(
+        cell: Arc<Cell>,
+        queue: SyncSender<Submitted>,
+        notify: Arc<Notify>,
+        epoch: u64,
+        pid: Pid,
+    ) -> Self {
         Self {
             cell,
             queue,
+            notify,
             epoch,
             pid,
         }
@@ -156,6 +165,7 @@ impl Drop for Ticket {
                 deadline: Instant::now() + Duration::from_secs(5),
                 epoch: self.epoch,
             });
+            self.notify.wake();
         }
     }
 }

@@ -63,6 +63,7 @@ struct Session {
     /// Until then the Hello must be answered.
     hello_by: Option<Instant>,
     epoch: Option<Arc<Epoch>>,
+    since: Instant,
     /// How many of the link's namespaces were sent.
     registered: usize,
 }
@@ -151,6 +152,7 @@ impl Worker {
             limits: handshake::limits_of(&HelloReply::default()),
             hello_by: Some(now() + HELLO_WITHIN),
             epoch: None,
+            since: now(),
             registered: 0,
         };
         session.send(body, Owner::Hello)?;
@@ -238,7 +240,6 @@ impl Worker {
         self.shared.up.store(number, Ordering::Release);
         drop(current);
         self.shared.changed.notify_all();
-        self.backoff = BACKOFF_MIN;
         Ok(())
     }
 
@@ -406,6 +407,10 @@ impl Worker {
             *lock(&namespace.state) = NamespaceState::default();
         }
         if let Some(session) = self.session.take() {
+            // One that lasted is tried again at once; a daemon that takes us and drops us is not.
+            if epoch.is_some() && session.since.elapsed() >= BACKOFF_MAX {
+                self.backoff = BACKOFF_MIN;
+            }
             for waiting in session.waiting.into_values() {
                 if let Owner::Ticket { cell, .. } = waiting.owner {
                     cell.put(Err(Error::unavailable(error.to_string())));
@@ -421,11 +426,9 @@ impl Worker {
             tracing::warn!(%error, "the session with the kvd daemon has ended; trying again");
             self.past.push(epoch);
             self.forget_oldest();
-            self.retry_at = now() + BACKOFF_MIN;
-        } else {
-            self.retry_at = now() + self.backoff;
-            self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
         }
+        self.retry_at = now() + self.backoff;
+        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
     }
 
     /// Bounds the list of sessions that no daemon has acknowledged the Fence of.

@@ -9,6 +9,7 @@ mod store;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvd_core::geometry::{MAX_CRCS, MAX_PARTS};
 use kvd_core::{Cut, GroupGeometry, Rect};
 use kvd_device::{Device, LoadPlan, Pages, PartGeometry};
 use kvd_wire::session::{reply, request};
@@ -153,6 +154,8 @@ impl std::fmt::Debug for BlockMover {
 
 /// Most blocks of one request, whatever their size.
 const WINDOW_BLOCKS: usize = 4096;
+/// Most bytes of checksums in one message: well below the limit of a frame, whatever cut the blocks were stored by.
+const WINDOW_CRC_BYTES: usize = 2 << 20;
 
 impl BlockMover {
     /// A mover for one rank's part.
@@ -205,7 +208,11 @@ impl BlockMover {
     /// Blocks of one request.
     fn window(&self) -> usize {
         let slot = self.config.geometry.slot_bytes() as usize;
-        (self.config.window_bytes / slot).clamp(1, WINDOW_BLOCKS)
+        let geometry = &self.config.geometry;
+        let ranges = (geometry.layers as usize).min(MAX_PARTS);
+        let crcs = (ranges * geometry.heads as usize).min(MAX_CRCS as usize);
+        let most = (WINDOW_CRC_BYTES / (8 * crcs)).min(WINDOW_BLOCKS);
+        (self.config.window_bytes / slot).clamp(1, most)
     }
 
     fn check(&self, hashes: &[u8], blocks: &[BlockRef<'_>]) -> Result<(), Error> {

@@ -176,14 +176,7 @@ impl BlockMover {
         let generations: Vec<u64> = at.iter().map(|i| slots[*i].generation).collect();
         let committed = match copied {
             Ok(()) if guard.is_current() => {
-                let request = request::Body::Commit(Commit {
-                    namespace,
-                    group: self.config.group,
-                    slots: numbers,
-                    generations,
-                    crcs,
-                });
-                commit(caller, request, at.len())
+                self.commit(caller, namespace, numbers, generations, crcs)
             }
             Ok(()) => Err(FailReason::Lost),
             Err(error) => {
@@ -210,28 +203,36 @@ impl BlockMover {
             }
         }
     }
-}
 
-fn commit(
-    caller: &mut dyn Caller,
-    request: request::Body,
-    count: usize,
-) -> Result<Vec<StoreOutcome>, FailReason> {
-    let states = match caller.call(request) {
-        Ok(reply::Body::Commit(CommitReply { states })) => states,
-        Ok(_) => return Err(FailReason::Malformed),
-        Err(e) => return Err(FailReason::of(&e)),
-    };
-    if states.len() != count {
-        return Err(FailReason::Malformed);
+    fn commit(
+        &self,
+        caller: &mut dyn Caller,
+        namespace: u32,
+        slots: Vec<u32>,
+        generations: Vec<u64>,
+        crcs: Vec<u64>,
+    ) -> Result<Vec<StoreOutcome>, FailReason> {
+        let count = slots.len();
+        let request = request::Body::Commit(Commit {
+            namespace,
+            group: self.config.group,
+            slots,
+            generations,
+            crcs,
+        });
+        let states = match caller.call(request) {
+            Ok(reply::Body::Commit(CommitReply { states })) if states.len() == count => states,
+            Ok(_) => return Err(FailReason::Malformed),
+            Err(e) => return Err(FailReason::of(&e)),
+        };
+        let outcome = |state| match CommitState::try_from(state) {
+            Ok(CommitState::Visible) => StoreOutcome::Visible,
+            Ok(CommitState::Waiting) => StoreOutcome::Waiting,
+            Ok(CommitState::Stale) => StoreOutcome::Stale,
+            Err(_) => StoreOutcome::Failed(FailReason::Malformed),
+        };
+        Ok(states.into_iter().map(outcome).collect())
     }
-    let outcome = |state| match CommitState::try_from(state) {
-        Ok(CommitState::Visible) => StoreOutcome::Visible,
-        Ok(CommitState::Waiting) => StoreOutcome::Waiting,
-        Ok(CommitState::Stale) => StoreOutcome::Stale,
-        Err(_) => StoreOutcome::Failed(FailReason::Malformed),
-    };
-    Ok(states.into_iter().map(outcome).collect())
 }
 
 /// Outcomes of a reservation, the slots that came, and which blocks they are for. `None` when the lists do not fit.

@@ -2,7 +2,11 @@
 //! can be told to hold replies back, to freeze, and to die.
 //!
 //! Deliberately absent: eviction, leases, deadlines, several parts. The real daemon is tested elsewhere.
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "test support; each test file uses a part of it"
+)]
 
 use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut, Write};

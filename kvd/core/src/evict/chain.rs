@@ -4,6 +4,7 @@
 //! A parent whose last child leaves becomes a candidate at the cold end; if it was touched later than that child (another
 //! prompt shares it), at the hot end. Links are made when blocks are reserved and are not repaired: a block whose parent was
 //! dropped out of order (corruption, an extent that changed class) starts a tree of its own. That costs hits, never truth.
+//! Deliberately absent: other kinds of groups than full attention; sliding windows and states need rules of their own.
 
 use super::{Eviction, Place, listed};
 use crate::index::{Entries, EntryState};
@@ -34,7 +35,9 @@ pub(crate) fn leaves(policy: &mut dyn Eviction, entries: &mut Entries, child: u3
     if listed(&entries.hot[child]) {
         policy.remove(entries, child);
     }
-    let Some(parent) = entries.parent(child) else { return };
+    let Some(parent) = entries.parent(child) else {
+        return;
+    };
     let stamp = entries.hot[child].stamp;
     entries.hot[child].parent = crate::api::NIL;
     let entry = &mut entries.hot[parent];

@@ -26,14 +26,22 @@ pub(super) struct S3Fifo {
 
 impl S3Fifo {
     pub(super) fn new() -> Self {
-        S3Fifo { small: List::new(), main: List::new(), ghost: Ghost::default() }
+        S3Fifo {
+            small: List::new(),
+            main: List::new(),
+            ghost: Ghost::default(),
+        }
     }
 
     fn list(&mut self, which: u8) -> &mut List<ByPolicy> {
-        if which == SMALL { &mut self.small } else { &mut self.main }
+        if which == SMALL {
+            &mut self.small
+        } else {
+            &mut self.main
+        }
     }
 
-    fn to_front(&mut self, entries: &mut Entries, id: u32, which: u8) {
+    fn move_to_front(&mut self, entries: &mut Entries, id: u32, which: u8) {
         let from = entries.hot[id].list;
         self.list(from).remove(&mut entries.side, id);
         entries.hot[id].list = which;
@@ -45,14 +53,14 @@ impl S3Fifo {
         let entry = &mut entries.hot[id];
         let (which, uses) = (entry.list, entry.uses);
         match which {
-            _ if keep => self.to_front(entries, id, which),
+            _ if keep => self.move_to_front(entries, id, which),
             SMALL if uses >= PROMOTE => {
                 entry.uses = 0;
-                self.to_front(entries, id, MAIN);
+                self.move_to_front(entries, id, MAIN);
             }
             MAIN if uses > 0 => {
                 entry.uses -= 1;
-                self.to_front(entries, id, MAIN);
+                self.move_to_front(entries, id, MAIN);
             }
             _ => return Some(id),
         }
@@ -96,7 +104,11 @@ impl Eviction for S3Fifo {
         // An entry is looked at four times at most before its uses are gone, then the scan's limit counts what is kept.
         for _ in 0..total.saturating_mul(5).min(SCAN) {
             let small = self.small.len() > total / SMALL_SHARE || self.main.len() == 0;
-            let id = if small { self.small.back()? } else { self.main.back()? };
+            let id = if small {
+                self.small.back()?
+            } else {
+                self.main.back()?
+            };
             let kept = keep(&entries.hot[id]);
             if let Some(victim) = self.judge(entries, kept, id) {
                 if small {
@@ -133,11 +145,16 @@ struct Ghost {
 impl Ghost {
     fn at(&self, hash: &[u8; 32]) -> (usize, u32) {
         let low = low64(hash).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        ((low >> 32) as usize & (self.table.len() - 1), low as u32 | 1)
+        (
+            (low >> 32) as usize & (self.table.len() - 1),
+            low as u32 | 1,
+        )
     }
 
     fn add(&mut self, hash: &[u8; 32], entries: u32) {
-        let wanted = (entries as usize).next_power_of_two().clamp(GHOST_LEAST, GHOST_MOST);
+        let wanted = (entries as usize)
+            .next_power_of_two()
+            .clamp(GHOST_LEAST, GHOST_MOST);
         if self.table.len() < wanted {
             self.table = vec![(0, 0); wanted];
         }

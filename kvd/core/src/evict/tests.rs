@@ -19,12 +19,24 @@ struct Cache {
 
 impl Cache {
     fn new(kind: EvictionPolicy) -> Self {
-        Cache { index: Index::new(1), policy: policy(kind), stamp: 0 }
+        Cache {
+            index: Index::new(1),
+            policy: policy(kind),
+            stamp: 0,
+        }
     }
 
     fn add(&mut self, n: u64, parent: Option<u32>) -> u32 {
-        let entry = Entry { hash: hash(n), parent: NIL, stamp: self.stamp, ..Entry::default() };
-        let entry = Entry { state: EntryState::Filling, ..entry };
+        let entry = Entry {
+            hash: hash(n),
+            parent: NIL,
+            stamp: self.stamp,
+            ..Entry::default()
+        };
+        let entry = Entry {
+            state: EntryState::Filling,
+            ..entry
+        };
         let id = self.index.insert(entry, 0);
         if let Some(parent) = parent {
             self.index.entries.adopt(id, parent);
@@ -36,11 +48,19 @@ impl Cache {
 
     fn touch(&mut self, id: u32) {
         self.stamp += 1;
-        chain::touch(&mut *self.policy, &mut self.index.entries, id, self.stamp, true);
+        chain::touch(
+            &mut *self.policy,
+            &mut self.index.entries,
+            id,
+            self.stamp,
+            true,
+        );
     }
 
     fn evict(&mut self) -> Option<u32> {
-        let id = self.policy.victim(&mut self.index.entries, &mut |entry| entry.pins > 0)?;
+        let id = self
+            .policy
+            .victim(&mut self.index.entries, &mut |entry| entry.pins > 0)?;
         chain::leaves(&mut *self.policy, &mut self.index.entries, id, true);
         self.index.remove(id);
         Some(id)
@@ -106,7 +126,11 @@ fn a_shared_prefix_outlives_its_cold_branch() {
     cache.touch(other);
     cache.touch(root);
     assert_eq!(cache.evict(), Some(cold));
-    assert_eq!(cache.evict(), Some(other), "the root was touched after the branch and this");
+    assert_eq!(
+        cache.evict(),
+        Some(other),
+        "the root was touched after the branch and this"
+    );
     assert_eq!(cache.evict(), Some(root));
 }
 
@@ -119,7 +143,9 @@ fn s3fifo_keeps_what_is_used_against_a_scan() {
     let kept = (0..50).filter(|n| matches!(cache.index.find(0, 0, &hash(*n)), Found::Entry(_)));
     assert_eq!(kept.count(), 50);
     let mut lru = Cache::new(EvictionPolicy::Lru);
-    (0..50).for_each(|n| drop(lru.add(n, None)));
+    for n in 0..50 {
+        lru.add(n, None);
+    }
     let _ = lru.replay(1000..1500, 100);
     let kept = (0..50).filter(|n| matches!(lru.index.find(0, 0, &hash(*n)), Found::Entry(_)));
     assert_eq!(kept.count(), 0, "a scan empties LRU");
@@ -129,10 +155,15 @@ fn s3fifo_keeps_what_is_used_against_a_scan() {
 fn s3fifo_remembers_what_it_dropped() {
     let mut cache = Cache::new(EvictionPolicy::S3Fifo);
     let first = cache.add(0, None);
-    (1..20).for_each(|n| drop(cache.add(n, None)));
+    for n in 1..20 {
+        cache.add(n, None);
+    }
     assert_eq!(cache.evict(), Some(first));
     let again = cache.add(0, None);
-    assert_eq!(cache.index.entries.hot[again].list, 2, "a ghost goes to main");
+    assert_eq!(
+        cache.index.entries.hot[again].list, 2,
+        "a ghost goes to main"
+    );
     cache.index.entries.hot[again].pins = 1;
     for _ in 0..19 {
         assert!(cache.evict().is_some());

@@ -1,5 +1,5 @@
 //! Extents and their slots. Slot records are made as slots are first given out, so an unused extent costs nothing, and are
-//! kept when the extent changes class, because generation words must never decrease.
+//! kept when the extent changes class, because generation words must never decrease. Deliberately absent: which extent to take; the pool decides.
 
 use std::ops::{Index, IndexMut};
 
@@ -133,7 +133,10 @@ impl Extents {
     /// `per_extent` generation words each: a power of two.
     pub(super) fn new(count: u32, per_extent: u32) -> Self {
         let list = (0..count).map(|_| Extent::new()).collect();
-        Extents { list, shift: per_extent.trailing_zeros() }
+        Extents {
+            list,
+            shift: per_extent.trailing_zeros(),
+        }
     }
 
     pub(crate) fn len(&self) -> u32 {

@@ -40,7 +40,10 @@ pub(crate) enum SlotState {
 impl SlotState {
     /// Whether somebody may be writing.
     pub(crate) fn writable(self) -> bool {
-        matches!(self, SlotState::Reserved | SlotState::Filling | SlotState::Quarantined)
+        matches!(
+            self,
+            SlotState::Reserved | SlotState::Filling | SlotState::Quarantined
+        )
     }
 
     /// Legal steps of a slot's life.
@@ -92,6 +95,8 @@ pub(crate) struct Pool {
     unclassed: List<extent::ByRoom>,
     /// Classed extents all of whose slots are free.
     empty: u32,
+    /// Extents that can hold blocks.
+    usable: u32,
 }
 
 impl Pool {
@@ -106,6 +111,7 @@ impl Pool {
             kind,
             unclassed: List::new(),
             empty: 0,
+            usable: 0,
         }
     }
 
@@ -114,7 +120,9 @@ impl Pool {
     pub(crate) fn adopt(&mut self, words: &[u64], out: &mut Vec<Output>) -> bool {
         let mut held = false;
         for (slot, old) in (0u32..).zip(words).filter(|(_, word)| **word != 0) {
-            let Some(extent) = self.extents.of(slot) else { break };
+            let Some(extent) = self.extents.of(slot) else {
+                break;
+            };
             let word = old.saturating_add(2);
             let local = self.extents.local(slot);
             self.extents[extent].keep_word(local, word);
@@ -122,7 +130,11 @@ impl Pool {
                 self.extents[extent].held = true;
                 held = true;
             }
-            out.push(Output::SetGeneration { tenant: self.tenant, slot, word });
+            out.push(Output::SetGeneration {
+                tenant: self.tenant,
+                slot,
+                word,
+            });
         }
         held
     }
@@ -140,9 +152,14 @@ impl Pool {
                 if *word % 2 == 1 {
                     *word += 1;
                     let word = *word;
-                    out.push(Output::SetGeneration { tenant: self.tenant, slot, word });
+                    out.push(Output::SetGeneration {
+                        tenant: self.tenant,
+                        slot,
+                        word,
+                    });
                 }
             }
+            self.usable += u32::from(self.extents[id].state == ExtentState::Ready);
             self.offer(id);
         }
     }
@@ -160,16 +177,28 @@ impl Pool {
         let known = id < self.extents.len();
         if known && self.extents[id].state == ExtentState::Pending {
             let extent = &mut self.extents[id];
-            extent.state = if failed { ExtentState::Failed } else { ExtentState::Ready };
+            extent.state = if failed {
+                ExtentState::Failed
+            } else {
+                ExtentState::Ready
+            };
             extent.streak = 0;
+            self.usable += u32::from(!failed && !extent.held);
             self.offer(id);
         }
     }
 
     /// The class of this slot size, made if need be, with one group more; `None` when classes are used up.
     pub(crate) fn join_class(&mut self, slot_bytes: u64) -> Option<u16> {
-        let same = self.classes.iter().position(|class| class.slot_bytes == slot_bytes);
-        let dead = || self.classes.iter().position(|class| class.groups == 0 && class.extents == 0);
+        let same = self
+            .classes
+            .iter()
+            .position(|class| class.slot_bytes == slot_bytes);
+        let dead = || {
+            self.classes
+                .iter()
+                .position(|class| class.groups == 0 && class.extents == 0)
+        };
         let at = match same.or_else(dead) {
             Some(at) => at,
             None if self.classes.len() < usize::from(NO_CLASS) => self.classes.len(),
@@ -217,7 +246,9 @@ impl Pool {
         extent.used += 1;
         self.empty -= u32::from(extent.used == 1);
         if extent.used == self.classes[usize::from(class)].per_extent {
-            self.classes[usize::from(class)].partial.remove(&mut self.extents, id);
+            self.classes[usize::from(class)]
+                .partial
+                .remove(&mut self.extents, id);
         }
         self.set_state(slot, SlotState::Reserved, owner, out);
         Some(slot)
@@ -231,8 +262,9 @@ impl Pool {
                 id
             }
             None if self.empty > 0 => {
-                let usable =
-                    |e: &Extent| e.class != NO_CLASS && e.class != class && e.used == 0 && !e.suspect;
+                let usable = |e: &Extent| {
+                    e.class != NO_CLASS && e.class != class && e.used == 0 && !e.suspect
+                };
                 let id = (0..self.extents.len()).find(|id| usable(&self.extents[*id]))?;
                 self.unclass(id);
                 id
@@ -256,7 +288,10 @@ impl Pool {
     /// Takes an empty extent's class away.
     pub(crate) fn unclass(&mut self, id: u32) {
         let class = self.extents[id].class;
-        assert!(class != NO_CLASS && self.extents[id].used == 0, "only an empty extent moves");
+        assert!(
+            class != NO_CLASS && self.extents[id].used == 0,
+            "only an empty extent moves"
+        );
         let place = &mut self.classes[usize::from(class)];
         if !self.extents[id].suspect {
             place.partial.remove(&mut self.extents, id);
@@ -271,7 +306,9 @@ impl Pool {
     /// writable state it becomes even. A suspect extent that is empty by this goes to be refilled.
     pub(crate) fn release(&mut self, slot: u32, out: &mut Vec<Output>) {
         self.set_state(slot, SlotState::Free, NIL, out);
-        let Some(id) = self.extents.of(slot) else { return };
+        let Some(id) = self.extents.of(slot) else {
+            return;
+        };
         let local = self.extents.local(slot);
         let full = self.classes[usize::from(self.extents[id].class)].per_extent;
         let extent = &mut self.extents[id];
@@ -304,12 +341,17 @@ impl Pool {
         owner: u32,
         out: &mut Vec<Output>,
     ) {
-        let Some(id) = self.extents.of(slot) else { return };
+        let Some(id) = self.extents.of(slot) else {
+            return;
+        };
         let local = self.extents.local(slot);
         let extent = &mut self.extents[id];
         let place = &mut extent.slots[local as usize];
         let before = place.state;
-        assert!(before.leads_to(next), "a slot went from {before:?} to {next:?}");
+        assert!(
+            before.leads_to(next),
+            "a slot went from {before:?} to {next:?}"
+        );
         place.state = next;
         place.owner = owner;
         // Never wraps in practice: a word that rises a million times a second lasts for 500,000 years.
@@ -327,18 +369,27 @@ impl Pool {
         *counts.of(before) -= 1;
         *counts.of(next) += 1;
         if step > 0 {
-            out.push(Output::SetGeneration { tenant: self.tenant, slot, word });
+            out.push(Output::SetGeneration {
+                tenant: self.tenant,
+                slot,
+                word,
+            });
         }
     }
 
     /// What a touch of a block of this class needs.
     pub(crate) fn recency(&mut self, class: u16) -> (&mut Extents, &mut dyn Eviction) {
-        (&mut self.extents, &mut *self.classes[usize::from(class)].policy)
+        (
+            &mut self.extents,
+            &mut *self.classes[usize::from(class)].policy,
+        )
     }
 
     /// Says who fills a slot that was just taken, and in which step.
     pub(crate) fn set_owner(&mut self, slot: u32, owner: u32, stamp: u32) {
-        let Some(id) = self.extents.of(slot) else { return };
+        let Some(id) = self.extents.of(slot) else {
+            return;
+        };
         let local = self.extents.local(slot);
         let extent = &mut self.extents[id];
         extent.touched = stamp;
@@ -357,6 +408,7 @@ impl Pool {
             place.partial.remove(&mut self.extents, id);
         }
         self.extents[id].suspect = true;
+        self.usable -= 1;
         if used == 0 {
             self.refill(id, out);
         }
@@ -367,20 +419,24 @@ impl Pool {
         let extent = &mut self.extents[id];
         extent.suspect = false;
         extent.state = ExtentState::Pending;
-        out.push(Output::Refill { tenant: self.tenant, extent: id });
+        out.push(Output::Refill {
+            tenant: self.tenant,
+            extent: id,
+        });
     }
 
     /// The slot, if it is one of an extent's current class and has ever been given out.
     pub(crate) fn slot(&self, slot: u32) -> Option<&Slot> {
         let extent = &self.extents[self.extents.of(slot)?];
         let local = self.extents.local(slot);
-        (extent.class != NO_CLASS && local < extent.fresh)
-            .then(|| &extent.slots[local as usize])
+        (extent.class != NO_CLASS && local < extent.fresh).then(|| &extent.slots[local as usize])
     }
 
     /// Where a slot begins, bytes from the start of the arena.
     pub(crate) fn offset(&self, slot: u32) -> u64 {
-        let Some(id) = self.extents.of(slot) else { return 0 };
+        let Some(id) = self.extents.of(slot) else {
+            return 0;
+        };
         let class = &self.classes[usize::from(self.extents[id].class)];
         u64::from(id) * self.shape.extent_bytes
             + u64::from(self.extents.local(slot)) * class.slot_bytes
@@ -388,8 +444,7 @@ impl Pool {
 
     /// Bytes of extents that can hold blocks.
     pub(crate) fn usable_bytes(&self) -> u64 {
-        let counts = self.extent_counts();
-        u64::from(counts.free + counts.classed) * self.shape.extent_bytes
+        u64::from(self.usable) * self.shape.extent_bytes
     }
 
     /// Extents by what they can be used for.
@@ -417,16 +472,28 @@ impl Pool {
             all
         };
         let offered = |e: &Extent| e.state == ExtentState::Ready && !e.held && e.class == NO_CLASS;
-        let unclassed: Vec<u32> = extents().filter(|(_, e)| offered(e)).map(|(id, _)| id).collect();
+        let unclassed: Vec<u32> = extents()
+            .filter(|(_, e)| offered(e))
+            .map(|(id, _)| id)
+            .collect();
         assert_eq!(listed(&self.unclassed), unclassed, "extents on offer");
-        let empty = extents().filter(|(_, e)| e.class != NO_CLASS && e.used == 0).count();
+        let empty = extents()
+            .filter(|(_, e)| e.class != NO_CLASS && e.used == 0)
+            .count();
         assert_eq!(self.empty as usize, empty, "empty extents");
+        let counts = self.extent_counts();
+        assert_eq!(self.usable, counts.free + counts.classed, "usable extents");
         for (at, class) in (0..).zip(&self.classes) {
-            let room =
-                |e: &Extent| e.class == at && e.used < class.per_extent && !e.suspect;
-            let partial: Vec<u32> = extents().filter(|(_, e)| room(e)).map(|(id, _)| id).collect();
+            let room = |e: &Extent| e.class == at && e.used < class.per_extent && !e.suspect;
+            let partial: Vec<u32> = extents()
+                .filter(|(_, e)| room(e))
+                .map(|(id, _)| id)
+                .collect();
             assert_eq!(listed(&class.partial), partial, "extents with room");
-            assert!(class.groups > 0 || class.counts.resident == 0, "blocks of no group");
+            assert!(
+                class.groups > 0 || class.counts.resident == 0,
+                "blocks of no group"
+            );
         }
     }
 }

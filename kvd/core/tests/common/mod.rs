@@ -1,5 +1,5 @@
 //! A world around the core for tests: it does what outputs say, as a node would, and asserts what every step must keep.
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 
@@ -91,13 +91,21 @@ impl World {
             checking: true,
         };
         for (tenant, name) in [(A, "a"), (B, "b")] {
-            world.step(Input::Tenant { tenant, name, limits: TenantLimits::default() });
+            world.step(Input::Tenant {
+                tenant,
+                name,
+                limits: TenantLimits::default(),
+            });
         }
         world
     }
 
     pub fn arena(&mut self, tenant: TenantId, extents: u64, adopted: Option<Adopted<'_>>) {
-        self.step(Input::Arena { tenant, shape: shape(extents), adopted });
+        self.step(Input::Arena {
+            tenant,
+            shape: shape(extents),
+            adopted,
+        });
         for extent in 0..extents as u32 {
             self.step(Input::ExtentReady { tenant, extent });
         }
@@ -146,7 +154,15 @@ impl World {
         reply
     }
 
-    pub fn open(&mut self, session: u64, tenant: TenantId, instance: u8, role: Role, rank: u32, world: u32) {
+    pub fn open(
+        &mut self,
+        session: u64,
+        tenant: TenantId,
+        instance: u8,
+        role: Role,
+        rank: u32,
+        world: u32,
+    ) {
         self.open_after(session, tenant, instance, role, rank, world, None);
     }
 
@@ -174,7 +190,14 @@ impl World {
     }
 
     /// Registers with a cut of `pp` x `tp` parts; `part`: what it copies.
-    pub fn register(&mut self, session: u64, record: &[u8], pp: u32, tp: u32, part: Option<u32>) -> Reply {
+    pub fn register(
+        &mut self,
+        session: u64,
+        record: &[u8],
+        pp: u32,
+        tp: u32,
+        part: Option<u32>,
+    ) -> Reply {
         let layers: Vec<u32> = (0..=pp).map(|i| i * 4 / pp).collect();
         let heads: Vec<u32> = (0..=tp).map(|i| i * 4 / tp).collect();
         let groups = [GroupLayout {
@@ -184,26 +207,65 @@ impl World {
             copies: part.is_some(),
             part: part.unwrap_or(0),
         }];
-        self.ask(session, Request::Register { record, groups: &groups })
+        self.ask(
+            session,
+            Request::Register {
+                record,
+                groups: &groups,
+            },
+        )
     }
 
     /// A session that does everything, in tenant "a", with blocks of one slot.
     pub fn script(&mut self, session: u64, instance: u8) {
         self.open(session, A, instance, Role::Both, 0, 1);
         let reply = self.register(session, &record("a", "w", CELL), 1, 1, Some(0));
-        assert!(matches!(reply, Reply::Registered { namespace: 0, .. }), "{reply:?}");
+        assert!(
+            matches!(reply, Reply::Registered { namespace: 0, .. }),
+            "{reply:?}"
+        );
     }
 
-    pub fn reserve(&mut self, session: u64, list: &[[u8; 32]], parent: Option<[u8; 32]>) -> ReserveReply {
-        let chain = Chain { group: 0, hashes: list, parent: parent.map(BlockHash) };
-        match self.ask(session, Request::Reserve { namespace: 0, chain }) {
+    pub fn reserve(
+        &mut self,
+        session: u64,
+        list: &[[u8; 32]],
+        parent: Option<[u8; 32]>,
+    ) -> ReserveReply {
+        let chain = Chain {
+            group: 0,
+            hashes: list,
+            parent: parent.map(BlockHash),
+        };
+        match self.ask(
+            session,
+            Request::Reserve {
+                namespace: 0,
+                chain,
+            },
+        ) {
             Reply::Reserve(reply) => reply,
             other => panic!("{other:?}"),
         }
     }
 
-    pub fn commit(&mut self, session: u64, slots: &[u32], generations: &[u64], crcs: &[u64]) -> Vec<CommitState> {
-        match self.ask(session, Request::Commit { namespace: 0, group: 0, slots, generations, crcs }) {
+    pub fn commit(
+        &mut self,
+        session: u64,
+        slots: &[u32],
+        generations: &[u64],
+        crcs: &[u64],
+    ) -> Vec<CommitState> {
+        match self.ask(
+            session,
+            Request::Commit {
+                namespace: 0,
+                group: 0,
+                slots,
+                generations,
+                crcs,
+            },
+        ) {
             Reply::Commit(states) => states,
             other => panic!("{other:?}"),
         }
@@ -214,21 +276,47 @@ impl World {
         let reply = self.reserve(session, list, None);
         let crcs: Vec<u64> = (0..reply.slots.len() as u64 * 4).collect();
         let states = self.commit(session, &reply.slots, &reply.generations, &crcs);
-        assert!(states.iter().all(|state| *state == CommitState::Visible), "{states:?}");
+        assert!(
+            states.iter().all(|state| *state == CommitState::Visible),
+            "{states:?}"
+        );
         reply
     }
 
     pub fn load(&mut self, session: u64, list: &[[u8; 32]]) -> LoadReply {
-        let body = Request::Load { namespace: 0, group: 0, hashes: list, deadline_ms: 0 };
+        let body = Request::Load {
+            namespace: 0,
+            group: 0,
+            hashes: list,
+            deadline_ms: 0,
+        };
         match self.ask(session, body) {
             Reply::Load(reply) => reply,
             other => panic!("{other:?}"),
         }
     }
 
-    pub fn lookup(&mut self, session: u64, list: &[[u8; 32]], lease_ms: u32, leading: bool) -> LookupReply {
-        let chains = [Chain { group: 0, hashes: list, parent: None }];
-        match self.ask(session, Request::Lookup { namespace: 0, chains: &chains, lease_ms, leading }) {
+    pub fn lookup(
+        &mut self,
+        session: u64,
+        list: &[[u8; 32]],
+        lease_ms: u32,
+        leading: bool,
+    ) -> LookupReply {
+        let chains = [Chain {
+            group: 0,
+            hashes: list,
+            parent: None,
+        }];
+        match self.ask(
+            session,
+            Request::Lookup {
+                namespace: 0,
+                chains: &chains,
+                lease_ms,
+                leading,
+            },
+        ) {
             Reply::Lookup(reply) => reply,
             other => panic!("{other:?}"),
         }
@@ -237,7 +325,9 @@ impl World {
     /// How many of these are loadable.
     pub fn hits(&mut self, session: u64, list: &[[u8; 32]]) -> usize {
         let reply = self.lookup(session, list, 0, false);
-        (0..list.len() as u32).filter(|at| reply.chains[0].at(*at) == Where::Host).count()
+        (0..list.len() as u32)
+            .filter(|at| reply.chains[0].at(*at) == Where::Host)
+            .count()
     }
 
     pub fn abort(&mut self, session: u64, slots: &[u32], generations: &[u64]) -> u32 {
@@ -248,7 +338,12 @@ impl World {
     }
 
     pub fn release(&mut self, session: u64, slots: &[u32], generations: &[u64], corrupt: &[u32]) {
-        let body = Request::Release { slots, generations, corrupt, lease: 0 };
+        let body = Request::Release {
+            slots,
+            generations,
+            corrupt,
+            lease: 0,
+        };
         assert_eq!(self.ask(session, body), Reply::Released);
     }
 
