@@ -3,13 +3,17 @@
 mod common;
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use kvd_arena::ArenaView;
 
 use common::{Daemon, PATIENCE, Raw, eventually, framed, hash, hello, layout, record};
 use kvd_client::{ChainRef, Identity, Session};
 use kvd_wire::frame;
 use kvd_wire::session::{
-    Abort, ArenaOffer, ArenaShape, Chain, Commit, ErrorKind, Failure, Load, Lookup, Ping, Register,
-    Release, Reserve, Role, reply, request,
+    Abort, ArenaOffer, ArenaShape, Chain, Commit, ErrorKind, Failure, Hello, Load, Lookup, Ping,
+    Register, Release, Reserve, Role, reply, request,
 };
 
 /// The daemon's memory beside the arena, whatever it is sent.
@@ -119,7 +123,7 @@ fn who_says_no_hello_is_not_served() {
 fn hellos_that_make_no_sense_are_refused() {
     let daemon = Daemon::start(&[]);
     let mut wrong = Vec::new();
-    let mut with = |why: &'static str, change: &dyn Fn(&mut kvd_wire::session::Hello)| {
+    let mut with = |why: &'static str, change: &dyn Fn(&mut Hello)| {
         let mut hello = hello(Role::Both);
         change(&mut hello);
         wrong.push((why, hello));
@@ -159,7 +163,7 @@ fn descriptors_that_nobody_asked_for_end_the_session() {
 
     // A file that is called a pidfd, and files that are called an arena.
     let mut raw = Raw::connect(&daemon.socket);
-    let hello_with_pidfd = kvd_wire::session::Hello {
+    let hello_with_pidfd = Hello {
         has_pidfd: true,
         ..hello(Role::Both)
     };
@@ -176,7 +180,7 @@ fn descriptors_that_nobody_asked_for_end_the_session() {
         id: vec![1; 16].into(),
         slots_per_extent: 512,
     };
-    let offer = kvd_wire::session::Hello {
+    let offer = Hello {
         offer: Some(ArenaOffer { shape: Some(shape) }),
         ..hello(Role::Both)
     };
@@ -328,7 +332,7 @@ fn requests_that_make_no_sense_are_refused_and_the_session_goes_on() {
 
 #[test]
 fn another_tenants_namespace_is_out_of_reach() {
-    let directory = std::sync::Arc::new(tempfile::tempdir().expect("a directory"));
+    let directory = Arc::new(tempfile::tempdir().expect("a directory"));
     let file = directory.path().join("kvd.toml");
     std::fs::write(&file, "[tenants.a]\nhost_capacity = \"16MiB\"\n").expect("written");
     let daemon = Daemon::start_in(
@@ -376,6 +380,56 @@ fn another_tenants_namespace_is_out_of_reach() {
         Some(reply::Body::Lookup(found)) => assert!(found.chains[0].length.is_empty(), "{found:?}"),
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn one_tenants_memory_can_not_be_carried_to_another() {
+    let directory = Arc::new(tempfile::tempdir().expect("a directory"));
+    let file = directory.path().join("kvd.toml");
+    std::fs::write(&file, "[tenants.a]\nhost_capacity = \"64MiB\"\n").expect("written");
+    let flags = ["--config", file.to_str().expect("text")];
+    let mut daemon = Daemon::start_in(Arc::clone(&directory), &flags);
+    let (ours, theirs) = (daemon.socket.clone(), directory.path().join("a/kvd.sock"));
+    let attach = |socket: &Path, tenant: &str| {
+        let mut session =
+            Session::connect(socket, &Identity::script(tenant), PATIENCE).expect("connects");
+        session
+            .register(&record(&[("tenant", tenant)]), &[layout()])
+            .expect("registers");
+        session.arena().expect("the arena came")
+    };
+    let arenas = [attach(&ours, "default"), attach(&theirs, "a")];
+    daemon.kill();
+    let _next = Daemon::start_in(Arc::clone(&directory), &flags);
+    let offer = |socket: &Path, arena: &ArenaView| {
+        let shape = arena.shape();
+        let shape = ArenaShape {
+            bytes: shape.bytes,
+            extent_bytes: shape.extent_bytes,
+            page_bytes: shape.page_bytes,
+            id: shape.id.to_vec().into(),
+            slots_per_extent: shape.slots_per_extent,
+        };
+        let hello = Hello {
+            offer: Some(ArenaOffer { shape: Some(shape) }),
+            ..hello(Role::Both)
+        };
+        let fds =
+            [arena.fd(), arena.generation_fd()].map(|fd| fd.try_clone_to_owned().expect("a copy"));
+        let mut raw = Raw::connect(socket);
+        raw.send_with(&framed(1, request::Body::Hello(hello)), &fds);
+        match raw.hear() {
+            Some((_, reply::Body::Hello(reply))) => reply.offer_adopted,
+            other => panic!("not greeted: {other:?}"),
+        }
+    };
+    assert!(!offer(&ours, &arenas[1]), "another tenant's is not taken");
+    assert!(offer(&ours, &arenas[0]), "one's own is");
+    assert!(
+        offer(&ours, &arenas[0]),
+        "and who brings it too is told that it was"
+    );
+    assert!(!offer(&theirs, &arenas[0]));
 }
 
 fn store_something(session: &mut Session, namespace: u32) -> (u32, u64) {

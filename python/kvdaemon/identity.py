@@ -182,10 +182,12 @@ def _speculative(config: Any) -> str:
     return _json(facts)
 
 
-def hash_identity(cache_config: Any, none_hash: bytes) -> str:
-    """Algorithm and seed of the engine's block hashes: the hash that begins every chain."""
+def hash_identity(cache_config: Any, none_hash: bytes, lookahead: int) -> str:
+    """Algorithm and seed of the engine's block hashes (the hash that begins every chain), and how many tokens after its block
+    a hash covers."""
     algorithm = getattr(cache_config, "prefix_caching_hash_algo", "?")
-    return f"{algorithm}:{none_hash.hex()[:32]}"
+    suffix = f":lookahead={lookahead}" if lookahead else ""
+    return f"{algorithm}:{none_hash.hex()[:32]}{suffix}"
 
 
 def facts(vllm_config: Any, kv_dtype: str, tenant: str, weights: str, none_hash: bytes) -> list[tuple[str, str]]:
@@ -199,7 +201,7 @@ def facts(vllm_config: Any, kv_dtype: str, tenant: str, weights: str, none_hash:
         "model": name,
         "weights": weights,
         "kv_dtype": kv_dtype,
-        "hash": hash_identity(cache, none_hash),
+        "hash": hash_identity(cache, none_hash, getattr(vllm_config, "num_hash_lookahead_tokens", 0)),
         "compute_dtype": str(model.dtype).removeprefix("torch."),
         "rope": _rope(text),
         "overrides": "blake3:" + digest(_json(_hf_dict(model.hf_config)).encode()),

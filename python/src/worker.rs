@@ -40,7 +40,7 @@ impl WorkerHalf {
     #[new]
     #[pyo3(signature = (socket, instance, label, *, rank, world, stage, encoding, scales, refusal, cache, kind, layer_names,
                         head_first, heads, heads_total, block_tokens, page_tokens, cell_bytes, copy_threads=2,
-                        load_deadline_ms=5000))]
+                        load_deadline_ms=2000))]
     #[allow(
         clippy::too_many_arguments,
         reason = "keyword arguments of the Python class"
@@ -109,7 +109,7 @@ impl WorkerHalf {
             clock(),
             hello,
             cache.map(|cache| cache.pages.clone()),
-        );
+        )?;
         Ok(WorkerHalf {
             inner: Mutex::new(Some(worker)),
         })
@@ -126,6 +126,11 @@ impl WorkerHalf {
         py.detach(|| self.with(|half| half.begin(orders)))
             .unwrap_or(Ok(()))
             .map_err(|failure| error(py, kvd_client::ErrorKind::Internal, failure.to_string()))
+    }
+
+    /// Waits until no copy is under way.
+    fn wait_idle(&self, py: Python<'_>) {
+        py.detach(|| self.with(|half| half.wait_idle()));
     }
 
     fn start_loads(&self) {

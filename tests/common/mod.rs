@@ -25,10 +25,10 @@ use kvd_wire::session::{Hello, Reply, Role, reply, request};
 use prost::Message;
 
 /// The longest that anything here may take; far more than it does.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The binary under test.
-pub fn kvd() -> Command {
+pub(crate) fn kvd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvd"));
     command
         .env_clear()
@@ -37,7 +37,7 @@ pub fn kvd() -> Command {
 }
 
 /// Waits until it is so.
-pub fn eventually(what: &str, mut so: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut so: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !so() {
         assert!(begun.elapsed() < PATIENCE, "never: {what}");
@@ -46,23 +46,23 @@ pub fn eventually(what: &str, mut so: impl FnMut() -> bool) {
 }
 
 /// A running daemon.
-pub struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
     log: Arc<Mutex<String>>,
-    pub socket: PathBuf,
-    pub http: String,
-    pub directory: Arc<tempfile::TempDir>,
+    pub(crate) socket: PathBuf,
+    pub(crate) http: String,
+    pub(crate) directory: Arc<tempfile::TempDir>,
 }
 
 impl Daemon {
     /// One with little memory and these flags beside.
-    pub fn start(flags: &[&str]) -> Self {
+    pub(crate) fn start(flags: &[&str]) -> Self {
         let directory = Arc::new(tempfile::tempdir().expect("a directory"));
         Self::start_in(directory, flags)
     }
 
     /// The same, in a directory where one may have been before.
-    pub fn start_in(directory: Arc<tempfile::TempDir>, flags: &[&str]) -> Self {
+    pub(crate) fn start_in(directory: Arc<tempfile::TempDir>, flags: &[&str]) -> Self {
         let mut command = kvd();
         command
             .args(["serve", "--http", "127.0.0.1:0", "--host-capacity", "64MiB"])
@@ -72,7 +72,7 @@ impl Daemon {
     }
 
     /// Runs this command, which serves in this directory, and waits until it is ready.
-    pub fn spawn(mut command: Command, directory: Arc<tempfile::TempDir>) -> Self {
+    pub(crate) fn spawn(mut command: Command, directory: Arc<tempfile::TempDir>) -> Self {
         let mut child = command
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
@@ -117,16 +117,16 @@ impl Daemon {
         }
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         self.log.lock().expect("not poisoned").clone()
     }
 
     /// The answer to an HTTP GET: status code, body.
-    pub fn get(&self, path: &str) -> (u16, String) {
+    pub(crate) fn get(&self, path: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(&self.http).expect("http listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("set");
         write!(
@@ -146,24 +146,24 @@ impl Daemon {
     }
 
     /// The status, over HTTP.
-    pub fn status(&self) -> Status {
+    pub(crate) fn status(&self) -> Status {
         let (code, body) = self.get("/status");
         assert_eq!(code, 200, "{body}");
         serde_json::from_str(&body).expect("the status is as documented")
     }
 
     /// The default tenant's status.
-    pub fn tenant(&self) -> TenantStatus {
+    pub(crate) fn tenant(&self) -> TenantStatus {
         self.status().tenants.swap_remove(0)
     }
 
-    pub fn signal(&self, signal: rustix::process::Signal) {
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_raw(self.child.id() as i32).expect("a pid");
         rustix::process::kill_process(pid, signal).expect("it lives");
     }
 
     /// Waits for its end.
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let mut ended = None;
         eventually("the daemon ends", || {
             ended = self.child.try_wait().expect("waits");
@@ -173,13 +173,13 @@ impl Daemon {
     }
 
     /// kill -9, and waits.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().expect("killed");
         self.wait();
     }
 
     /// Memory beside shared memory, in 2^20 bytes.
-    pub fn rss_mb(&self) -> f64 {
+    pub(crate) fn rss_mb(&self) -> f64 {
         let status =
             std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it lives");
         let kb = |line: &str| {
@@ -205,15 +205,15 @@ impl Drop for Daemon {
 }
 
 /// A session without a client.
-pub struct Raw {
-    pub stream: UnixStream,
+pub(crate) struct Raw {
+    pub(crate) stream: UnixStream,
     decoder: Decoder,
     next: u32,
 }
 
 impl Raw {
     /// Connected, and nothing said.
-    pub fn connect(socket: &Path) -> Self {
+    pub(crate) fn connect(socket: &Path) -> Self {
         let stream = UnixStream::connect(socket).expect("somebody listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("set");
         stream.set_write_timeout(Some(PATIENCE)).expect("set");
@@ -225,7 +225,7 @@ impl Raw {
     }
 
     /// Connected and greeted.
-    pub fn hello(socket: &Path, role: Role) -> Self {
+    pub(crate) fn hello(socket: &Path, role: Role) -> Self {
         let mut raw = Self::connect(socket);
         match raw.ask(request::Body::Hello(hello(role))) {
             Some(reply::Body::Hello(_)) => raw,
@@ -234,12 +234,12 @@ impl Raw {
     }
 
     /// Sends bytes as they are. Says whether the other end took them.
-    pub fn send(&mut self, bytes: &[u8]) -> bool {
+    pub(crate) fn send(&mut self, bytes: &[u8]) -> bool {
         self.stream.write_all(bytes).is_ok()
     }
 
     /// Sends bytes with descriptors.
-    pub fn send_with(&mut self, bytes: &[u8], fds: &[OwnedFd]) {
+    pub(crate) fn send_with(&mut self, bytes: &[u8], fds: &[OwnedFd]) {
         use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
         let mut room = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
         let mut control = SendAncillaryBuffer::new(&mut room);
@@ -255,7 +255,7 @@ impl Raw {
     }
 
     /// Sends a request; its id.
-    pub fn say(&mut self, body: request::Body) -> u32 {
+    pub(crate) fn say(&mut self, body: request::Body) -> u32 {
         let id = self.next;
         self.next += 1;
         let bytes = framed(id, body);
@@ -264,7 +264,7 @@ impl Raw {
     }
 
     /// The next reply; `None` when the session is over.
-    pub fn hear(&mut self) -> Option<(u32, reply::Body)> {
+    pub(crate) fn hear(&mut self) -> Option<(u32, reply::Body)> {
         loop {
             if let Some(frame) = self
                 .decoder
@@ -288,7 +288,7 @@ impl Raw {
     }
 
     /// Asks, and the answer.
-    pub fn ask(&mut self, body: request::Body) -> Option<reply::Body> {
+    pub(crate) fn ask(&mut self, body: request::Body) -> Option<reply::Body> {
         let id = self.say(body);
         let (answered, reply) = self.hear()?;
         assert_eq!(answered, id, "{reply:?}");
@@ -296,7 +296,7 @@ impl Raw {
     }
 
     /// Registers [`geometry`]; the namespace's number.
-    pub fn register(&mut self) -> u32 {
+    pub(crate) fn register(&mut self) -> u32 {
         let register = kvd_wire::session::Register {
             record: record(&[]).into(),
             groups: vec![layout()],
@@ -309,14 +309,14 @@ impl Raw {
 }
 
 /// A frame with a request.
-pub fn framed(id: u32, body: request::Body) -> Vec<u8> {
+pub(crate) fn framed(id: u32, body: request::Body) -> Vec<u8> {
     let mut bytes = Vec::new();
     frame::encode(id, &kvd_wire::request(body), &mut bytes);
     bytes
 }
 
 /// A Hello of a process by itself.
-pub fn hello(role: Role) -> Hello {
+pub(crate) fn hello(role: Role) -> Hello {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let mut instance = vec![7; 16];
     instance[..8].copy_from_slice(&NEXT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
@@ -332,7 +332,7 @@ pub fn hello(role: Role) -> Hello {
 }
 
 /// Blocks of 64 KiB.
-pub fn geometry() -> GroupGeometry {
+pub(crate) fn geometry() -> GroupGeometry {
     GroupGeometry {
         kind: GroupKind::Full,
         layers: 4,
@@ -344,7 +344,7 @@ pub fn geometry() -> GroupGeometry {
 }
 
 /// What [`geometry`] is in one process.
-pub fn part() -> PartGeometry {
+pub(crate) fn part() -> PartGeometry {
     let g = geometry();
     PartGeometry {
         layers: g.layers,
@@ -355,7 +355,7 @@ pub fn part() -> PartGeometry {
 }
 
 /// The layout of a process that has whole blocks.
-pub fn layout() -> GroupLayout {
+pub(crate) fn layout() -> GroupLayout {
     let g = geometry();
     GroupLayout {
         group: 0,
@@ -367,7 +367,7 @@ pub fn layout() -> GroupLayout {
 }
 
 /// The record of [`geometry`], with some fields otherwise.
-pub fn record(other: &[(&str, &str)]) -> Vec<u8> {
+pub(crate) fn record(other: &[(&str, &str)]) -> Vec<u8> {
     let g = geometry();
     let mut fields = vec![
         ("tenant", "default".to_owned()),
@@ -393,23 +393,19 @@ pub fn record(other: &[(&str, &str)]) -> Vec<u8> {
 }
 
 /// Copies whole blocks of [`geometry`].
-pub fn mover() -> BlockMover {
+pub(crate) fn mover() -> BlockMover {
     let g = geometry();
     let cut = Cut::whole(&g);
-    BlockMover::new(
-        Arc::new(HostDevice::default()),
-        MoverConfig::new(0, g, cut, 0),
-    )
-    .expect("a mover")
+    BlockMover::new(Arc::new(HostDevice), MoverConfig::new(0, g, cut, 0)).expect("a mover")
 }
 
 /// Memory for so many blocks.
-pub fn pages(blocks: u32) -> OwnedPages {
+pub(crate) fn pages(blocks: u32) -> OwnedPages {
     OwnedPages::new(part(), blocks).expect("fits")
 }
 
 /// A hash that nobody else has.
-pub fn hash(owner: u32, number: u32) -> [u8; 32] {
+pub(crate) fn hash(owner: u32, number: u32) -> [u8; 32] {
     let mut hash = [0x5a; 32];
     hash[24..28].copy_from_slice(&owner.to_be_bytes());
     hash[28..].copy_from_slice(&number.to_be_bytes());
@@ -417,7 +413,7 @@ pub fn hash(owner: u32, number: u32) -> [u8; 32] {
 }
 
 /// What the block of this hash holds.
-pub fn content(owner: u32, number: u32) -> impl Fn(usize) -> u8 {
+pub(crate) fn content(owner: u32, number: u32) -> impl Fn(usize) -> u8 {
     move |at| {
         (at as u32)
             .wrapping_mul(2_654_435_761)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import models
 from daemon import Daemon
 from engine import Answer, Engine, kv_transfer, patient, wait_until
 
@@ -24,20 +26,20 @@ def wait_stored(daemon: Daemon, count: int) -> None:
     assert daemon.resident() == count
 
 
+_serials = itertools.count(1)
+
+
 def attached(engine: Engine, daemon: Daemon) -> None:
-    """Until the engine's blocks become visible: it has registered (weights are hashed in the background first)."""
+    """Until the engine's blocks become visible: it has registered (weights are hashed in the background first). Leaves one block of
+    a prompt that nobody else asks, and no store under way."""
     before = daemon.resident()
-    serial = engine.facts["pid"]
 
     def shows() -> bool:
-        attached.count += 1
-        engine.ask([2 + (serial * 7 + attached.count * 13 + i * i) % 500 for i in range(BLOCK * 2 + 1)], max_tokens=1)
+        engine.ask(models.prompt(1_000_000 + next(_serials) + engine.facts["pid"] * 1000, engine.facts["block_size"] + 1), max_tokens=1)
         return daemon.resident() > before
 
     wait_until("the engine's connector stores", shows, 60.0, every_s=0.2)
-
-
-attached.count = 0
+    engine.reset_local()
 
 
 def largest_gap(one: Answer, other: Answer) -> float:

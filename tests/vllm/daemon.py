@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pathlib
@@ -18,6 +19,14 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 def binary() -> pathlib.Path:
     """The daemon's program: KVD_BIN, or the release build of this tree."""
     return pathlib.Path(os.environ.get("KVD_BIN") or REPOSITORY / "target" / "release" / "kvd")
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before its program: it gets SIGKILL when the starter is gone, however that happened."""
+    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Daemon:
@@ -46,7 +55,9 @@ class Daemon:
             command += ["--adopt-grace", "1ms"]
         begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self._env(), start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self._env(), start_new_session=True, preexec_fn=_die_with_parent
+            )
         self.starts += 1
         if wait:
             line = wait_until("the daemon is ready", lambda: self._ready_line(begin), 20.0)
@@ -178,12 +189,9 @@ class Daemon:
 
     def punch_hole(self, offset: int, length: int) -> None:
         """What a rogue client could do: the bytes are gone, and read as zero."""
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
         with self.arena().open("r+b", buffering=0) as f:
             keep_size_and_punch = 0x01 | 0x02
-            if libc.fallocate(f.fileno(), keep_size_and_punch, ctypes.c_long(offset), ctypes.c_long(length)) != 0:
+            if _libc.fallocate(f.fileno(), keep_size_and_punch, ctypes.c_long(offset), ctypes.c_long(length)) != 0:
                 raise OSError(ctypes.get_errno(), "fallocate")
 
     def __enter__(self) -> Daemon:

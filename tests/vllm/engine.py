@@ -103,7 +103,7 @@ def kv_transfer(socket: str | os.PathLike[str], **extra: Any) -> dict[str, Any]:
 
 
 def patient(socket: str | os.PathLike[str], **extra: Any) -> dict[str, Any]:
-    """The same for tests that expect a hit, or a store: on a busy machine 20 ms may not be enough for the daemon's answer to a lookup,
+    """The same where a hit or a store is expected: on a busy machine of two cores 20 ms may not be enough for the daemon's answer to a lookup,
     and one second not for the end of a finished request's stores."""
     return kv_transfer(socket, lookup_deadline_ms=5000, hold_deadline_ms=30_000, **extra)
 

@@ -78,24 +78,27 @@ def daemon_runs(house: House) -> Iterator[None]:
 
 def test_a_flipped_byte_is_caught_and_recomputed(house: House) -> None:
     house.loads_again()
-    before = loads(house.daemon)
-    for skip in (3, 40, 90):
-        house.daemon.flip_byte(skip)
-    house.engine.reset_local()
-    batch = house.engine.batch([PROMPT])
-    assert batch.answers[0].tokens == house.hit.tokens
-    assert loads(house.daemon).get("failed crc", 0) > before.get("failed crc", 0)
+    before = loads(house.daemon).get("failed crc", 0)
+    pages = 64 // 4  # of a slot
+    for slot in range(40):  # the arena holds other prompts' blocks, too: go on until one of this prompt's is hit
+        house.daemon.flip_byte(skip=3 + slot * pages)
+        house.engine.reset_local()
+        assert house.engine.ask(PROMPT).tokens == house.hit.tokens
+        if loads(house.daemon).get("failed crc", 0) > before:
+            break
+    else:
+        pytest.fail("no flipped byte was ever noticed")
     house.loads_again()
 
 
 def test_a_punched_hole_is_caught_and_the_region_is_usable_again(house: House) -> None:
     house.loads_again()
-    before = loads(house.daemon)
+    before = loads(house.daemon).get("failed crc", 0)
     house.daemon.punch_hole(0, os.stat(house.daemon.arena()).st_size)
     house.engine.reset_local()
     batch = house.engine.batch([PROMPT])
     assert batch.answers[0].tokens == house.hit.tokens
-    assert loads(house.daemon).get("failed crc", 0) > before.get("failed crc", 0)
+    assert loads(house.daemon).get("failed crc", 0) > before
     house.loads_again()
 
 
@@ -133,7 +136,7 @@ def test_daemon_hangs_in_mid_answer(house: House) -> None:
             fresh = models.prompt(int(time.monotonic() * 1000) % 100000 + 1000, 100)
             one = house.engine.ask(fresh, max_tokens=4)
             slowest = max(slowest, one.total_s)
-            if time.monotonic() - begin > (30.0 if SOAK else 3.0):
+            if time.monotonic() - begin > (30.0 if SOAK else 5.0):
                 break
         print(f"\nslowest request with a stopped daemon: {slowest * 1000:.0f} ms")
     finally:

@@ -14,7 +14,9 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(("recipe", "block", "options"), [(models.gqa, 32, {}), (models.mla, 16, {"mla_prefix_caching": True})], ids=["gqa", "mla"])
-def test_local_hit_is_repeatable(recipe: Callable[[], models.Recipe], block: int, options: dict, engines: Engines, model: Callable[[models.Recipe], pathlib.Path]) -> None:
+def test_local_hit_is_repeatable(
+    recipe: Callable[[], models.Recipe], block: int, options: dict, engines: Engines, model: Callable[[models.Recipe], pathlib.Path]
+) -> None:
     engine = engines.start(model(recipe()), in_process=True, **options)
     prompt = models.prompt(1, 700)
     cold = engine.ask(prompt)

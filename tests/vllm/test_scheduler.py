@@ -302,7 +302,8 @@ def test_failed_load_is_recomputed(rig: Rig) -> None:
 def scramble(rig: Rig, seed: int, spec: int) -> None:
     """A random mixture of everything, all of it checked by the model."""
     rng = random.Random(seed)
-    engine = rig.engine(spec_tokens=spec, blocks=rng.choice([24, 40, 64]), budget=rng.choice([64, 128, 512]), memory_extra={"delay": rng.randrange(1, 5), "defer": rng.randrange(3)})
+    extra = {"delay": rng.randrange(1, 5), "defer": rng.randrange(3)}
+    engine = rig.engine(spec_tokens=spec, blocks=rng.choice([24, 40, 64]), budget=rng.choice([64, 128, 512]), memory_extra=extra)
     roots = [models.prompt(1000 * seed + i, rng.randrange(20, 260)) for i in range(4)]
     aborted: set[str] = set()
     for _ in range(120 if not SOAK else 1000):

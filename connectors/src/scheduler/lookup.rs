@@ -110,6 +110,7 @@ impl<P: Port> Scheduler<P> {
         request.epoch = epoch;
         request.tainted = mixed && computed > 0;
         request.offer = None;
+        request.ran = false;
         let wanted_at = *request.wanted_at.get_or_insert(now);
         if request.skip || matches!(request.lookup, Lookup::Settled) {
             return Match::Blocks(0);

@@ -203,16 +203,15 @@ impl<P: Port> Scheduler<P> {
         for id in preempted {
             self.preempt(id);
         }
-        if !self.can_reserve(now) {
-            return Vec::new();
-        }
-        let tokens = self.settings.block_tokens;
+        let can_reserve = self.can_reserve(now);
+        let (tokens, epoch) = (self.settings.block_tokens, self.namespaces.epoch());
         let mut wanted = Vec::new();
         for (at, (id, computed)) in ids.iter().zip(computed).enumerate() {
-            if let Some(request) = self.requests.get(*id)
-                && computed / tokens > request.next
-                && self.may_store(request)
-            {
+            let Some(request) = self.requests.get_mut(*id) else {
+                continue;
+            };
+            request.ran = true;
+            if can_reserve && computed / tokens > request.next && request.may_store(epoch) {
                 wanted.push((at, request.next));
             }
         }

@@ -263,7 +263,7 @@ impl<P: Port> Scheduler<P> {
 
     /// Whether blocks of this request may be stored, as far as it is concerned.
     pub(crate) fn may_store(&self, request: &Request<P::Ticket>) -> bool {
-        !request.tainted && request.epoch == self.namespaces.epoch
+        request.may_store(self.namespaces.epoch)
     }
 }
 

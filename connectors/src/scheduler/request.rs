@@ -16,6 +16,8 @@ pub enum Adapter {
 /// A range of blocks of one request: hashes and the engine's block numbers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Blocks {
+    /// Hash of the block before the first; empty when there is none or it is not known.
+    pub(crate) parent: Vec<u8>,
     /// 32 bytes a block.
     pub(crate) hashes: Vec<u8>,
     /// The engine's block numbers.
@@ -23,6 +25,18 @@ pub(crate) struct Blocks {
 }
 
 impl Blocks {
+    /// `hashes` has 32 bytes for each of `blocks`, or 32 more in front: the hash of the block before them.
+    pub(crate) fn new(hashes: &[u8], blocks: &[u32]) -> Blocks {
+        let extra = hashes.len() == (blocks.len() + 1) * HASH_BYTES;
+        let (parent, hashes) = hashes.split_at(if extra { HASH_BYTES } else { 0 });
+        let count = blocks.len().min(hashes.len() / HASH_BYTES);
+        Blocks {
+            parent: parent.to_vec(),
+            hashes: hashes[..count * HASH_BYTES].to_vec(),
+            blocks: blocks[..count].to_vec(),
+        }
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.blocks.len()
     }
@@ -32,7 +46,12 @@ impl Blocks {
         let count = count.min(self.len());
         let rest_hashes = self.hashes.split_off(count * HASH_BYTES);
         let rest_blocks = self.blocks.split_off(count);
+        let rest_parent = match self.hashes.last_chunk::<HASH_BYTES>() {
+            Some(last) => last.to_vec(),
+            None => self.parent.clone(),
+        };
         Blocks {
+            parent: std::mem::replace(&mut self.parent, rest_parent),
             hashes: std::mem::replace(&mut self.hashes, rest_hashes),
             blocks: std::mem::replace(&mut self.blocks, rest_blocks),
         }
@@ -105,6 +124,8 @@ pub(crate) struct Request<T> {
     pub(crate) offer: Option<(u32, u32)>,
     /// A load into its blocks is under way.
     pub(crate) loading: bool,
+    /// The engine has computed something for it since it (re)started: blocks that it says are computed hold what they should.
+    pub(crate) ran: bool,
     /// Blocks before this are stored, reserved, or need not be.
     pub(crate) next: u32,
     /// Blocks to reserve as soon as that is possible; only of a finished request.
@@ -130,6 +151,7 @@ impl<T> Request<T> {
             shared_since: None,
             offer: None,
             loading: false,
+            ran: false,
             next: 0,
             tail: Blocks::default(),
             reservations: VecDeque::new(),
@@ -146,9 +168,15 @@ impl<T> Request<T> {
         self.wanted_at = None;
         self.shared_since = None;
         self.offer = None;
+        self.ran = false;
         self.next = 0;
         self.tail = Blocks::default();
         self.reservations.clear();
+    }
+
+    /// Whether its blocks may be stored in this weights epoch.
+    pub(crate) fn may_store(&self, epoch: u64) -> bool {
+        !self.tainted && self.epoch == epoch
     }
 
     /// Whether blocks wait for a slot.
@@ -163,15 +191,20 @@ mod tests {
 
     #[test]
     fn blocks_split_from_the_front() {
-        let mut all = Blocks {
-            hashes: (0u8..96).collect(),
-            blocks: vec![7, 8, 9],
-        };
+        let hashes: Vec<u8> = (0u8..128).collect();
+        let mut all = Blocks::new(&hashes[32..], &[7, 8, 9]);
+        assert!(all.parent.is_empty());
+        let mut led = Blocks::new(&hashes, &[7, 8, 9]);
+        assert_eq!(led.parent, hashes[..32]);
+        assert_eq!(led.hashes, all.hashes);
+        assert_eq!(led.split_front(1).parent, hashes[..32]);
+        assert_eq!(led.parent, hashes[32..64]);
         let front = all.split_front(2);
         assert_eq!(front.blocks, [7, 8]);
+        assert_eq!(all.parent, front.hashes[32..]);
         assert_eq!(front.hashes.len(), 64);
         assert_eq!(all.blocks, [9]);
-        assert_eq!(all.hashes[0], 64);
+        assert_eq!(all.hashes[0], 96);
         assert_eq!(all.split_front(9).len(), 1);
         assert_eq!(all.len(), 0);
     }

@@ -33,7 +33,8 @@ impl<P: Port> Scheduler<P> {
     }
 
     /// Blocks of a running request that are full: their hashes (32 bytes each) and the engine's numbers, from the block that
-    /// [`Scheduler::begin_step`] said. Slots are asked for.
+    /// [`Scheduler::begin_step`] said. One more hash in front is that of the block before them: the daemon keeps chains
+    /// together by it. Slots are asked for.
     pub fn capture(&mut self, now: u64, id: &str, hashes: &[u8], blocks: &[u32]) {
         let Some(request) = self.requests.get(id) else {
             return;
@@ -42,15 +43,9 @@ impl<P: Port> Scheduler<P> {
             return;
         }
         let room = self.settings.max_in_flight.saturating_sub(self.in_flight);
-        let count = blocks
-            .len()
-            .min(hashes.len() / HASH_BYTES)
-            .min(self.settings.batch as usize)
-            .min(room as usize);
-        let taken = Blocks {
-            hashes: hashes[..count * HASH_BYTES].to_vec(),
-            blocks: blocks[..count].to_vec(),
-        };
+        let mut all = Blocks::new(hashes, blocks);
+        let taken = all.split_front(self.settings.batch.min(room) as usize);
+        let count = taken.len();
         if self.reserve(now, id, taken).is_ok()
             && let Some(request) = self.requests.get_mut(id)
         {
@@ -78,7 +73,7 @@ impl<P: Port> Scheduler<P> {
             chain: Some(Chain {
                 group: 0,
                 hashes: blocks.hashes.clone().into(),
-                parent: Vec::new().into(),
+                parent: blocks.parent.clone().into(),
             }),
         });
         let Ok(ticket) = self.port.submit(body) else {
@@ -246,6 +241,7 @@ impl<P: Port> Scheduler<P> {
     pub fn finish_from(&mut self, now: u64, id: &str, full: u32) -> Option<u32> {
         let request = self.requests.get(id)?;
         let wanted = request.next < full
+            && request.ran
             && !request.loading
             && self.may_store(request)
             && now >= self.no_room_until
@@ -255,7 +251,7 @@ impl<P: Port> Scheduler<P> {
     }
 
     /// The engine is through with a request. `hashes` and `blocks` are those of its last full blocks, from the block that
-    /// [`Scheduler::finish_from`] said.
+    /// [`Scheduler::finish_from`] said, with one more hash in front as in [`Scheduler::capture`].
     ///
     /// True: the engine must hold the request's blocks until the workers report it as sent, which they will do exactly once.
     pub fn finished(&mut self, now: u64, id: &str, hashes: &[u8], blocks: &[u32]) -> bool {
@@ -268,12 +264,13 @@ impl<P: Port> Scheduler<P> {
             self.requests.remove(id);
             return false;
         }
-        let count = blocks.len().min(hashes.len() / HASH_BYTES);
-        request
-            .tail
-            .hashes
-            .extend_from_slice(&hashes[..count * HASH_BYTES]);
-        request.tail.blocks.extend_from_slice(&blocks[..count]);
+        let last = Blocks::new(hashes, blocks);
+        if request.tail.len() == 0 {
+            request.tail = last;
+        } else {
+            request.tail.hashes.extend(last.hashes);
+            request.tail.blocks.extend(last.blocks);
+        }
         if !request.has_pending() && request.orders == 0 {
             self.requests.remove(id);
             return false;

@@ -382,6 +382,8 @@ fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
 fn the_tail_of_a_finished_request_is_stored_before_it_is_told() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
+    assert_eq!(half.finish_from(0, "a", 2), None, "the engine never ran it");
+    half.begin_step(0, &[], &["a"], &[0]);
     assert_eq!(half.finish_from(1, "a", 2), Some(0));
     assert!(half.finished(1, "a", &hashes(1, 0..2), &[4, 5]));
     assert!(half.has_pending_work());
@@ -457,6 +459,20 @@ fn an_aborted_load_is_not_held_by_us_but_still_ends() {
     half.on_output(4, &[], &["a"], &[], &[]).unwrap();
     assert_eq!(half.load_and_hold(), (0, 0, 0));
     assert_eq!(half.port().count(is_release), 1);
+}
+
+#[test]
+fn nothing_is_stored_of_a_load_that_never_began() {
+    let mut half = ready(1);
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..3), false);
+    half.port().answer(half.port().last(), present(3, 9));
+    assert_eq!(half.matched(1, "a", 0), Match::Blocks(3));
+    // The engine has blocks for it and counts them as computed, but defers the load, and then aborts the request.
+    step(&mut half, 2);
+    assert_eq!(half.finish_from(3, "a", 3), None);
+    assert!(!half.finished(3, "a", &[], &[]));
+    assert_eq!(half.port().count(is_release), 1);
+    assert_eq!(half.load_and_hold(), (0, 0, 0));
 }
 
 #[test]

@@ -8,8 +8,6 @@
 mod queue;
 mod state;
 mod tasks;
-#[cfg(test)]
-mod tests;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -41,7 +39,7 @@ pub struct Settings {
     pub threads: usize,
     /// Most tasks waiting for a thread; beyond that stores are given up and loads fail.
     pub queue: usize,
-    /// How long a load may take from the order to the last byte.
+    /// How long the daemon may take for its first answer to a load, from the order on, and then for each further one.
     pub load_deadline: Duration,
 }
 
@@ -50,25 +48,15 @@ impl Default for Settings {
         Settings {
             threads: 2,
             queue: 4096,
-            load_deadline: Duration::from_secs(5),
+            load_deadline: Duration::from_secs(2),
         }
     }
-}
-
-/// Why a namespace can't be served.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum WorkerError {
-    #[error("no thread for copies: {0}")]
-    Thread(#[from] std::io::Error),
-    #[error("a namespace of the scheduler does not fit this worker: {0}")]
-    Namespace(String),
 }
 
 /// The worker half. See the module.
 pub struct Worker {
     settings: Settings,
     link: Arc<Link>,
-    device: Arc<dyn Device>,
     clock: Clock,
     hello: RankHello,
     told_hello: bool,
@@ -76,14 +64,17 @@ pub struct Worker {
     pages: Option<Pages>,
     namespaces: HashMap<u32, Arc<Joined>>,
     shared: Arc<Shared>,
-    copier: Option<Copier>,
+    copier: Copier,
     stores: Vec<StoreOrder>,
     loads: Vec<LoadOrder>,
     notices: Notices,
 }
 
 impl Worker {
-    /// A worker half. `hello` says what it holds; `pages` is its KV cache, or none if it refuses.
+    /// A worker half. `hello` says what it holds; `pages` is its KV cache, or none if it refuses. The threads begin now.
+    ///
+    /// # Errors
+    /// When the system gives no threads.
     pub fn new(
         settings: Settings,
         link: Arc<Link>,
@@ -91,23 +82,24 @@ impl Worker {
         clock: Clock,
         hello: RankHello,
         pages: Option<Pages>,
-    ) -> Self {
-        Worker {
+    ) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let copier = Copier::start(&settings, &link, &device, &clock, &shared)?;
+        Ok(Worker {
             settings,
             link,
-            device,
             clock,
             hello,
             told_hello: false,
             told_state: (0, Vec::new()),
             pages,
             namespaces: HashMap::new(),
-            shared: Arc::new(Shared::default()),
-            copier: None,
+            shared,
+            copier,
             stores: Vec::new(),
             loads: Vec::new(),
             notices: Notices::default(),
-        }
+        })
     }
 
     /// What this rank says of itself.
@@ -128,7 +120,7 @@ impl Worker {
         for intro in &meta.namespaces {
             if let Err(error) = self.join(intro) {
                 // Its loads will fail and its stores will be given up.
-                self.notices.warn(error.to_string());
+                self.notices.warn(error);
             }
         }
         for index in &meta.retired {
@@ -137,20 +129,25 @@ impl Worker {
         for order in &meta.stores {
             self.shared.open_store(&order.request);
         }
+        for _ in &meta.loads {
+            self.shared.open_load();
+        }
         self.shared.finish(meta.finish);
         self.stores.extend(meta.stores);
         self.loads.extend(meta.loads);
         Ok(())
     }
 
-    fn join(&mut self, intro: &meta::NamespaceIntro) -> Result<(), WorkerError> {
+    fn join(&mut self, intro: &meta::NamespaceIntro) -> Result<(), String> {
         let rank = self.hello.rank;
         let (Some(group), Some(own), Some(_)) =
             (intro.groups.first(), self.hello.groups.first(), &self.pages)
         else {
             return Ok(());
         };
-        let misfit = |error: &dyn std::fmt::Display| WorkerError::Namespace(error.to_string());
+        let misfit = |error: &dyn std::fmt::Display| {
+            format!("a namespace of the scheduler does not fit this worker: {error}")
+        };
         let geometry = GroupGeometry {
             kind: kvd_core::GroupKind::from_word(&own.kind)
                 .ok_or_else(|| misfit(&"unknown kind of group"))?,
@@ -185,15 +182,6 @@ impl Worker {
             replicas: fleet::replicas(group, part),
         };
         self.namespaces.insert(intro.index, Arc::new(joined));
-        if self.copier.is_none() {
-            self.copier = Some(Copier::start(
-                &self.settings,
-                &self.link,
-                &self.device,
-                &self.clock,
-                &self.shared,
-            )?);
-        }
         Ok(())
     }
 
@@ -201,23 +189,17 @@ impl Worker {
     pub fn start_loads(&mut self) {
         for order in std::mem::take(&mut self.loads) {
             let joined = self.namespaces.get(&order.namespace).cloned();
-            let task = match (joined, &self.pages) {
-                (Some(joined), Some(pages)) => LoadTask {
-                    joined,
-                    pages: pages.clone(),
-                    until: (self.clock)() + self.settings.load_deadline.as_micros() as u64,
-                    order,
-                },
-                _ => {
-                    self.shared.load_failed(&order.request, &order.blocks);
-                    continue;
-                }
+            let (Some(joined), Some(pages)) = (joined, &self.pages) else {
+                self.shared.load_failed(&order.request, &order.blocks);
+                continue;
             };
-            let refused = match &self.copier {
-                Some(copier) => copier.load(task).err(),
-                None => Some(task),
-            };
-            if let Some(task) = refused {
+            let task = Box::new(LoadTask {
+                joined,
+                pages: pages.clone(),
+                until: (self.clock)() + self.settings.load_deadline.as_micros() as u64,
+                order,
+            });
+            if let Err(task) = self.copier.load(task) {
                 self.shared
                     .load_failed(&task.order.request, &task.order.blocks);
             }
@@ -228,10 +210,10 @@ impl Worker {
     pub fn start_stores(&mut self) {
         for order in std::mem::take(&mut self.stores) {
             let joined = self.namespaces.get(&order.namespace).cloned();
-            match (joined, &self.pages, &self.copier) {
-                (Some(joined), Some(pages), Some(copier)) => {
+            match (joined, &self.pages) {
+                (Some(joined), Some(pages)) => {
                     let task = StoreTask::new(joined, pages.clone(), order);
-                    copier.store(task, &self.link, &self.shared);
+                    self.copier.store(task, &self.link, &self.shared);
                 }
                 _ => self.shared.store_over(&order.request, order.order),
             }
@@ -291,11 +273,14 @@ impl Worker {
         self.notices.drain()
     }
 
-    /// Waits until no copy is under way; what is queued is given up or fails. The KV cache may be unmapped after this.
+    /// Waits until no copy is under way or queued. Without further orders the KV cache may be unmapped and mapped again.
+    pub fn wait_idle(&self) {
+        self.shared.wait_idle();
+    }
+
+    /// Ends the threads, after the copies that are under way; what is queued is given up or fails.
     pub fn stop(&mut self) {
-        if let Some(copier) = self.copier.take() {
-            copier.stop();
-        }
+        self.copier.stop();
         self.namespaces.clear();
         self.pages = None;
     }

@@ -67,6 +67,8 @@ pub struct Results {
 struct Inner {
     /// Store orders not over, by request.
     open: HashMap<String, usize>,
+    /// Loads not over.
+    loads: usize,
     /// Finished requests still to be reported.
     finishing: Vec<String>,
     done: Vec<u64>,
@@ -91,6 +93,19 @@ impl Shared {
             None => {
                 inner.open.insert(request.to_owned(), 1);
             }
+        }
+    }
+
+    /// A load has come.
+    pub(crate) fn open_load(&self) {
+        self.inner.lock().loads += 1;
+    }
+
+    /// Waits until nothing is under way.
+    pub(crate) fn wait_idle(&self) {
+        let mut inner = self.inner.lock();
+        while !inner.open.is_empty() || inner.loads > 0 {
+            self.closed_one.wait(&mut inner);
         }
     }
 
@@ -126,6 +141,9 @@ impl Shared {
         let mut inner = self.inner.lock();
         inner.results.invalid.extend(invalid);
         inner.results.received.push(request.to_owned());
+        inner.loads = inner.loads.saturating_sub(1);
+        drop(inner);
+        self.closed_one.notify_all();
     }
 
     /// A load never began.

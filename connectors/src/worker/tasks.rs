@@ -7,8 +7,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvd_client::{
-    BlockMover, BlockRef, Caller, CommitReply, CopyGuard, Error, Link, LinkCaller, LoadOutcome,
-    MoverConfig, NamespaceSlot, ReservedSlot, reply, request,
+    BlockMover, BlockRef, Caller, CommitReply, CopyGuard, Error, Link, LinkCaller, LinkRegistered,
+    LoadOutcome, MoverConfig, NamespaceSlot, ReservedSlot, reply, request,
 };
 use kvd_core::geometry::{Cut, GroupGeometry};
 use kvd_core::replica_of;
@@ -17,7 +17,7 @@ use kvd_wire::session::{Abort, CommitState, ErrorKind, Failure, ReleaseReply};
 
 use super::queue::Queue;
 use super::state::Shared;
-use super::{Clock, Settings, WorkerError};
+use super::{Clock, Settings};
 use crate::HASH_BYTES;
 use crate::meta::{LoadOrder, StoreOrder};
 
@@ -128,7 +128,7 @@ pub(crate) struct LoadTask {
 /// The threads.
 pub(crate) struct Copier {
     stores: Arc<Queue<StorePiece>>,
-    loads: Arc<Queue<LoadTask>>,
+    loads: Arc<Queue<Box<LoadTask>>>,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -150,7 +150,7 @@ impl Copier {
         device: &Arc<dyn Device>,
         clock: &Clock,
         shared: &Arc<Shared>,
-    ) -> Result<Copier, WorkerError> {
+    ) -> std::io::Result<Copier> {
         let mut copier = Copier {
             stores: Arc::new(Queue::new(settings.queue)),
             loads: Arc::new(Queue::new(settings.queue)),
@@ -182,11 +182,7 @@ impl Copier {
         Ok(copier)
     }
 
-    fn spawn(
-        &mut self,
-        name: String,
-        body: impl FnOnce() + Send + 'static,
-    ) -> Result<(), WorkerError> {
+    fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
         let thread = std::thread::Builder::new().name(name).spawn(body)?;
         self.threads.push(thread);
         Ok(())
@@ -219,12 +215,12 @@ impl Copier {
     }
 
     /// Queues a load; gives it back when there is no room.
-    pub(crate) fn load(&self, task: LoadTask) -> Result<(), LoadTask> {
+    pub(crate) fn load(&self, task: Box<LoadTask>) -> Result<(), Box<LoadTask>> {
         self.loads.put(task)
     }
 
     /// Ends the threads, after the copies that are under way. What waits is given up or fails.
-    pub(crate) fn stop(self) {
+    pub(crate) fn stop(&mut self) {
         for piece in self.stores.close() {
             self.shared.dropped(piece.range.len());
             piece.over(&self.shared);
@@ -233,7 +229,7 @@ impl Copier {
             self.shared
                 .load_failed(&task.order.request, &task.order.blocks);
         }
-        for thread in self.threads {
+        for thread in self.threads.drain(..) {
             // A thread that panicked has nothing under way any more.
             let _ = thread.join();
         }
@@ -323,7 +319,8 @@ fn store(context: &Context, piece: &StorePiece) {
     }
 }
 
-/// Lets the whole load take no longer than its deadline.
+/// Gives the daemon a deadline from the order on for its first answer, and the same again after each: one that is slow with
+/// much is waited for, one that is silent is not, however many loads stand in line.
 struct LoadCaller<'a> {
     context: &'a Context,
     until: u64,
@@ -341,7 +338,9 @@ impl Caller for LoadCaller<'_> {
             link: &self.context.link,
             timeout: Duration::from_micros(left),
         };
-        caller.call(body)
+        let answer = caller.call(body)?;
+        self.until = (self.context.clock)() + self.context.deadline.as_micros() as u64;
+        Ok(answer)
     }
 
     fn begin_copy(&mut self) -> Result<CopyGuard, Error> {
@@ -351,11 +350,8 @@ impl Caller for LoadCaller<'_> {
 
 fn load(context: &Context, task: &LoadTask) {
     let order = &task.order;
-    let left = task.until.saturating_sub((context.clock)());
-    let registered = task.joined.slot.current();
-    let mover = task
-        .joined
-        .mover(&context.device, Duration::from_micros(left));
+    let registered = registered(context, task);
+    let mover = task.joined.mover(&context.device, context.deadline);
     let (Some(registered), Ok(mut mover)) = (registered, mover) else {
         return context.shared.load_failed(&order.request, &order.blocks);
     };
@@ -378,6 +374,18 @@ fn load(context: &Context, task: &LoadTask) {
         }
         Err(_) => context.shared.load_failed(&order.request, &order.blocks),
     }
+}
+
+/// The namespace as the daemon knows it. The first load may come with the step in which this rank heard of its namespace.
+fn registered(context: &Context, task: &LoadTask) -> Option<LinkRegistered> {
+    task.joined.slot.current().or_else(|| {
+        let left = task.until.saturating_sub((context.clock)());
+        let left = Duration::from_micros(left);
+        context
+            .link
+            .connected()
+            .then(|| context.link.wait_registered(&task.joined.slot, 0, left))?
+    })
 }
 
 /// The pages of these blocks, block after block.

@@ -65,7 +65,7 @@ fn rounds(shape: &Shape) -> Result<Measured> {
         let salt = random.next();
         source.fill(block, |at| (salt >> (at % 57)) as u8 ^ (at / 64) as u8);
     }
-    let mover = BlockMover::new(Arc::new(HostDevice::default()), shape.mover())?;
+    let mover = BlockMover::new(Arc::new(HostDevice), shape.mover())?;
     let mut bench = Bench {
         session,
         namespace,

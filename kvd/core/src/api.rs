@@ -68,7 +68,7 @@ pub enum Input<'a> {
         /// Which.
         session: SessionId,
     },
-    /// Its process is provably dead.
+    /// Its process is provably dead, and with it all that the process began, also under past sessions it named.
     Gone {
         /// Which.
         session: SessionId,

@@ -383,7 +383,6 @@ proptest! {
         world.script(1, 0);
         world.script(2, 2);
         steps.iter().for_each(|step| apply(&mut world, step));
-        eprintln!("STAT {:?}", world.core.counters());
     }
 
     #[test]

@@ -246,6 +246,27 @@ fn a_detached_session_keeps_its_records_until_fenced() {
 }
 
 #[test]
+fn a_fence_covers_all_that_came_before() {
+    let mut world = World::new(Settings::default(), 2);
+    world.script(1, 0);
+    world.reserve(1, &hashes(0..2), None);
+    let detach = |world: &mut World, session| {
+        world.step(Input::Detached {
+            session: SessionId(session),
+        });
+    };
+    detach(&mut world, 1);
+    world.open_after(2, A, 0, Role::Both, 0, 1, Some(1));
+    detach(&mut world, 2);
+    assert!(world.core.knows(SessionId(2)), "the link from 3 to 1");
+    world.open_after(3, A, 0, Role::Both, 0, 1, Some(2));
+    let body = Request::Fence { past: SessionId(2) };
+    assert_eq!(world.ask(3, body), Reply::Fenced);
+    assert!(!world.core.knows(SessionId(1)) && !world.core.knows(SessionId(2)));
+    assert_eq!(world.status().slots.free, world.status().slots.total());
+}
+
+#[test]
 fn a_session_without_records_is_forgotten_when_it_detaches() {
     let mut world = World::new(Settings::default(), 2);
     world.script(1, 0);

@@ -84,7 +84,7 @@ fn populating<P: Probe>(port: &mut P) {
         (A, shape.extents(), false),
         "there is no such extent, and that is said"
     );
-    drop(port.page_probe(A).map(|probe| probe()));
+    let _ = port.page_probe(A).map(|probe| probe());
 }
 
 fn adoption<P: Probe>(former: &mut P, next: &mut P) {

@@ -300,6 +300,11 @@ impl<C: Clock, E: Entropy, A: ArenaPort> Node<C, E, A> {
         })
     }
 
+    /// The sizes of a tenant's arena, once it is there.
+    pub fn arena_shape(&self, tenant: TenantId) -> Option<kvd_core::ArenaShape> {
+        self.tenant(tenant).made.as_ref().map(|made| made.shape)
+    }
+
     /// Where a tenant's arena stands.
     pub fn arena_state(&self, tenant: TenantId) -> ArenaState {
         self.tenant(tenant).state(self.clock.now())

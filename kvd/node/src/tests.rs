@@ -287,7 +287,7 @@ fn after_a_former_daemon_registrations_wait_for_its_arena() {
     );
     assert_eq!(w.done().iter().filter(|d| **d == Done::Adopted).count(), 1);
 
-    let mut w = world(true);
+    let w = world(true);
     w.time.0.set(3_000_000);
     assert!(
         !w.node.registrations_wait(w.tenant),

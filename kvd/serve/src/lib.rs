@@ -8,6 +8,7 @@
 mod config;
 mod connection;
 mod doorbell;
+mod given;
 mod http;
 mod listen;
 mod message;

@@ -49,8 +49,6 @@ pub(crate) struct Listener {
     path: PathBuf,
     /// Locked for as long as the socket is ours.
     _directory: OwnedFd,
-    /// Whether a daemon before this one ended without removing its socket.
-    pub(crate) replaced_stale: bool,
 }
 
 impl Listener {
@@ -85,7 +83,7 @@ impl Listener {
         .map_err(|e| system("open", directory)(e.into()))?;
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| ListenError::InUse(path.to_owned()))?;
-        let replaced_stale = remove_stale(path)?;
+        remove_stale(path)?;
         let listener = UnixListener::bind(path).map_err(system("listen on", path))?;
         fs::set_permissions(path, fs::Permissions::from_mode(socket_mode))
             .map_err(system("set permissions of", path))?;
@@ -96,7 +94,6 @@ impl Listener {
             listener,
             path: path.to_owned(),
             _directory: lock,
-            replaced_stale,
         })
     }
 
@@ -156,11 +153,11 @@ fn check_owner(directory: &Path) -> Result<(), ListenError> {
     })
 }
 
-/// Removes a socket file on which nobody listens; says whether there was one.
-fn remove_stale(path: &Path) -> Result<bool, ListenError> {
+/// Removes a socket file on which nobody listens, if there is one.
+fn remove_stale(path: &Path) -> Result<(), ListenError> {
     let found = match fs::symlink_metadata(path) {
         Ok(found) => found,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => {
             return Err(ListenError::System {
                 what: "look at",
@@ -181,8 +178,7 @@ fn remove_stale(path: &Path) -> Result<bool, ListenError> {
         what: "remove",
         path: path.to_owned(),
         source,
-    })?;
-    Ok(true)
+    })
 }
 
 #[cfg(test)]
@@ -199,7 +195,6 @@ mod tests {
     fn makes_the_directory_with_its_mode_and_cleans_up() {
         let (_keep, path) = temp();
         let listener = Listener::bind(&path, 0o700, 0o600).expect("binds");
-        assert!(!listener.replaced_stale);
         let mode = |p: &Path| fs::metadata(p).expect("there").permissions().mode() & 0o777;
         assert_eq!(mode(path.parent().expect("has one")), 0o700);
         assert_eq!(mode(&path), 0o600);
@@ -236,11 +231,9 @@ mod tests {
         fs::create_dir(path.parent().expect("has one")).expect("made");
         drop(UnixListener::bind(&path).expect("binds"));
         assert!(path.exists(), "the file stays when the process ends");
-        assert!(
-            Listener::bind(&path, 0o700, 0o600)
-                .expect("binds")
-                .replaced_stale
-        );
+        let listener = Listener::bind(&path, 0o700, 0o600).expect("binds");
+        UnixStream::connect(&path).expect("somebody listens again");
+        drop(listener);
     }
 
     #[test]

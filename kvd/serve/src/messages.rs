@@ -7,11 +7,11 @@ use kvd_node::{ArenaState, Populated, TenantSnapshot};
 use kvd_wire::session::{self as wire, reply};
 
 use crate::connection::{Connection, Stage};
+use crate::given::Given;
 use crate::message::Message;
 use crate::metrics::{Snapshot, TenantMetrics};
 use crate::reactor::Reactor;
 use crate::report::{Asker, Report};
-use crate::server::{given_file, mark_given};
 
 impl Reactor {
     /// Takes what came through the doorbell.
@@ -135,11 +135,12 @@ fn tenant_metrics(snapshot: TenantSnapshot) -> TenantMetrics {
 }
 
 impl Reactor {
-    /// Says beside the tenant's socket that its arena has been given away, once.
-    pub(crate) fn leave_word(&mut self, tenant: TenantId) {
+    /// Leaves word beside the tenant's socket that its arena is with clients.
+    pub(crate) fn leave_word(&mut self, tenant: TenantId, given: Given) {
         let number = usize::from(tenant.0);
-        if !std::mem::replace(&mut self.word_left[number], true) {
-            mark_given(&self.sockets[number]);
+        if self.given[number] != Some(given) {
+            given.leave(&self.sockets[number]);
+            self.given[number] = Some(given);
         }
     }
 
@@ -154,8 +155,9 @@ impl Reactor {
                     .ghosts
                     .values()
                     .any(|g| usize::from(g.tenant.0) == number);
-            if self.word_left[number] && !busy {
-                let _ = std::fs::remove_file(given_file(socket));
+            let served = self.node.arena_shape(TenantId(number as u16)).is_some();
+            if served && !busy {
+                Given::forget(socket);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! What a frame asks, and what is answered: Hello and the few requests that are the server's own; all else is core's.
 
-use kvd_core::{InstanceId, RequestId, Role, SessionId};
+use kvd_core::{InstanceId, RequestId, Role, SessionId, TenantId};
 use kvd_node::{Effect, Offer, Opening};
 use kvd_wire::frame::{Frame, check_fields};
 use kvd_wire::limits::LABEL_BYTES;
@@ -9,6 +9,7 @@ use kvd_wire::{VERSION_MAX, VERSION_MIN};
 use prost::Message as _;
 
 use crate::connection::{Connection, Stage};
+use crate::given::Given;
 use crate::peer;
 use crate::reactor::Reactor;
 use crate::report::Asker;
@@ -158,14 +159,12 @@ impl Reactor {
             let shape = shape.ok_or_else(|| {
                 invalid("an offered arena without a shape: send the one it was given with")
             })?;
-            adopted = self.node.offer(
-                connection.tenant,
-                Offer {
-                    arena,
-                    generations,
-                    shape,
-                },
-            );
+            let offer = Offer {
+                arena,
+                generations,
+                shape,
+            };
+            adopted = self.consider(connection.tenant, offer);
         }
         let opening = Opening {
             tenant: connection.tenant,
@@ -187,9 +186,23 @@ impl Reactor {
             .filter(|pid| *pid > 0);
         self.watch_process(connection);
         if adopted {
-            self.needs_care();
+            self.care_now();
         }
         Ok((version, adopted))
+    }
+
+    /// Takes an offered arena over if it is what the former daemon gave to this tenant's clients and none is in use yet.
+    /// Says whether the offered arena is this daemon's now.
+    fn consider(&mut self, tenant: TenantId, offer: Offer) -> bool {
+        let offered = Given::of(offer.shape.id, &offer.arena).ok();
+        if offered.is_none() || offered != self.given[usize::from(tenant.0)] {
+            tracing::warn!("an arena was offered that this tenant's former daemon did not give");
+            return false;
+        }
+        let id = offer.shape.id;
+        let own = self.node.arena_shape(tenant).map(|shape| shape.id);
+        // Another process of the same engine may have brought it before.
+        own == Some(id) || self.node.offer(tenant, offer)
     }
 
     /// Whether core has taken a new session. What it has for others is delivered on the way.
@@ -311,7 +324,10 @@ impl Reactor {
         }
         match self.node.arenas().descriptors(connection.tenant) {
             Ok(fds) => {
-                self.leave_word(connection.tenant);
+                let id = self.node.arena_shape(connection.tenant).map(|s| s.id);
+                if let Some(Ok(given)) = id.map(|id| Given::of(id, &fds.arena)) {
+                    self.leave_word(connection.tenant, given);
+                }
                 connection.has_arena = true;
                 connection.out.attach(vec![fds.arena, fds.generations]);
                 2

@@ -2,8 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,6 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::ServeConfig;
 use crate::doorbell::doorbell;
+use crate::given::Given;
 use crate::http::Http;
 use crate::listen::{ListenError, Listener};
 use crate::message::Message;
@@ -22,9 +22,6 @@ use crate::report::Reporter;
 
 /// Most messages of other threads that wait for the node's.
 const DOORBELL: usize = 64;
-/// Beside a tenant's socket: says that its arena was given to clients, so that a next daemon waits for them.
-const GIVEN: &str = "arena-given";
-
 /// Why there is no daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -90,12 +87,14 @@ impl Server {
             SystemEntropy,
             arenas,
         );
-        for (tenant, listener) in config.tenants.iter().zip(&listeners) {
-            let expect_offers = listener.replaced_stale || given_file(&tenant.socket).exists();
+        let mut given = Vec::new();
+        for tenant in &config.tenants {
+            let former = Given::read(&tenant.socket);
+            given.push(former);
             node.add_tenant(TenantSpec {
                 name: tenant.name.clone(),
                 limits: tenant.limits,
-                expect_offers,
+                expect_offers: former.is_some(),
             });
         }
         let reporter = Reporter::start(bell.clone()).map_err(system("start a thread"))?;
@@ -117,6 +116,7 @@ impl Server {
             ready,
             signals,
             listeners,
+            given,
         })
         .map_err(system("watch the sockets"))?;
         Ok(Self { reactor, http })
@@ -155,21 +155,6 @@ impl Server {
             }),
             Err(_) => Err(ServeError::Failed),
         }
-    }
-}
-
-/// The file that says that a tenant's arena was given to clients.
-pub(crate) fn given_file(socket: &Path) -> PathBuf {
-    socket.with_file_name(GIVEN)
-}
-
-/// Leaves word for the next daemon.
-pub(crate) fn mark_given(socket: &Path) {
-    let file = given_file(socket);
-    let made = std::fs::write(&file, b"")
-        .and_then(|()| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)));
-    if let Err(error) = made {
-        tracing::warn!(%error, file = %file.display(), "a next daemon will not know that it should wait for this arena");
     }
 }
 

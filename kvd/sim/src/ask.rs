@@ -92,20 +92,13 @@ impl Ask {
     /// Calls `f` with the request as core takes it.
     pub(crate) fn lend<R>(&self, f: impl FnOnce(Request<'_>) -> R) -> R {
         match self {
-            Ask::Register { record, groups } => {
-                let groups: Vec<GroupLayout<'_>> = groups
-                    .iter()
-                    .map(|g| GroupLayout {
-                        group: g.group,
-                        layer_bounds: &g.layer_bounds,
-                        head_bounds: &g.head_bounds,
-                        copies: g.copies,
-                        part: g.part,
-                    })
-                    .collect();
-                f(Request::Register { record, groups: &groups })
-            }
-            Ask::Lookup { namespace, chains, lease_ms, leading } => {
+            Ask::Register { record, groups } => lend_register(record, groups, f),
+            Ask::Lookup {
+                namespace,
+                chains,
+                lease_ms,
+                leading,
+            } => {
                 let chains: Vec<Chain<'_>> = chains.iter().map(OwnChain::lend).collect();
                 f(Request::Lookup {
                     namespace: *namespace,
@@ -118,7 +111,13 @@ impl Ask {
                 namespace: *namespace,
                 chain: chain.lend(),
             }),
-            Ask::Commit { namespace, group, slots, generations, crcs } => f(Request::Commit {
+            Ask::Commit {
+                namespace,
+                group,
+                slots,
+                generations,
+                crcs,
+            } => f(Request::Commit {
                 namespace: *namespace,
                 group: *group,
                 slots,
@@ -126,19 +125,47 @@ impl Ask {
                 crcs,
             }),
             Ask::Abort { slots, generations } => f(Request::Abort { slots, generations }),
-            Ask::Load { namespace, group, hashes } => f(Request::Load {
+            Ask::Load {
+                namespace,
+                group,
+                hashes,
+            } => f(Request::Load {
                 namespace: *namespace,
                 group: *group,
                 hashes,
                 deadline_ms: 0,
             }),
-            Ask::Release { slots, generations, corrupt, lease } => f(Request::Release {
+            Ask::Release {
+                slots,
+                generations,
+                corrupt,
+                lease,
+            } => f(Request::Release {
                 slots,
                 generations,
                 corrupt,
                 lease: *lease,
             }),
-            Ask::Fence { past } => f(Request::Fence { past: SessionId(*past) }),
+            Ask::Fence { past } => f(Request::Fence {
+                past: SessionId(*past),
+            }),
         }
     }
+}
+
+fn lend_register<R>(record: &[u8], groups: &[Layout], f: impl FnOnce(Request<'_>) -> R) -> R {
+    let groups: Vec<GroupLayout<'_>> = groups
+        .iter()
+        .map(|g| GroupLayout {
+            group: g.group,
+            layer_bounds: &g.layer_bounds,
+            head_bounds: &g.head_bounds,
+            copies: g.copies,
+            part: g.part,
+        })
+        .collect();
+    f(Request::Register {
+        record,
+        groups: &groups,
+    })
 }

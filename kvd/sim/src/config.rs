@@ -1,9 +1,7 @@
 //! What a seed draws before anything happens: limits and times of the daemon, tenants, arenas, namespaces, engines.
 
 use kvd_core::record::NamespaceRecord;
-use kvd_core::{
-    Cut, EvictionPolicy, GroupGeometry, NamespaceId, Settings, TenantLimits,
-};
+use kvd_core::{Cut, EvictionPolicy, GroupGeometry, NamespaceId, Settings, TenantLimits};
 use kvd_node::NodeSettings;
 
 use crate::memory::ArenaSpec;
@@ -56,7 +54,12 @@ pub(crate) fn tenant_name(tenant: usize) -> String {
 }
 
 /// A record of this tenant and model.
-pub(crate) fn record(tenant: usize, model: &str, groups: &[(u32, u32, u32)], tokens: u32) -> NamespaceRecord {
+pub(crate) fn record(
+    tenant: usize,
+    model: &str,
+    groups: &[(u32, u32, u32)],
+    tokens: u32,
+) -> NamespaceRecord {
     let mut fields = vec![
         ("tenant".to_owned(), tenant_name(tenant)),
         ("model".to_owned(), model.to_owned()),
@@ -96,11 +99,16 @@ impl Config {
         let arenas = (0..tenants)
             .map(|_| {
                 let extents = rng.range(2, 8).min(u64::from(options.extents)).max(1);
-                ArenaSpec { bytes: extents * extent_bytes, extent_bytes }
+                ArenaSpec {
+                    bytes: extents * extent_bytes,
+                    extent_bytes,
+                }
             })
             .collect();
         let tight = rng.one_in(6);
-        let limits = (0..tenants).map(|_| Self::limits(&mut rng, extent_bytes, tight)).collect();
+        let limits = (0..tenants)
+            .map(|_| Self::limits(&mut rng, extent_bytes, tight))
+            .collect();
         let namespaces = Self::namespaces(&mut rng, tenants);
         let most = options.instances as u64;
         Config {
@@ -113,7 +121,7 @@ impl Config {
             faults,
             families: rng.range(1, 4) as usize,
             prompt: rng.range(3, 24) as usize,
-            window: 1 << rng.range(7, 13),
+            window: 1 << rng.range(8, 14),
             check_every: 1,
         }
     }
@@ -122,14 +130,22 @@ impl Config {
         TenantLimits {
             sessions: if tight { rng.spread(6, 64) } else { 240 } as u32,
             namespaces: if tight { rng.spread(2, 8) } else { 64 } as u32,
-            quarantine_bytes: if rng.one_in(2) { 0 } else { rng.spread(4096, 8 * extent_bytes) },
+            quarantine_bytes: if rng.one_in(2) {
+                0
+            } else {
+                rng.spread(4096, 8 * extent_bytes)
+            },
         }
     }
 
     fn node(rng: &mut Rng, tight: bool) -> NodeSettings {
         let core = Settings {
-            eviction: if rng.one_in(2) { EvictionPolicy::Lru } else { EvictionPolicy::S3Fifo },
-            fill_deadline_us: rng.spread(20_000, 4_000_000),
+            eviction: if rng.one_in(2) {
+                EvictionPolicy::Lru
+            } else {
+                EvictionPolicy::S3Fifo
+            },
+            fill_deadline_us: rng.spread(50_000, 8_000_000),
             lease_us: rng.spread(10_000, 2_000_000),
             max_lookup_lease_ms: rng.spread(5, 1_000) as u32,
             lease_fraction: [0.1, 0.5, 0.9, 1.0][rng.below(4)],
@@ -138,14 +154,17 @@ impl Config {
             max_chains: rng.spread(4, 32) as u32,
             max_sessions: if tight { rng.spread(12, 128) } else { 720 } as u32,
             max_session_namespaces: rng.spread(4, 16) as u32,
-            max_claims: rng.spread(8, 256) as u32,
+            max_claims: rng.spread(16, 256) as u32,
             max_read_leases: rng.spread(4, 256) as u32,
             max_lookup_leases: rng.spread(2, 32) as u32,
             max_entries: rng.spread(32, 4096) as u32,
             change_log: 16_384,
             ..Settings::default()
         };
-        NodeSettings { core, adopt_grace_us: rng.spread(1_000, 500_000) }
+        NodeSettings {
+            core,
+            adopt_grace_us: rng.spread(1_000, 500_000),
+        }
     }
 
     fn namespaces(rng: &mut Rng, tenants: usize) -> Vec<NamespaceSpec> {
@@ -154,7 +173,11 @@ impl Config {
             let groups: Vec<_> = (0..if rng.one_in(3) { 2 } else { 1 })
                 .map(|_| {
                     let heads = *rng.pick(&[1u32, 2, 4]);
-                    (rng.range(2, 4) as u32, heads, *rng.pick(&[8u32, 24, 64, 200]))
+                    (
+                        rng.range(2, 4) as u32,
+                        heads,
+                        *rng.pick(&[8u32, 24, 64, 200]),
+                    )
                 })
                 .collect();
             models.push((format!("model-{at}"), groups, *rng.pick(&[2u32, 4])));

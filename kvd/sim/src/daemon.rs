@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-use kvd_core::{InstanceId, RequestId, Reply, Role, SessionId, TenantId};
+use kvd_core::{InstanceId, Reply, RequestId, Role, SessionId, TenantId};
 use kvd_node::{Effect, Node, Opening, TenantSpec};
 
 use crate::ask::Ask;
@@ -92,7 +92,12 @@ impl World {
     pub(crate) fn start_daemon(&mut self) -> Check {
         let seed = self.rng.next();
         let entropy = SimEntropy::new(Rng::new(seed, 2));
-        let node = Node::new(self.config.node.clone(), self.clock.clone(), entropy, self.arenas.clone());
+        let node = Node::new(
+            self.config.node.clone(),
+            self.clock.clone(),
+            entropy,
+            self.arenas.clone(),
+        );
         self.daemon = Some(Daemon {
             node,
             sessions: BTreeMap::new(),
@@ -133,7 +138,9 @@ impl World {
 
     /// Calls the node, and judges and carries out all that came of it.
     pub(crate) fn call<R>(&mut self, f: impl FnOnce(&mut SimNode) -> R) -> Check<Option<R>> {
-        let Some(daemon) = &mut self.daemon else { return Ok(None) };
+        let Some(daemon) = &mut self.daemon else {
+            return Ok(None);
+        };
         daemon.calls += 1;
         let result = f(&mut daemon.node);
         if self.arenas.burnt() {
@@ -149,14 +156,30 @@ impl World {
         let events = self.arenas.take_events();
         for event in &events {
             match *event {
-                Event::Arena { tenant, adopted } => {
+                Event::Arena {
+                    tenant,
+                    adopted,
+                    stale,
+                } => {
                     let mapping = self.arenas.current(tenant);
                     self.model.arena(tenant, mapping)?;
-                    self.counters.add(if adopted { "arenas adopted" } else { "arenas made" });
-                    self.event("arena", [u64::from(tenant), u64::from(adopted), 0]);
+                    self.counters.add(if adopted {
+                        "arenas adopted"
+                    } else {
+                        "arenas made"
+                    });
+                    if stale {
+                        self.counters.add("arenas adopted under an old table");
+                    }
+                    self.event(
+                        "arena",
+                        [u64::from(tenant), u64::from(adopted), u64::from(stale)],
+                    );
                 }
                 Event::Populate(_) => {}
-                Event::Word { slot, old, new, .. } => self.event("word", [u64::from(slot), old, new]),
+                Event::Word { slot, old, new, .. } => {
+                    self.event("word", [u64::from(slot), old, new])
+                }
             }
         }
         let changes = self.read_changes()?;
@@ -171,7 +194,12 @@ impl World {
             self.effect(effect)?;
         }
         for (tenant, t) in self.model.tenants.iter().enumerate() {
-            ensure!(t.fresh.is_empty(), 3, "tenant {tenant}: words {:?} went odd for nobody", t.fresh);
+            ensure!(
+                t.fresh.is_empty(),
+                3,
+                "tenant {tenant}: words {:?} went odd for nobody",
+                t.fresh
+            );
         }
         self.check_daemon()
     }
@@ -185,12 +213,22 @@ impl World {
             return Ok(());
         }
         let t = &self.model.tenants[usize::from(job.tenant)];
-        let Some(mapping) = &t.mapping else { return Ok(()) };
+        let Some(mapping) = &t.mapping else {
+            return Ok(());
+        };
         let size = mapping.shape.extent_bytes;
-        let (from, to) = (u64::from(job.extent) * size, u64::from(job.extent + 1) * size);
+        let (from, to) = (
+            u64::from(job.extent) * size,
+            u64::from(job.extent + 1) * size,
+        );
         let held = t.residents.values().chain(t.claims.values());
         let mut inside = held.filter(|h| h.offset < to && h.offset + h.len > from);
-        ensure!(inside.next().is_none(), 3, "extent {} is refilled while slots in it are in use", job.extent);
+        ensure!(
+            inside.next().is_none(),
+            3,
+            "extent {} is refilled while slots in it are in use",
+            job.extent
+        );
         self.no_writers(mapping.memory.serial, from, size, "refilled")?;
         mapping.memory.poison(from, size, 0);
         self.counters.add("extents refilled");
@@ -212,7 +250,11 @@ impl World {
             Effect::End { session, failure } => {
                 self.event("session ended", [session.0, failure.kind as u64, 0]);
                 self.counters.add("sessions ended");
-                if let Some(info) = self.daemon.as_ref().and_then(|d| d.sessions.get(&session.0)) {
+                if let Some(info) = self
+                    .daemon
+                    .as_ref()
+                    .and_then(|d| d.sessions.get(&session.0))
+                {
                     let conn = info.conn;
                     self.close_conn(conn);
                 }
@@ -222,11 +264,22 @@ impl World {
     }
 
     fn reply(&mut self, session: u64, id: u32, reply: Box<Reply>) -> Check {
-        let info = self.daemon.as_mut().and_then(|d| d.sessions.get_mut(&session));
-        ensure!(info.is_some(), 5, "a reply to session {session:x}, which is not there");
+        let info = self
+            .daemon
+            .as_mut()
+            .and_then(|d| d.sessions.get_mut(&session));
+        ensure!(
+            info.is_some(),
+            5,
+            "a reply to session {session:x}, which is not there"
+        );
         let Some(info) = info else { return Ok(()) };
         let ask = info.open.remove(&id);
-        ensure!(ask.is_some(), 5, "a reply to request {id} of {session:x}, which does not wait for one");
+        ensure!(
+            ask.is_some(),
+            5,
+            "a reply to request {id} of {session:x}, which does not wait for one"
+        );
         let Some(ask) = ask else { return Ok(()) };
         let (conn, tenant) = (info.conn, info.tenant);
         let held = self.judge_reply(session, &ask, &reply)?;
@@ -236,7 +289,12 @@ impl World {
         };
         let ends = matches!(&*reply, Reply::Failure(f) if f.ends_session);
         if let Some(conn) = self.conns.get_mut(&conn) {
-            conn.to_client.push_back(Msg::Reply { id, reply, held, mapping });
+            conn.to_client.push_back(Msg::Reply {
+                id,
+                reply,
+                held,
+                mapping,
+            });
         }
         if ends {
             self.close_conn(conn);
@@ -246,18 +304,26 @@ impl World {
 
     /// The daemon closes a socket. The requests in it, read or not, need no reply any more.
     pub(crate) fn close_conn(&mut self, at: u64) {
-        let Some(conn) = self.conns.get_mut(&at) else { return };
+        let Some(conn) = self.conns.get_mut(&at) else {
+            return;
+        };
         conn.daemon_open = false;
         conn.to_daemon.clear();
         let token = conn.token;
-        if let Some(info) = self.daemon.as_mut().and_then(|d| d.sessions.get_mut(&token)) {
+        if let Some(info) = self
+            .daemon
+            .as_mut()
+            .and_then(|d| d.sessions.get_mut(&token))
+        {
             info.open.clear();
         }
     }
 
     /// The daemon reads one frame of this socket, or sees that it is closed.
     pub(crate) fn serve(&mut self, at: u64) -> Check {
-        let Some(conn) = self.conns.get_mut(&at).filter(|c| c.daemon_open) else { return Ok(()) };
+        let Some(conn) = self.conns.get_mut(&at).filter(|c| c.daemon_open) else {
+            return Ok(());
+        };
         let (tenant, token) = (conn.tenant, conn.token);
         let Some(frame) = conn.to_daemon.pop_front() else {
             if !conn.client_open {
@@ -289,7 +355,9 @@ impl World {
         }
         let mut adopted = false;
         if let Some(offer) = hello.offer.take() {
-            adopted = self.call(|node| node.offer(TenantId(socket), offer))?.unwrap_or(false);
+            adopted = self
+                .call(|node| node.offer(TenantId(socket), offer))?
+                .unwrap_or(false);
         }
         let proc = self.conns[&at].proc;
         let label = format!("proc-{proc}");
@@ -303,7 +371,9 @@ impl World {
             past: (hello.past != 0).then_some(SessionId(hello.past)),
         };
         // The session must be known to the checkers before its first effects are looked at.
-        let Some(daemon) = &mut self.daemon else { return Ok(()) };
+        let Some(daemon) = &mut self.daemon else {
+            return Ok(());
+        };
         daemon.calls += 1;
         let token = daemon.node.open(&opening).0;
         let info = SessionInfo {
@@ -313,13 +383,19 @@ impl World {
             open: BTreeMap::new(),
             names: BTreeMap::new(),
         };
+        let admitted = daemon.node.knows(SessionId(token));
         daemon.sessions.insert(token, info);
-        self.procs[proc].sessions.push(token);
-        if let Some(conn) = self.conns.get_mut(&at) {
+        if let Some(conn) = self.conns.get_mut(&at).filter(|_| admitted) {
             conn.token = token;
             conn.to_client.push_back(Msg::Hello { token, adopted });
+            self.owners.insert(token, proc);
+            self.procs[proc].sessions.push(token);
+            if !self.procs[proc].alive {
+                // It died with its first message in the socket.
+                self.notify_death(token);
+            }
         }
-        self.event("opened", [token, proc as u64, hello.past]);
+        self.event("opened", [token, proc as u64, u64::from(admitted)]);
         if self.arenas.burnt() {
             self.kill_daemon();
             return Ok(());
@@ -329,7 +405,9 @@ impl World {
 
     fn serve_ask(&mut self, at: u64, id: u32, ask: Ask) -> Check {
         let (tenant, token) = (self.conns[&at].tenant, self.conns[&at].token);
-        let Some(daemon) = &mut self.daemon else { return Ok(()) };
+        let Some(daemon) = &mut self.daemon else {
+            return Ok(());
+        };
         let socket = daemon.sessions[&token].tenant;
         if matches!(ask, Ask::Register { .. }) && daemon.node.registrations_wait(TenantId(socket)) {
             if let Some(conn) = self.conns.get_mut(&at) {
@@ -337,31 +415,50 @@ impl World {
             }
             return Ok(());
         }
-        let given = if socket == tenant { ask.clone() } else { self.translated(&ask, socket) };
-        if let Some(info) = self.daemon.as_mut().and_then(|d| d.sessions.get_mut(&token)) {
+        let given = if socket == tenant {
+            ask.clone()
+        } else {
+            self.translated(&ask, socket)
+        };
+        if let Some(info) = self
+            .daemon
+            .as_mut()
+            .and_then(|d| d.sessions.get_mut(&token))
+        {
             info.open.insert(id, ask);
         }
         self.event("request", [token, u64::from(id), given.code()]);
         self.counters.add("requests");
-        self.call(|node| given.lend(|body| node.request(TenantId(socket), SessionId(token), RequestId(id), body)))?;
+        self.call(|node| {
+            given.lend(|body| node.request(TenantId(socket), SessionId(token), RequestId(id), body))
+        })?;
         Ok(())
     }
 
     /// For [`Plant::MixTenants`]: the same model's record as the other tenant has it.
     fn translated(&self, ask: &Ask, socket: u16) -> Ask {
-        let Ask::Register { record, groups } = ask else { return ask.clone() };
+        let Ask::Register { record, groups } = ask else {
+            return ask.clone();
+        };
         let all = &self.config.namespaces;
         let per_tenant = all.len() / self.config.limits.len();
         let record = match all.iter().position(|ns| ns.record == *record) {
-            Some(at) => all[usize::from(socket) * per_tenant + at % per_tenant].record.clone(),
+            Some(at) => all[usize::from(socket) * per_tenant + at % per_tenant]
+                .record
+                .clone(),
             None => record.clone(),
         };
-        Ask::Register { record, groups: groups.clone() }
+        Ask::Register {
+            record,
+            groups: groups.clone(),
+        }
     }
 
     /// The node hears that a process is dead.
     pub(crate) fn notice_death(&mut self, token: u64) -> Check {
-        let Some(info) = self.daemon.as_ref().and_then(|d| d.sessions.get(&token)) else { return Ok(()) };
+        let Some(info) = self.daemon.as_ref().and_then(|d| d.sessions.get(&token)) else {
+            return Ok(());
+        };
         let (tenant, conn) = (info.tenant, info.conn);
         self.close_conn(conn);
         self.event("gone", [token, 0, 0]);
@@ -375,9 +472,18 @@ impl World {
 
     /// One extent has been faulted in, or could not be.
     pub(crate) fn finish_job(&mut self, failed: bool) -> Check {
-        let Some(daemon) = self.daemon.as_mut().filter(|d| !d.jobs.is_empty()) else { return Ok(()) };
+        let Some(daemon) = self.daemon.as_mut().filter(|d| !d.jobs.is_empty()) else {
+            return Ok(());
+        };
         let job = daemon.jobs.remove(0);
-        self.event("populated", [u64::from(job.tenant), u64::from(job.extent), u64::from(failed)]);
+        self.event(
+            "populated",
+            [
+                u64::from(job.tenant),
+                u64::from(job.extent),
+                u64::from(failed),
+            ],
+        );
         let reason = failed.then_some("no memory");
         self.call(|node| node.populated(TenantId(job.tenant), job.arena, job.extent, reason))?;
         Ok(())

@@ -68,7 +68,7 @@ enum Doing {
 #[derive(Clone, Debug)]
 pub(crate) enum Pending {
     Register(usize),
-    Fence,
+    Fence(u64),
     Lookup {
         space: usize,
         group: u32,
@@ -113,8 +113,8 @@ pub(crate) struct Proc {
     pub(crate) conn: Option<u64>,
     /// Its present session; 0: none yet.
     pub(crate) token: u64,
-    /// Its oldest session that it has not fenced; 0: none. It registers nothing, and so copies nothing, before it has.
-    pub(crate) past: u64,
+    /// Its sessions that it has not fenced, the oldest first.
+    pub(crate) past: Vec<u64>,
     /// It has registered all.
     pub(crate) ready: bool,
     pub(crate) names: Vec<Option<u32>>,
@@ -146,7 +146,7 @@ impl Proc {
             retry_at: 0,
             conn: None,
             token: 0,
-            past: 0,
+            past: Vec::new(),
             ready: false,
             names: Vec::new(),
             pending: BTreeMap::new(),
@@ -170,7 +170,10 @@ impl Proc {
     /// Whether it waits for nothing and has nothing to do but invent work.
     pub(crate) fn idle(&self) -> bool {
         let copies = self.stores.len() + self.reads.len() + self.read.len();
-        self.ready && self.pending.is_empty() && copies + self.orders.len() + self.to_load.len() + self.leases.len() == 0
+        self.ready
+            && self.past.is_empty()
+            && self.pending.is_empty()
+            && copies + self.orders.len() + self.to_load.len() + self.leases.len() == 0
     }
 }
 
@@ -181,14 +184,19 @@ impl World {
         let tenant = self.rng.below(self.config.limits.len()) as u16;
         let own = |w: &World| -> Vec<usize> {
             let all = w.config.namespaces.iter().enumerate();
-            all.filter(|(_, ns)| ns.tenant == tenant).map(|(n, _)| n).collect()
+            all.filter(|(_, ns)| ns.tenant == tenant)
+                .map(|(n, _)| n)
+                .collect()
         };
         let mut spaces = own(self);
         let keep = self.rng.range(1, spaces.len() as u64) as usize;
         let turn = self.rng.below(spaces.len());
         spaces.rotate_left(turn);
         spaces.truncate(keep);
-        let (pp, tp) = (*self.rng.pick(&[1u32, 1, 2]), *self.rng.pick(&[1u32, 1, 2, 4]));
+        let (pp, tp) = (
+            *self.rng.pick(&[1u32, 1, 2]),
+            *self.rng.pick(&[1u32, 1, 2, 4]),
+        );
         let (world, faults) = (pp * tp, self.config.faults);
         let mut one_in = |n: usize, fault: Fault| faults.has(fault) && self.rng.one_in(n);
         let mut instance = Instance {
@@ -222,7 +230,9 @@ impl World {
     /// Sends a request, if there is a session to send it in.
     pub(crate) fn send(&mut self, p: usize, ask: Ask, what: Pending) -> bool {
         let proc = &mut self.procs[p];
-        let Some(conn) = proc.conn.and_then(|at| self.conns.get_mut(&at)) else { return false };
+        let Some(conn) = proc.conn.and_then(|at| self.conns.get_mut(&at)) else {
+            return false;
+        };
         if proc.token == 0 {
             return false;
         }
@@ -236,7 +246,10 @@ impl World {
     /// The short name of a namespace in the present session.
     pub(crate) fn short(&self, p: usize, space: usize) -> Option<u32> {
         let proc = &self.procs[p];
-        let at = self.instances[proc.instance].spaces.iter().position(|s| *s == space)?;
+        let at = self.instances[proc.instance]
+            .spaces
+            .iter()
+            .position(|s| *s == space)?;
         proc.names.get(at).copied().flatten()
     }
 
@@ -252,7 +265,7 @@ impl World {
         // Only what there is to do, the copies twice: most of a worker's time goes there.
         let doings = [
             (news, Doing::Receive),
-            (!proc.ready, Doing::Connect),
+            (!proc.ready || !proc.past.is_empty(), Doing::Connect),
             (copies > 0, Doing::Copy),
             (copies > 0, Doing::Copy),
             (!proc.orders.is_empty(), Doing::TakeOrder),
@@ -262,7 +275,11 @@ impl World {
             (proc.schedules(), Doing::Schedule),
             (true, Doing::Misbehave),
         ];
-        let all: Vec<Doing> = doings.iter().filter(|(can, _)| *can).map(|(_, doing)| *doing).collect();
+        let all: Vec<Doing> = doings
+            .iter()
+            .filter(|(can, _)| *can)
+            .map(|(_, doing)| *doing)
+            .collect();
         let doing = *self.rng.pick(&all);
         self.do_one(p, doing)
     }
@@ -284,7 +301,11 @@ impl World {
 
     /// Most bytes that a copy moves in one turn.
     pub(crate) fn window(&self) -> u64 {
-        if self.quiet { 1 << 16 } else { self.config.window as u64 }
+        if self.quiet {
+            1 << 16
+        } else {
+            self.config.window as u64
+        }
     }
 
     fn copy_some(&mut self, p: usize) -> Check {

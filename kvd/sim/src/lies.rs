@@ -20,7 +20,12 @@ impl World {
         match self.rng.below(6) {
             0 => hello.rank = *self.rng.pick(&[1, 7, u32::MAX]),
             1 => hello.world = *self.rng.pick(&[0, 1, 9, u32::MAX]),
-            2 => hello.role = *self.rng.pick(&[Role::Scheduler, Role::Worker, Role::Both, Role::Observer]),
+            2 => {
+                hello.role =
+                    *self
+                        .rng
+                        .pick(&[Role::Scheduler, Role::Worker, Role::Both, Role::Observer])
+            }
             3 => hello.past = self.rng.next(),
             4 => hello.past = self.some_token(p),
             _ => {
@@ -34,10 +39,17 @@ impl World {
     /// A token of somebody.
     fn some_token(&mut self, p: usize) -> u64 {
         let tenant = self.instances[self.procs[p].instance].tenant;
-        let Some(daemon) = &self.daemon else { return self.procs[p].past };
-        let all = daemon.sessions.iter().filter(|(_, info)| info.tenant == tenant);
+        let Some(daemon) = &self.daemon else { return 1 };
+        let all = daemon
+            .sessions
+            .iter()
+            .filter(|(_, info)| info.tenant == tenant);
         let all: Vec<u64> = all.map(|(token, _)| *token).collect();
-        if all.is_empty() { 1 } else { *self.rng.pick(&all) }
+        if all.is_empty() {
+            1
+        } else {
+            *self.rng.pick(&all)
+        }
     }
 
     /// Some slot in use in the tenant's arena.
@@ -46,7 +58,11 @@ impl World {
         let t = &self.model.tenants[usize::from(tenant)];
         let all = t.claims.len() + t.residents.len();
         let at = self.rng.below(all);
-        t.claims.values().chain(t.residents.values()).nth(at).cloned()
+        t.claims
+            .values()
+            .chain(t.residents.values())
+            .nth(at)
+            .cloned()
     }
 
     /// Sends something that it must not.
@@ -63,11 +79,15 @@ impl World {
             4 => Some(self.lie_in_lists()),
             5 => Some(self.lie_in_register(p)),
             6 => Some(self.strange_record(p)),
-            7 => Some(Ask::Fence { past: self.some_token(p) }),
+            7 => Some(Ask::Fence {
+                past: self.some_token(p),
+            }),
             8 => self.lie_in_release(p),
             9 => Some(self.orphans(p)),
             10 => Some(self.too_much(p)),
-            _ => Some(Ask::Fence { past: self.rng.next() }),
+            _ => Some(Ask::Fence {
+                past: self.rng.next(),
+            }),
         };
         if let Some(ask) = ask {
             self.event("lie", [p as u64, ask.code(), 0]);
@@ -83,13 +103,26 @@ impl World {
     fn lie_with_numbers(&mut self) -> Ask {
         let count = self.rng.below(5);
         let slots: Vec<u32> = (0..count).map(|_| self.word()).collect();
-        let generations = (0..self.rng.below(5)).map(|_| u64::from(self.word())).collect();
+        let generations = (0..self.rng.below(5))
+            .map(|_| u64::from(self.word()))
+            .collect();
         match self.rng.below(3) {
             0 => Ask::Abort { slots, generations },
-            1 => Ask::Release { slots, generations, corrupt: vec![self.word()], lease: self.rng.next() },
+            1 => Ask::Release {
+                slots,
+                generations,
+                corrupt: vec![self.word()],
+                lease: self.rng.next(),
+            },
             _ => {
                 let crcs = vec![7; self.rng.below(9)];
-                Ask::Commit { namespace: self.word() % 4, group: self.word() % 3, slots, generations, crcs }
+                Ask::Commit {
+                    namespace: self.word() % 4,
+                    group: self.word() % 3,
+                    slots,
+                    generations,
+                    crcs,
+                }
             }
         }
     }
@@ -99,11 +132,22 @@ impl World {
         let (slots, generations) = (vec![held.slot], vec![held.generation]);
         Some(match self.rng.below(3) {
             0 => Ask::Abort { slots, generations },
-            1 => Ask::Release { slots, generations, corrupt: vec![0], lease: 0 },
+            1 => Ask::Release {
+                slots,
+                generations,
+                corrupt: vec![0],
+                lease: 0,
+            },
             _ => {
                 let heads = held.cut.part(0).heads.len();
                 let crcs = vec![self.rng.next(); *self.rng.pick(&[heads, heads, 0, heads + 1])];
-                Ask::Commit { namespace: 0, group: held.key.group, slots, generations, crcs }
+                Ask::Commit {
+                    namespace: 0,
+                    group: held.key.group,
+                    slots,
+                    generations,
+                    crcs,
+                }
             }
         })
     }
@@ -112,10 +156,17 @@ impl World {
     fn lie_about_own_store(&mut self, p: usize) -> Option<Ask> {
         let proc = &mut self.procs[p];
         let token = proc.token;
-        let store = proc.stores.iter_mut().find(|s| s.token == token && !s.rogue)?;
+        let store = proc
+            .stores
+            .iter_mut()
+            .find(|s| s.token == token && !s.rogue)?;
         store.rogue = true;
         let (space, group) = (store.space, store.held.key.group);
-        let (slots, generations, mut crcs) = (vec![store.held.slot], vec![store.held.generation], store.crcs.clone());
+        let (slots, generations, mut crcs) = (
+            vec![store.held.slot],
+            vec![store.held.generation],
+            store.crcs.clone(),
+        );
         match self.rng.below(4) {
             0 => crcs.iter_mut().for_each(|crc| *crc ^= 1),
             1 => crcs.push(0),
@@ -123,18 +174,37 @@ impl World {
             _ => {}
         }
         let namespace = self.short(p, space)?;
-        Some(Ask::Commit { namespace, group, slots, generations, crcs })
+        Some(Ask::Commit {
+            namespace,
+            group,
+            slots,
+            generations,
+            crcs,
+        })
     }
 
     fn lie_in_chains(&mut self) -> Ask {
         let hashes = self.prompt();
         let group = *self.rng.pick(&[0, 1, 2, 255, 256, u32::MAX]);
         let namespace = *self.rng.pick(&[0, 1, 31, u32::MAX]);
-        let chain = OwnChain { group, parent: hashes.last().copied(), hashes };
+        let chain = OwnChain {
+            group,
+            parent: hashes.last().copied(),
+            hashes,
+        };
         match self.rng.below(3) {
-            0 => Ask::Lookup { namespace, chains: vec![chain; 3], lease_ms: u32::MAX, leading: true },
+            0 => Ask::Lookup {
+                namespace,
+                chains: vec![chain; 3],
+                lease_ms: u32::MAX,
+                leading: true,
+            },
             1 => Ask::Reserve { namespace, chain },
-            _ => Ask::Load { namespace, group, hashes: chain.hashes },
+            _ => Ask::Load {
+                namespace,
+                group,
+                hashes: chain.hashes,
+            },
         }
     }
 
@@ -145,11 +215,27 @@ impl World {
         if self.rng.one_in(4) {
             hashes.clear();
         }
-        let chain = OwnChain { group: 0, parent: hashes.first().copied(), hashes };
+        let chain = OwnChain {
+            group: 0,
+            parent: hashes.first().copied(),
+            hashes,
+        };
         match self.rng.below(3) {
-            0 => Ask::Lookup { namespace: 0, chains: vec![chain.clone(), chain], lease_ms: 100, leading: false },
-            1 => Ask::Reserve { namespace: 0, chain },
-            _ => Ask::Load { namespace: 0, group: 0, hashes: chain.hashes },
+            0 => Ask::Lookup {
+                namespace: 0,
+                chains: vec![chain.clone(), chain],
+                lease_ms: 100,
+                leading: false,
+            },
+            1 => Ask::Reserve {
+                namespace: 0,
+                chain,
+            },
+            _ => Ask::Load {
+                namespace: 0,
+                group: 0,
+                hashes: chain.hashes,
+            },
         }
     }
 
@@ -162,7 +248,10 @@ impl World {
             let cut = self.rng.below(record.len());
             record.truncate(cut);
         }
-        Ask::Register { record, groups: vec![] }
+        Ask::Register {
+            record,
+            groups: vec![],
+        }
     }
 
     /// A good record with a layout that is not, or a record that nobody else has.
@@ -175,50 +264,112 @@ impl World {
             fields.push(("x.nonce".to_owned(), self.rng.range(0, 40).to_string()));
             record = NamespaceRecord::build(fields).map_or(record, |r| r.encode());
         }
-        let layer_bounds = self.rng.pick(&[vec![0, 2], vec![0], vec![0, u32::MAX], vec![0, 1, 1], vec![0, 1, 2]]).clone();
-        let head_bounds = self.rng.pick(&[vec![0, 1], vec![0, 2], vec![0, 1, 2]]).clone();
-        let layout = Layout { group: self.word() % 3, layer_bounds, head_bounds, copies: self.rng.one_in(2), part: self.word() % 5 };
+        let layer_bounds = self
+            .rng
+            .pick(&[
+                vec![0, 2],
+                vec![0],
+                vec![0, u32::MAX],
+                vec![0, 1, 1],
+                vec![0, 1, 2],
+            ])
+            .clone();
+        let head_bounds = self
+            .rng
+            .pick(&[vec![0, 1], vec![0, 2], vec![0, 1, 2]])
+            .clone();
+        let layout = Layout {
+            group: self.word() % 3,
+            layer_bounds,
+            head_bounds,
+            copies: self.rng.one_in(2),
+            part: self.word() % 5,
+        };
         let count = self.rng.below(3);
-        Ask::Register { record, groups: vec![layout; count] }
+        Ask::Register {
+            record,
+            groups: vec![layout; count],
+        }
     }
 
     /// Releases somebody else's lease, or says that a block is corrupt which is not.
     fn lie_in_release(&mut self, p: usize) -> Option<Ask> {
         let (slot, generation, _) = self.procs[p].read.pop()?;
         let corrupt = vec![0, 0, self.word() % 3];
-        Some(Ask::Release { slots: vec![slot, slot], generations: vec![generation; 2], corrupt, lease: self.rng.next() })
+        Some(Ask::Release {
+            slots: vec![slot, slot],
+            generations: vec![generation; 2],
+            corrupt,
+            lease: self.rng.next(),
+        })
     }
 
     /// Reserves what nobody is going to write.
     fn orphans(&mut self, p: usize) -> Ask {
         let hashes = self.prompt();
-        let groups = self.config.namespaces[self.instances[self.procs[p].instance].spaces[0]].groups.len();
+        let groups = self.config.namespaces[self.instances[self.procs[p].instance].spaces[0]]
+            .groups
+            .len();
         let group = self.rng.below(groups) as u32;
-        Ask::Reserve { namespace: 0, chain: OwnChain { group, hashes, parent: None } }
+        Ask::Reserve {
+            namespace: 0,
+            chain: OwnChain {
+                group,
+                hashes,
+                parent: None,
+            },
+        }
     }
 
     fn too_much(&mut self, p: usize) -> Ask {
         let most = self.config.node.core.max_hashes as usize;
         let hashes = vec![[self.procs[p].rank as u8; 32]; most + 1];
-        let chain = OwnChain { group: 0, hashes, parent: None };
+        let chain = OwnChain {
+            group: 0,
+            hashes,
+            parent: None,
+        };
         match self.rng.below(4) {
-            0 => Ask::Reserve { namespace: 0, chain },
-            1 => Ask::Load { namespace: 0, group: 0, hashes: chain.hashes },
-            2 => Ask::Abort { slots: vec![0; most + 1], generations: vec![1; most + 1] },
+            0 => Ask::Reserve {
+                namespace: 0,
+                chain,
+            },
+            1 => Ask::Load {
+                namespace: 0,
+                group: 0,
+                hashes: chain.hashes,
+            },
+            2 => Ask::Abort {
+                slots: vec![0; most + 1],
+                generations: vec![1; most + 1],
+            },
             _ => {
-                let small = OwnChain { group: 0, hashes: vec![], parent: None };
+                let small = OwnChain {
+                    group: 0,
+                    hashes: vec![],
+                    parent: None,
+                };
                 let count = self.config.node.core.max_chains as usize + 1;
-                Ask::Lookup { namespace: 0, chains: vec![small; count], lease_ms: 1, leading: true }
+                Ask::Lookup {
+                    namespace: 0,
+                    chains: vec![small; count],
+                    lease_ms: 1,
+                    leading: true,
+                }
             }
         }
     }
 
     /// Writes over somebody's slot. The tenant is the trust domain, so nothing stops it; the checksum must tell.
     pub(crate) fn scribble(&mut self, p: usize) {
-        let Some(mapping) = self.procs[p].mapping.clone() else { return };
+        let Some(mapping) = self.procs[p].mapping.clone() else {
+            return;
+        };
         let size = mapping.memory.len();
         let offset = match self.some_slot(p) {
-            Some(held) if held.offset + held.len <= size => held.offset + self.rng.range(0, held.len - 1),
+            Some(held) if held.offset + held.len <= size => {
+                held.offset + self.rng.range(0, held.len - 1)
+            }
             _ => self.rng.range(0, size - 1),
         };
         let most = (size - offset).min(300);

@@ -1,7 +1,8 @@
 //! A simulated process and its connection: connecting, fencing the past, registering, reading messages, losing it all again.
 //!
-//! The rule that makes a fence cover all that came before it: a process registers nothing, and so becomes nobody's writer, until
-//! the oldest session that it has not fenced is fenced.
+//! A fence covers a session and all before it, so a process fences only when every copy of every earlier session is over: the
+//! latest, which it has named in its hello, and then the others, of which a new daemon may know only the tokens. It registers first:
+//! a daemon that has not got the old arena yet would not know later what was fenced.
 
 use kvd_core::Reply;
 
@@ -25,26 +26,40 @@ impl World {
             }
             return Ok(());
         }
-        if proc.token == 0 || proc.ready {
+        if proc.token == 0 {
             return Ok(());
         }
-        let instance = &self.instances[proc.instance];
-        if proc.past != 0 && !instance.no_fence {
-            let waits = proc.pending.values().any(|what| matches!(what, Pending::Fence));
-            if !waits && (self.copies_over(p) || self.options.plant == Some(Plant::EarlyFence)) {
-                let past = self.procs[p].past;
-                self.send(p, Ask::Fence { past }, Pending::Fence);
-            }
-            return Ok(());
+        match self.procs[p].ready {
+            true => self.fence(p),
+            false => self.register_next(p),
         }
-        self.register_next(p);
         Ok(())
+    }
+
+    /// Fences the latest of the past sessions, if that can be said now.
+    fn fence(&mut self, p: usize) {
+        let proc = &self.procs[p];
+        let waits = proc
+            .pending
+            .values()
+            .any(|what| matches!(what, Pending::Fence(_)));
+        let fences = !waits && !self.instances[proc.instance].no_fence;
+        let over = self.copies_over(p) || self.options.plant == Some(Plant::EarlyFence);
+        if let Some(past) = self.procs[p]
+            .past
+            .last()
+            .copied()
+            .filter(|_| fences && over)
+        {
+            self.send(p, Ask::Fence { past }, Pending::Fence(past));
+        }
     }
 
     /// Whether no copy of an earlier session is under way.
     fn copies_over(&self, p: usize) -> bool {
         let proc = &self.procs[p];
-        proc.stores.iter().all(|s| s.token == proc.token) && proc.reads.iter().all(|r| r.token == proc.token)
+        proc.stores.iter().all(|s| s.token == proc.token)
+            && proc.reads.iter().all(|r| r.token == proc.token)
     }
 
     fn dial(&mut self, p: usize) {
@@ -55,7 +70,7 @@ impl World {
             role: proc.role,
             rank: proc.rank,
             world: instance.world(),
-            past: proc.past,
+            past: proc.past.last().copied().unwrap_or(0),
             offer: proc.mapping.clone().and_then(|mapping| self.offer(mapping)),
         };
         let (tenant, liar) = (instance.tenant, instance.liar);
@@ -86,12 +101,19 @@ impl World {
         if mapping.superseded() && !self.config.faults.has(Fault::StaleOffer) {
             return None;
         }
-        Some(Offer { claimed: mapping.shape, mapping })
+        Some(Offer {
+            claimed: mapping.shape,
+            mapping,
+        })
     }
 
     fn register_next(&mut self, p: usize) {
         let proc = &self.procs[p];
-        if proc.pending.values().any(|what| matches!(what, Pending::Register(_))) {
+        if proc
+            .pending
+            .values()
+            .any(|what| matches!(what, Pending::Register(_)))
+        {
             return;
         }
         let Some(at) = proc.names.iter().position(Option::is_none) else {
@@ -120,7 +142,9 @@ impl World {
 
     /// Reads one message, or sees that the daemon has closed the socket.
     pub(crate) fn receive(&mut self, p: usize) -> Check {
-        let Some(conn) = self.procs[p].conn.and_then(|at| self.conns.get_mut(&at)) else { return Ok(()) };
+        let Some(conn) = self.procs[p].conn.and_then(|at| self.conns.get_mut(&at)) else {
+            return Ok(());
+        };
         let Some(msg) = conn.to_client.pop_front() else {
             if !conn.daemon_open {
                 self.hang_up(p);
@@ -132,8 +156,15 @@ impl World {
                 self.procs[p].token = token;
                 self.event("hello", [p as u64, token, u64::from(adopted)]);
             }
-            Msg::Reply { id, reply, held, mapping } => {
-                let Some(what) = self.procs[p].pending.remove(&id) else { return Ok(()) };
+            Msg::Reply {
+                id,
+                reply,
+                held,
+                mapping,
+            } => {
+                let Some(what) = self.procs[p].pending.remove(&id) else {
+                    return Ok(());
+                };
                 return self.answered(p, what, *reply, held, mapping);
             }
         }
@@ -156,13 +187,20 @@ impl World {
                     proc.mapping = mapping;
                 }
             }
-            (Pending::Fence, Reply::Fenced) => self.procs[p].past = 0,
-            (Pending::Fence, Reply::Failure(failure)) => {
+            (Pending::Fence(past), Reply::Fenced) => {
+                self.procs[p].past.retain(|token| *token != past)
+            }
+            (Pending::Fence(past), Reply::Failure(failure)) => {
                 // Only a liar's past can be refused; it goes on as if there were none.
                 let honest = self.instances[self.procs[p].instance].honest();
-                ensure!(!honest || failure.ends_session, 0, "an honest process could not fence its past: {}", failure.text);
+                ensure!(
+                    !honest || failure.ends_session,
+                    0,
+                    "an honest process could not fence its past: {}",
+                    failure.text
+                );
                 self.event("fence refused", [p as u64, failure.kind as u64, 0]);
-                self.procs[p].past = 0;
+                self.procs[p].past.retain(|token| *token != past);
             }
             (Pending::Register(_), Reply::Failure(_)) => {
                 // Limits: nothing to be done but to come back later.
@@ -170,10 +208,19 @@ impl World {
                 let pause = self.rng.spread(100, 100_000);
                 self.procs[p].retry_at = self.clock.us() + pause;
             }
-            (Pending::Lookup { space, group, hashes }, Reply::Lookup(found)) => {
+            (
+                Pending::Lookup {
+                    space,
+                    group,
+                    hashes,
+                },
+                Reply::Lookup(found),
+            ) => {
                 self.looked_up(p, space, group, &hashes, &found);
             }
-            (Pending::Reserve { space, known }, Reply::Reserve(_)) => self.reserved(p, space, known, held),
+            (Pending::Reserve { space, known }, Reply::Reserve(_)) => {
+                self.reserved(p, space, known, held)
+            }
             (Pending::Load { space }, Reply::Load(found)) => self.may_read(p, space, &found, held),
             _ => {}
         }
@@ -189,8 +236,8 @@ impl World {
             conn.client_open = false;
             conn.to_client.clear();
         }
-        if proc.past == 0 {
-            proc.past = proc.token;
+        if proc.token != 0 {
+            proc.past.push(proc.token);
         }
         proc.token = 0;
         proc.ready = false;
@@ -199,6 +246,7 @@ impl World {
         proc.leases.clear();
         proc.to_load.clear();
         proc.retry_at = self.clock.us() + self.rng.spread(10, 50_000);
-        self.event("hangs up", [p as u64, self.procs[p].past, 0]);
+        let past = self.procs[p].past.last().copied().unwrap_or(0);
+        self.event("hangs up", [p as u64, past, 0]);
     }
 }

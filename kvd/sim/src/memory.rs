@@ -114,6 +114,11 @@ impl Mapping {
             .unwrap_or(0)
     }
 
+    /// Tokens of the sessions that may be writing, as a client reads them.
+    pub(crate) fn writers(&self) -> Vec<u64> {
+        self.table.writers.borrow().clone()
+    }
+
     /// Whether a later daemon has put another table over the same bytes.
     pub(crate) fn superseded(&self) -> bool {
         self.memory.table.get() != self.table.serial
@@ -148,6 +153,8 @@ pub(crate) enum Event {
         tenant: u16,
         /// It came from a former daemon.
         adopted: bool,
+        /// It came under the table of a daemon before the last.
+        stale: bool,
     },
     /// The node wants this extent faulted in.
     Populate(Job),
@@ -256,7 +263,10 @@ impl SimArena {
     pub(crate) fn take_events(&self) -> Vec<Event> {
         let mut state = self.0.state.borrow_mut();
         let events = std::mem::take(&mut state.events);
-        let (held_back, late) = (std::mem::take(&mut state.held_back), std::mem::take(&mut state.late));
+        let (held_back, late) = (
+            std::mem::take(&mut state.held_back),
+            std::mem::take(&mut state.late),
+        );
         state.held_back = late;
         for (tenant, slot, word) in held_back {
             if let Some(mapping) = &state.current[usize::from(tenant)] {
@@ -271,7 +281,7 @@ impl SimArena {
         self.0.serial.get()
     }
 
-    fn install(&self, tenant: TenantId, mapping: Mapping, adopted: bool) {
+    fn install(&self, tenant: TenantId, mapping: Mapping, adopted: bool, stale: bool) {
         let at = usize::from(tenant.0);
         let mut state = self.0.state.borrow_mut();
         state.asked[at] = vec![false; mapping.shape.extents() as usize];
@@ -280,6 +290,7 @@ impl SimArena {
         state.events.push(Event::Arena {
             tenant: tenant.0,
             adopted,
+            stale,
         });
     }
 }
@@ -311,7 +322,7 @@ impl ArenaPort for SimArena {
             memory,
             table: Rc::new(table),
         };
-        self.install(tenant, mapping, false);
+        self.install(tenant, mapping, false, false);
         Ok(shape)
     }
 
@@ -319,16 +330,17 @@ impl ArenaPort for SimArena {
     fn adopt(&mut self, tenant: TenantId, offer: Offer) -> Result<AdoptedArena, PortError> {
         let spec = self.0.specs[usize::from(tenant.0)];
         let old = offer.mapping;
+        let stale = old.superseded();
         if offer.claimed != old.shape || old.shape.bytes > spec.bytes {
             return Err(PortError(
                 "the offered arena is not what it claims to be".to_owned(),
             ));
         }
         let up = |w: &u64| if *w == 0 { 0 } else { *w + 2 };
-        let words: Vec<u64> = old.table.words.borrow().iter().map(up).collect();
-        let mut writers = old.table.writers.borrow().clone();
-        if self.0.plant == Some(Plant::ForgetWriters) {
-            writers.clear();
+        let mut words: Vec<u64> = old.table.words.borrow().iter().map(up).collect();
+        let writers = old.table.writers.borrow().clone();
+        if self.0.plant == Some(Plant::ForgetOdd) {
+            words.iter_mut().for_each(|w| *w = w.next_multiple_of(2));
         }
         let table = Rc::new(Table {
             serial: self.serial(),
@@ -341,7 +353,7 @@ impl ArenaPort for SimArena {
             memory: old.memory,
             table,
         };
-        self.install(tenant, mapping, true);
+        self.install(tenant, mapping, true, stale);
         Ok(AdoptedArena {
             shape,
             words,

@@ -68,7 +68,13 @@ impl Tenant {
         let end = held.offset + held.len;
         let before = self.ranges.range(..end).next_back();
         let free = before.is_none_or(|(from, (len, _))| from + len <= held.offset);
-        ensure!(free, 3, "slot {} at {:#x} lies over {before:x?}", held.slot, held.offset);
+        ensure!(
+            free,
+            3,
+            "slot {} at {:#x} lies over {before:x?}",
+            held.slot,
+            held.offset
+        );
         ensure!(
             self.fresh.remove(&held.slot) == Some(held.generation),
             3,
@@ -111,7 +117,11 @@ impl Model {
     /// Another arena.
     pub(crate) fn arena(&mut self, tenant: u16, mapping: Option<Mapping>) -> Check {
         let t = &mut self.tenants[usize::from(tenant)];
-        ensure!(t.claims.is_empty() && t.residents.is_empty(), 3, "an arena in use was replaced");
+        ensure!(
+            t.claims.is_empty() && t.residents.is_empty(),
+            3,
+            "an arena in use was replaced"
+        );
         t.mapping = mapping;
         Ok(())
     }
@@ -122,14 +132,25 @@ impl Model {
         // Claims whose word went even, and residents whose word moved on, in this call.
         let (mut ended, mut dropped) = (Vec::new(), Vec::new());
         for event in events {
-            if let Event::Word { tenant, slot, old, new } = *event {
+            if let Event::Word {
+                tenant,
+                slot,
+                old,
+                new,
+            } = *event
+            {
                 self.word(tenant, slot, old, new, &mut ended, &mut dropped)?;
             }
         }
         for change in changes {
             self.change(change, &mut ended, &mut dropped, &mut done)?;
         }
-        ensure!(dropped.is_empty(), 6, "{:?} was dropped and not announced", dropped[0].0.key);
+        ensure!(
+            dropped.is_empty(),
+            6,
+            "{:?} was dropped and not announced",
+            dropped[0].0.key
+        );
         for (held, word) in ended {
             self.tenants[usize::from(held.key.tenant)].release(&held);
             done.emptied.push((held, word));
@@ -147,31 +168,55 @@ impl Model {
         dropped: &mut Vec<(Held, u64)>,
     ) -> Check {
         let t = &mut self.tenants[usize::from(tenant)];
-        ensure!(new > old, 3, "the word of slot {slot} went from {old} to {new}");
+        ensure!(
+            new > old,
+            3,
+            "the word of slot {slot} went from {old} to {new}"
+        );
         match (old % 2, new % 2) {
             (0, 1) => {
-                ensure!(!t.residents.contains_key(&slot), 3, "slot {slot} was given away while a block is in it");
+                ensure!(
+                    !t.residents.contains_key(&slot),
+                    3,
+                    "slot {slot} was given away while a block is in it"
+                );
                 // A block that was stored in this very call and dropped again would be announced; keep what is known of it.
-                ensure!(t.fresh.insert(slot, new).is_none(), 3, "slot {slot} was given away twice");
+                ensure!(
+                    t.fresh.insert(slot, new).is_none(),
+                    3,
+                    "slot {slot} was given away twice"
+                );
             }
             (1, 0) => {
                 // Slots that a former daemon left odd have no claim here.
                 t.fresh.remove(&slot);
                 if let Some(held) = t.claims.remove(&slot) {
-                    ensure!(held.generation == old, 3, "slot {slot} ended in generation {old}, not {}", held.generation);
+                    ensure!(
+                        held.generation == old,
+                        3,
+                        "slot {slot} ended in generation {old}, not {}",
+                        held.generation
+                    );
                     ended.push((held, new));
                 }
             }
             (0, 0) => match t.residents.remove(&slot) {
                 Some(held) => dropped.push((held, new)),
                 None => {
-                    if let Some(at) = ended.iter().position(|(h, _)| h.slot == slot && h.key.tenant == tenant) {
+                    if let Some(at) = ended
+                        .iter()
+                        .position(|(h, _)| h.slot == slot && h.key.tenant == tenant)
+                    {
                         dropped.push(ended.remove(at));
                     }
                 }
             },
             // An adopted table's words move on while nobody has a claim.
-            _ => ensure!(!t.claims.contains_key(&slot), 3, "the word of slot {slot} went from {old} to {new}: odd to odd"),
+            _ => ensure!(
+                !t.claims.contains_key(&slot),
+                3,
+                "the word of slot {slot} went from {old} to {new}: odd to odd"
+            ),
         }
         Ok(())
     }
@@ -192,7 +237,11 @@ impl Model {
         let t = &mut self.tenants[usize::from(key.tenant)];
         match change.kind {
             ChangeKind::Stored => {
-                ensure!(!t.by_key.contains_key(&key), 6, "{key:?} was announced twice");
+                ensure!(
+                    !t.by_key.contains_key(&key),
+                    6,
+                    "{key:?} was announced twice"
+                );
                 if let Some((held, _)) = dropped.iter().find(|(h, _)| h.key == key) {
                     // Stored and dropped in one call.
                     t.by_key.insert(key, held.slot);
@@ -201,7 +250,11 @@ impl Model {
                 // An older reservation of the same block, long given up, may have lost its last writer in this very call.
                 let same = ended.iter().enumerate().filter(|(_, (h, _))| h.key == key);
                 let at = same.max_by_key(|(_, (h, _))| h.version).map(|(at, _)| at);
-                ensure!(at.is_some(), 6, "{key:?} was announced, but no slot became readable for it");
+                ensure!(
+                    at.is_some(),
+                    6,
+                    "{key:?} was announced, but no slot became readable for it"
+                );
                 if let Some(at) = at {
                     let (mut held, word) = ended.remove(at);
                     held.generation = word;
@@ -211,13 +264,22 @@ impl Model {
                 }
             }
             ChangeKind::Removed => {
-                ensure!(t.by_key.remove(&key).is_some(), 6, "the removal of {key:?} was announced, but it was not held");
+                ensure!(
+                    t.by_key.remove(&key).is_some(),
+                    6,
+                    "the removal of {key:?} was announced, but it was not held"
+                );
                 let at = dropped.iter().position(|(h, _)| h.key == key);
-                ensure!(at.is_some(), 3, "{key:?} was removed, but the word of its slot did not move on");
+                ensure!(
+                    at.is_some(),
+                    3,
+                    "{key:?} was removed, but the word of its slot did not move on"
+                );
                 if let Some(at) = at {
                     let (held, word) = dropped.remove(at);
                     t.release(&held);
-                    done.visible.retain(|v| v.slot != held.slot || v.key.tenant != held.key.tenant);
+                    done.visible
+                        .retain(|v| v.slot != held.slot || v.key.tenant != held.key.tenant);
                     done.emptied.push((held, word));
                 }
             }

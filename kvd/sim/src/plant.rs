@@ -30,8 +30,8 @@ pub enum Plant {
     DoubleReply,
     /// A removal is missing from the change log now and then.
     HideRemoval,
-    /// An adopted arena comes without the table of sessions that may be writing.
-    ForgetWriters,
+    /// An adopted arena comes with even words only, as if nobody could be writing.
+    ForgetOdd,
     /// Now and then a process of one tenant gets to the socket, and the name, of another.
     MixTenants,
 }
@@ -52,7 +52,7 @@ impl Plant {
         Plant::LoseReply,
         Plant::DoubleReply,
         Plant::HideRemoval,
-        Plant::ForgetWriters,
+        Plant::ForgetOdd,
         Plant::MixTenants,
     ];
 }

@@ -42,11 +42,16 @@ impl World {
     /// Asks for the next few blocks, while few are being read.
     pub(crate) fn ask_to_load(&mut self, p: usize) {
         let proc = &mut self.procs[p];
-        let waits = proc.pending.values().any(|what| matches!(what, Pending::Load { .. }));
+        let waits = proc
+            .pending
+            .values()
+            .any(|what| matches!(what, Pending::Load { .. }));
         if !proc.ready || waits || proc.reads.len() >= 4 {
             return;
         }
-        let Some((space, group, first)) = proc.to_load.pop_front() else { return };
+        let Some((space, group, first)) = proc.to_load.pop_front() else {
+            return;
+        };
         let mut hashes = vec![first];
         while hashes.len() < 4 {
             match proc.to_load.front() {
@@ -57,13 +62,25 @@ impl World {
                 _ => break,
             }
         }
-        let Some(namespace) = self.short(p, space) else { return };
-        self.send(p, Ask::Load { namespace, group, hashes }, Pending::Load { space });
+        let Some(namespace) = self.short(p, space) else {
+            return;
+        };
+        self.send(
+            p,
+            Ask::Load {
+                namespace,
+                group,
+                hashes,
+            },
+            Pending::Load { space },
+        );
     }
 
     /// Blocks were given to read.
     pub(crate) fn may_read(&mut self, p: usize, _space: usize, found: &LoadReply, held: Vec<Held>) {
-        let Some(mapping) = self.procs[p].mapping.clone() else { return };
+        let Some(mapping) = self.procs[p].mapping.clone() else {
+            return;
+        };
         let mut crcs = found.crcs.as_slice();
         for (held, cut) in held.into_iter().zip(&found.cut) {
             let cut = &found.cuts[*cut as usize];
@@ -73,11 +90,22 @@ impl World {
                 continue;
             }
             let instance = &self.instances[self.procs[p].instance];
-            let (mine, part) = config::cut_of(&held.geometry, instance.pp, instance.tp, self.procs[p].rank);
-            let read = plan(held, &mine.part(part), own, mapping.clone(), self.procs[p].token);
+            let (mine, part) =
+                config::cut_of(&held.geometry, instance.pp, instance.tp, self.procs[p].rank);
+            let read = plan(
+                held,
+                &mine.part(part),
+                own,
+                mapping.clone(),
+                self.procs[p].token,
+            );
             self.procs[p].reads.push(read);
         }
-        let failed = found.states.iter().filter(|s| **s == LoadState::Failed).count();
+        let failed = found
+            .states
+            .iter()
+            .filter(|s| **s == LoadState::Failed)
+            .count();
         self.counters.add_n("blocks refused", failed as u64);
     }
 
@@ -92,7 +120,10 @@ impl World {
             let inside = read.done % size;
             let n = left.min(size - inside);
             let memory = &read.mapping.memory;
-            memory.read(offset + inside as u64, &mut read.buffer[to + inside..to + inside + n]);
+            memory.read(
+                offset + inside as u64,
+                &mut read.buffer[to + inside..to + inside + n],
+            );
             read.done += n;
             left -= n;
         }
@@ -117,21 +148,31 @@ impl World {
             self.procs[p].read.push((slot, generation, false));
             return Ok(());
         }
-        let sound = |c: &Column| crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, &read.buffer[c.from..c.to]) == c.crc;
+        let sound = |c: &Column| {
+            crc_fast::checksum(
+                crc_fast::CrcAlgorithm::Crc64Nvme,
+                &read.buffer[c.from..c.to],
+            ) == c.crc
+        };
         if !read.columns.iter().all(sound) && plant != Some(Plant::SkipCrc) {
             self.event("corrupt", [p as u64, u64::from(slot), generation]);
             self.counters.add("reads corrupt");
             let known = read.held.suspect
                 || read.mapping.superseded()
                 || read.mapping.memory.tainted(read.held.offset, read.held.len);
-            ensure!(known, 3, "slot {slot} generation {generation} fails its checksum, and nobody has tampered with it");
+            ensure!(
+                known,
+                3,
+                "slot {slot} generation {generation} fails its checksum, and nobody has tampered with it"
+            );
             self.procs[p].read.push((slot, generation, true));
             return Ok(());
         }
         self.check_bytes(read)?;
         self.event("loaded", [p as u64, u64::from(slot), generation]);
         self.counters.add("blocks loaded");
-        self.counters.add_n("bytes loaded", read.buffer.len() as u64);
+        self.counters
+            .add_n("bytes loaded", read.buffer.len() as u64);
         self.procs[p].read.push((slot, generation, false));
         Ok(())
     }
@@ -141,7 +182,9 @@ impl World {
         let size = read.held.geometry.head_bytes() as usize;
         let mut expected = vec![0; size];
         for column in &read.columns {
-            for (layer, found) in (column.first_layer..).zip(read.buffer[column.from..column.to].chunks(size)) {
+            for (layer, found) in
+                (column.first_layer..).zip(read.buffer[column.from..column.to].chunks(size))
+            {
                 content::head(read.held.seed, layer, column.head, &mut expected);
                 ensure!(
                     found == expected,
@@ -167,7 +210,11 @@ impl World {
             return;
         }
         let read = std::mem::take(&mut proc.read);
-        let corrupt = (0u32..).zip(&read).filter(|(_, r)| r.2).map(|(at, _)| at).collect();
+        let corrupt = (0u32..)
+            .zip(&read)
+            .filter(|(_, r)| r.2)
+            .map(|(at, _)| at)
+            .collect();
         let ask = Ask::Release {
             slots: read.iter().map(|r| r.0).collect(),
             generations: read.iter().map(|r| r.1).collect(),
@@ -201,5 +248,13 @@ fn plan(held: Held, rect: &Rect, crcs: &[u64], mapping: Mapping, token: u64) -> 
             });
         }
     }
-    Read { held, mapping, token, columns, pieces, buffer: vec![0; end], done: 0 }
+    Read {
+        held,
+        mapping,
+        token,
+        columns,
+        pieces,
+        buffer: vec![0; end],
+        done: 0,
+    }
 }

@@ -91,8 +91,14 @@ impl fmt::Display for Failure {
             0 => write!(f, "not at rest")?,
             n => write!(f, "invariant {n} broken")?,
         }
-        writeln!(f, " in step {} of ({}): {}", self.step, self.options, self.text)?;
-        self.tail.iter().try_for_each(|line| writeln!(f, "  {line}"))
+        writeln!(
+            f,
+            " in step {} of ({}): {}",
+            self.step, self.options, self.text
+        )?;
+        self.tail
+            .iter()
+            .try_for_each(|line| writeln!(f, "  {line}"))
     }
 }
 
@@ -110,13 +116,21 @@ pub(crate) struct EventLog {
 impl EventLog {
     /// Keeps the last `most` events in words.
     pub(crate) fn new(most: usize) -> Self {
-        EventLog { hash: 0, tail: Vec::new(), next: 0, most: most.max(1) }
+        EventLog {
+            hash: 0,
+            tail: Vec::new(),
+            next: 0,
+            most: most.max(1),
+        }
     }
 
     /// Adds an event.
     pub(crate) fn add(&mut self, step: u64, now: u64, what: &'static str, numbers: [u64; 3]) {
         let [a, b, c] = numbers;
-        let first = what.as_bytes().iter().fold(0u64, |sum, b| sum.wrapping_mul(131) + u64::from(*b));
+        let first = what
+            .as_bytes()
+            .iter()
+            .fold(0u64, |sum, b| sum.wrapping_mul(131) + u64::from(*b));
         self.hash = mix(&[self.hash, step, now, first, a, b, c]);
         let event = (step, now, what, numbers);
         if self.tail.len() < self.most {
@@ -133,11 +147,17 @@ impl EventLog {
 
     /// The last events, oldest first.
     pub(crate) fn words(&self) -> Vec<String> {
-        let split = if self.tail.len() < self.most { 0 } else { self.next };
+        let split = if self.tail.len() < self.most {
+            0
+        } else {
+            self.next
+        };
         let (new, old) = self.tail.split_at(split);
         old.iter()
             .chain(new)
-            .map(|(step, now, what, [a, b, c])| format!("{step:>7} {now:>10} us  {what} {a:x} {b:x} {c:x}"))
+            .map(|(step, now, what, [a, b, c])| {
+                format!("{step:>7} {now:>10} us  {what} {a:x} {b:x} {c:x}")
+            })
             .collect()
     }
 }

@@ -16,7 +16,11 @@ use crate::world::World;
 /// The hash of block `at` of a prompt that leaves its family's trunk at `branch`. Hashes of all families share a few endings,
 /// so that the index must compare all of a hash.
 fn block_hash(family: u64, branch: u64, fork: u64, at: u64) -> [u8; 32] {
-    let place = if at < fork { [family, u64::MAX, at] } else { [family, branch, at] };
+    let place = if at < fork {
+        [family, u64::MAX, at]
+    } else {
+        [family, branch, at]
+    };
     let mut hash = [0; 32];
     for (word, chunk) in hash.chunks_mut(8).enumerate() {
         let full = mix(&[place[0], place[1], place[2], word as u64]);
@@ -33,7 +37,9 @@ impl World {
         let branch = self.rng.below(6) as u64;
         let length = self.rng.range(1, self.config.prompt as u64);
         let fork = 2 + branch;
-        (0..length).map(|at| block_hash(family, branch, fork, at)).collect()
+        (0..length)
+            .map(|at| block_hash(family, branch, fork, at))
+            .collect()
     }
 
     /// Something of what a scheduler does.
@@ -57,7 +63,13 @@ impl World {
         let known = instance.procs[..instance.world() as usize]
             .iter()
             .map(|w| &self.procs[*w])
-            .map(|worker| if worker.alive && worker.ready { worker.token } else { 0 })
+            .map(|worker| {
+                if worker.alive && worker.ready {
+                    worker.token
+                } else {
+                    0
+                }
+            })
             .collect();
         self.procs[p].known = known;
     }
@@ -67,7 +79,12 @@ impl World {
             self.procs[p].leases.clear();
         }
         if let Some(lease) = self.procs[p].leases.pop() {
-            let ask = Ask::Release { slots: vec![], generations: vec![], corrupt: vec![], lease };
+            let ask = Ask::Release {
+                slots: vec![],
+                generations: vec![],
+                corrupt: vec![],
+                lease,
+            };
             self.send(p, ask, Pending::Other);
         }
     }
@@ -84,14 +101,32 @@ impl World {
         let (space, group) = self.some_group(p);
         let mut hashes = self.prompt();
         hashes.truncate(most);
-        let Some(namespace) = self.short(p, space) else { return };
+        let Some(namespace) = self.short(p, space) else {
+            return;
+        };
         let ask = Ask::Lookup {
             namespace,
-            chains: vec![OwnChain { group, hashes: hashes.clone(), parent: None }],
-            lease_ms: if self.rng.one_in(2) { 0 } else { self.rng.range(1, 500) as u32 },
+            chains: vec![OwnChain {
+                group,
+                hashes: hashes.clone(),
+                parent: None,
+            }],
+            lease_ms: if self.rng.one_in(2) {
+                0
+            } else {
+                self.rng.range(1, 500) as u32
+            },
             leading: self.rng.one_in(2),
         };
-        self.send(p, ask, Pending::Lookup { space, group, hashes });
+        self.send(
+            p,
+            ask,
+            Pending::Lookup {
+                space,
+                group,
+                hashes,
+            },
+        );
     }
 
     /// The answer to a lookup: what is there is loaded, what follows is stored.
@@ -115,7 +150,11 @@ impl World {
             return;
         }
         if hits > 0 {
-            let order = Order::Load { space, group, hashes: hashes[..hits].to_vec() };
+            let order = Order::Load {
+                space,
+                group,
+                hashes: hashes[..hits].to_vec(),
+            };
             for worker in self.workers_of(p) {
                 self.procs[worker].orders.push_back(order.clone());
             }
@@ -131,9 +170,18 @@ impl World {
         self.reserve(p, space, group, hashes, None);
     }
 
-    fn reserve(&mut self, p: usize, space: usize, group: u32, mut hashes: Vec<[u8; 32]>, parent: Option<[u8; 32]>) {
+    fn reserve(
+        &mut self,
+        p: usize,
+        space: usize,
+        group: u32,
+        mut hashes: Vec<[u8; 32]>,
+        parent: Option<[u8; 32]>,
+    ) {
         hashes.truncate(self.config.node.core.max_hashes as usize);
-        let Some(namespace) = self.short(p, space).filter(|_| !hashes.is_empty()) else { return };
+        let Some(namespace) = self.short(p, space).filter(|_| !hashes.is_empty()) else {
+            return;
+        };
         if self.procs[p].role.copies() {
             self.procs[p].known = vec![self.procs[p].token];
         }
@@ -141,8 +189,16 @@ impl World {
         if known.contains(&0) {
             return;
         }
-        let chain = OwnChain { group, hashes, parent };
-        self.send(p, Ask::Reserve { namespace, chain }, Pending::Reserve { space, known });
+        let chain = OwnChain {
+            group,
+            hashes,
+            parent,
+        };
+        self.send(
+            p,
+            Ask::Reserve { namespace, chain },
+            Pending::Reserve { space, known },
+        );
     }
 
     fn workers_of(&self, p: usize) -> Vec<usize> {
@@ -169,7 +225,11 @@ impl World {
         }
         let blocks = Rc::new(blocks);
         for (worker, token) in self.workers_of(p).into_iter().zip(known) {
-            let order = Order::Store { space, blocks: blocks.clone(), token };
+            let order = Order::Store {
+                space,
+                blocks: blocks.clone(),
+                token,
+            };
             self.procs[worker].orders.push_back(order);
         }
     }

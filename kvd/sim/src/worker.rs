@@ -43,11 +43,19 @@ impl World {
         }
         self.event("order", [p as u64, self.procs[p].token, 0]);
         match self.procs[p].orders.pop_front() {
-            Some(Order::Load { space, group, hashes }) => {
+            Some(Order::Load {
+                space,
+                group,
+                hashes,
+            }) => {
                 let blocks = hashes.into_iter().map(|hash| (space, group, hash));
                 self.procs[p].to_load.extend(blocks);
             }
-            Some(Order::Store { space, blocks, token }) => {
+            Some(Order::Store {
+                space,
+                blocks,
+                token,
+            }) => {
                 let stale = self.options.plant == Some(Plant::StaleOrders);
                 if token != self.procs[p].token && !stale {
                     // Core may have recorded this connection or the earlier one. Saying that this one will not write is right
@@ -78,15 +86,23 @@ impl World {
         let instance = &self.instances[proc.instance];
         let place = |rank| config::cut_of(&held.geometry, instance.pp, instance.tp, rank).1;
         let part = place(proc.rank);
-        let replicas: Vec<u32> = (0..instance.world()).filter(|rank| place(*rank) == part).collect();
+        let replicas: Vec<u32> = (0..instance.world())
+            .filter(|rank| place(*rank) == part)
+            .collect();
         if replicas[replica_of(&held.key.hash.0, replicas.len())] != proc.rank {
             return Ok(());
         }
-        let Some(mapping) = proc.mapping.clone() else { return Ok(()) };
-        let moved_on = mapping.word(held.slot) != held.generation;
+        let Some(mapping) = proc.mapping.clone() else {
+            return Ok(());
+        };
+        let moved_on = mapping.word(held.slot) != held.generation
+            && self.options.plant != Some(Plant::StaleOrders);
         if moved_on || self.rng.one_in(20) {
             // The engine has freed the block, or the reservation is over already: say that nothing will be written.
-            self.event("not written", [p as u64, u64::from(held.slot), held.generation]);
+            self.event(
+                "not written",
+                [p as u64, u64::from(held.slot), held.generation],
+            );
             self.not_written(p, std::slice::from_ref(held));
             self.counters.add("parts aborted");
             return Ok(());
@@ -120,7 +136,11 @@ impl World {
         self.event("store", [p as u64, u64::from(held.slot), held.generation]);
         let suspect = store.suspect;
         self.procs[p].stores.push(store);
-        if suspect { Ok(()) } else { self.begin_write(write) }
+        if suspect {
+            Ok(())
+        } else {
+            self.begin_write(write)
+        }
     }
 
     /// Writes one window of one store.
@@ -135,7 +155,11 @@ impl World {
             store.mapping.memory.mark(offset, (to - from) as u64);
         }
         store.done = to;
-        let (job, over, stale) = (store.job, to == store.bytes.len(), store.token != self.procs[p].token);
+        let (job, over, stale) = (
+            store.job,
+            to == store.bytes.len(),
+            store.token != self.procs[p].token,
+        );
         if over {
             self.end_write(job);
             let done = &self.procs[p].stores[at];
@@ -160,13 +184,21 @@ impl World {
             let written = s.done == s.bytes.len() || early && s.done > 0;
             s.token == token && !s.rogue && !s.committed && written
         };
-        let Some(first) = self.procs[p].stores.iter().find(|s| fit(s)) else { return };
+        let Some(first) = self.procs[p].stores.iter().find(|s| fit(s)) else {
+            return;
+        };
         let (space, group) = (first.space, first.held.key.group);
-        let Some(namespace) = self.short(p, space) else { return };
+        let Some(namespace) = self.short(p, space) else {
+            return;
+        };
         let most = self.rng.range(1, 8) as usize;
         let (mut slots, mut generations, mut crcs, mut jobs) = (vec![], vec![], vec![], vec![]);
         for store in &mut self.procs[p].stores {
-            if fit(store) && store.space == space && store.held.key.group == group && slots.len() < most {
+            if fit(store)
+                && store.space == space
+                && store.held.key.group == group
+                && slots.len() < most
+            {
                 slots.push(store.held.slot);
                 generations.push(store.held.generation);
                 crcs.extend_from_slice(&store.crcs);
@@ -174,8 +206,16 @@ impl World {
                 jobs.push(store.job);
             }
         }
-        self.procs[p].stores.retain(|s| !s.committed || s.done < s.bytes.len());
-        let ask = Ask::Commit { namespace, group, slots, generations, crcs };
+        self.procs[p]
+            .stores
+            .retain(|s| !s.committed || s.done < s.bytes.len());
+        let ask = Ask::Commit {
+            namespace,
+            group,
+            slots,
+            generations,
+            crcs,
+        };
         if self.send(p, ask, Pending::Other) {
             self.counters.add_n("parts committed", jobs.len() as u64);
         }
@@ -190,7 +230,9 @@ impl World {
 
     fn abort_one(&mut self, p: usize) {
         let at = self.rng.below(self.procs[p].stores.len());
-        if self.procs[p].stores[at].token != self.procs[p].token || self.procs[p].stores[at].committed {
+        if self.procs[p].stores[at].token != self.procs[p].token
+            || self.procs[p].stores[at].committed
+        {
             return;
         }
         let store = self.procs[p].stores.remove(at);

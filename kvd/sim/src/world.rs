@@ -39,6 +39,8 @@ pub(crate) struct World {
     pub(crate) versions: u64,
     /// Reservations (by seed) whose reply no scheduler has read.
     pub(crate) untold: BTreeSet<u64>,
+    /// Whose each session is, of this daemon and former ones.
+    pub(crate) owners: BTreeMap<u64, usize>,
     /// Deaths that the node has not heard of: when it will, and the session.
     pub(crate) deaths: Vec<(u64, u64)>,
     /// No more faults, no more new work.
@@ -68,6 +70,7 @@ impl World {
             next_job: 0,
             versions: 0,
             untold: BTreeSet::new(),
+            owners: BTreeMap::new(),
             deaths: Vec::new(),
             quiet: false,
             config,
@@ -104,7 +107,8 @@ impl World {
             self.tick_if_due()?;
         }
         if self.step.is_multiple_of(64) {
-            self.conns.retain(|_, conn| conn.client_open || conn.daemon_open);
+            self.conns
+                .retain(|_, conn| conn.client_open || conn.daemon_open);
             self.respawn();
         }
         Ok(())
@@ -112,15 +116,24 @@ impl World {
 
     /// Keeps the number of living engines up.
     fn respawn(&mut self) {
-        let alive = self.instances.iter().filter(|i| i.procs.iter().any(|p| self.procs[*p].alive));
+        let alive = self
+            .instances
+            .iter()
+            .filter(|i| i.procs.iter().any(|p| self.procs[*p].alive));
         if alive.count() < self.config.instances && !self.quiet {
             self.spawn_instance();
         }
     }
 
     pub(crate) fn serve_some(&mut self) -> Check {
-        let work = |conn: &Conn| conn.daemon_open && (!conn.to_daemon.is_empty() || !conn.client_open);
-        let ready: Vec<u64> = self.conns.iter().filter(|(_, conn)| work(conn)).map(|(at, _)| *at).collect();
+        let work =
+            |conn: &Conn| conn.daemon_open && (!conn.to_daemon.is_empty() || !conn.client_open);
+        let ready: Vec<u64> = self
+            .conns
+            .iter()
+            .filter(|(_, conn)| work(conn))
+            .map(|(at, _)| *at)
+            .collect();
         if ready.is_empty() {
             return Ok(());
         }
@@ -153,14 +166,18 @@ impl World {
     }
 
     fn some_proc(&mut self) -> Option<usize> {
-        let alive: Vec<usize> = (0..self.procs.len()).filter(|p| self.procs[*p].alive).collect();
+        let alive: Vec<usize> = (0..self.procs.len())
+            .filter(|p| self.procs[*p].alive)
+            .collect();
         (!alive.is_empty()).then(|| *self.rng.pick(&alive))
     }
 
     /// A fault, perhaps.
     fn strike(&mut self) -> Check {
         let fault = *self.rng.pick(&Fault::ALL);
-        let Some(p) = self.some_proc().filter(|_| self.config.faults.has(fault)) else { return Ok(()) };
+        let Some(p) = self.some_proc().filter(|_| self.config.faults.has(fault)) else {
+            return Ok(());
+        };
         match fault {
             Fault::Death if self.rng.one_in(6) => self.death(p),
             Fault::Stall if self.rng.one_in(2) => {
@@ -169,7 +186,7 @@ impl World {
                 self.event("stalls", [p as u64, us, 0]);
                 self.counters.add("stalls");
             }
-            Fault::Detach if self.rng.one_in(3) && self.procs[p].conn.is_some() => {
+            Fault::Detach if self.rng.one_in(2) && self.procs[p].conn.is_some() => {
                 self.counters.add("detaches");
                 self.hang_up(p);
             }
@@ -182,7 +199,7 @@ impl World {
                     self.arenas.light_fuse(writes);
                 }
             }
-            Fault::Jump => {
+            Fault::Jump if self.rng.one_in(5) => {
                 let us = self.rng.spread(1_000, 1_000_000);
                 self.clock.advance(us);
                 self.event("jump", [us, 0, 0]);
@@ -215,14 +232,13 @@ impl World {
         }
         self.event("dies", [p as u64, 0, 0]);
         self.counters.add("deaths");
-        if self.options.plant != Some(Plant::NoDeath) {
-            let tokens = self.procs[p].sessions.clone();
-            for token in tokens {
-                let due = self.clock.us() + self.rng.spread(1, 300_000);
-                self.deaths.push((due, token));
-            }
+        for token in self.procs[p].sessions.clone() {
+            self.notify_death(token);
         }
-        if self.options.plant == Some(Plant::EarlyDeath) && !self.quiet && !self.procs[p].stores.is_empty() {
+        if self.options.plant == Some(Plant::EarlyDeath)
+            && !self.quiet
+            && !self.procs[p].stores.is_empty()
+        {
             return;
         }
         let conn = self.procs[p].conn.take();
@@ -231,6 +247,14 @@ impl World {
             conn.to_client.clear();
         }
         self.bury(p);
+    }
+
+    /// The node will hear that the process of this session is dead.
+    pub(crate) fn notify_death(&mut self, token: u64) {
+        if self.options.plant != Some(Plant::NoDeath) {
+            let due = self.clock.us() + self.rng.spread(1, 300_000);
+            self.deaths.push((due, token));
+        }
     }
 
     fn bury(&mut self, p: usize) {
@@ -260,7 +284,9 @@ impl World {
 
     fn flip(&mut self) {
         let tenant = self.rng.below(self.config.limits.len());
-        let Some(mapping) = self.model.tenants[tenant].mapping.clone() else { return };
+        let Some(mapping) = self.model.tenants[tenant].mapping.clone() else {
+            return;
+        };
         let held = &self.model.tenants[tenant].residents;
         let at = self.rng.below(held.len());
         let offset = match held.values().nth(at) {

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
+PLAIN = ("auto", "bfloat16", "float16", "float32")
+"""KV dtypes without scales."""
+
+
 class Refusal(Exception):
     """Why this worker neither stores nor loads."""
 
@@ -227,9 +231,7 @@ def _version() -> str:
 
 def _scales(vllm_config: VllmConfig, names: list[str]) -> str:
     """The KV scales of each layer, as text; empty where the KV cache is not quantised."""
-    from vllm.utils.torch_utils import is_quantized_kv_cache
-
-    if not is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
+    if str(vllm_config.cache_config.cache_dtype) in PLAIN:
         return ""
     lines = []
     for name in names:

@@ -33,8 +33,8 @@ class Config:
     """How long a request may wait for another request's load of the same blocks."""
     hold_deadline_ms: int = 1000
     """How long the blocks of a finished request may be held until their slots are there."""
-    load_deadline_ms: int = 5000
-    """How long a load may take before the rest of it is recomputed."""
+    load_deadline_ms: int = 2000
+    """How long the daemon may take to begin or to go on with a load before the rest of it is recomputed."""
     lease_ms: int = 10_000
     """How long the daemon keeps for a waiting request what its lookup found."""
     copy_threads: int = 2

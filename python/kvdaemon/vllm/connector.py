@@ -26,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from kvdaemon import identity
+from kvdaemon._calm import calm_threads
 from kvdaemon._native import KvCache, SchedulerHalf, WorkerHalf, digest
 from kvdaemon.vllm import caches, canary
 from kvdaemon.vllm.config import Config
@@ -115,7 +116,12 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         self._block_tokens = spec.block_size
         hash_tokens = getattr(self._kv_cache_config, "hash_block_size", None) or self._block_tokens
         self._ratio = self._block_tokens // hash_tokens
-        self._scheduler = SchedulerHalf(
+        with calm_threads():
+            self._scheduler = self._scheduler_half(config, vllm_config)
+        self._finder.start("kvd-identity", self._find_facts)
+
+    def _scheduler_half(self, config: Config, vllm_config: VllmConfig) -> SchedulerHalf:
+        return SchedulerHalf(
             config.socket_path,
             _instance(vllm_config),
             self._label(),
@@ -129,15 +135,20 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             max_in_flight=config.max_in_flight,
             drop_last=self._drops_last(),
         )
-        self._finder.start("kvd-identity", self._find_facts)
 
     def _label(self) -> str:
         return self._config.label or str(self._vllm_config.model_config.model)
 
     def _drops_last(self) -> bool:
+        """Whether the last block of a hit depends on the token after it: drafters with KV of their own read one ahead, and
+        hashes that cover that token (0.33) make up for it."""
+        if getattr(self._vllm_config, "num_hash_lookahead_tokens", 0):
+            return False
         speculative = getattr(self._vllm_config, "speculative_config", None)
-        use_eagle = getattr(speculative, "use_eagle", None)
-        return bool(use_eagle and use_eagle())
+        for name in ("use_eagle_block_drop", "use_eagle"):
+            if (ask := getattr(speculative, name, None)) is not None:
+                return bool(ask())
+        return False
 
     def _find_facts(self) -> None:
         vllm_config, half = self._vllm_config, self._scheduler
@@ -230,7 +241,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         began = time.perf_counter_ns()
         half = self._scheduler
         if half is not None:
-            external = num_external_tokens // self._block_tokens
+            external = -(-num_external_tokens // self._block_tokens)
             ids = blocks.get_block_ids()[0] if external else []
             half.allocated(request.request_id, external, ids)
         self._took("update_state_after_alloc", began)
@@ -270,7 +281,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         if full > first:
             ids = self._block_ids(output, name)
             full = min(full, len(ids))
-            half.capture(name, self._hashes(request, first, full), ids[first:full])
+            half.capture(name, self._hashes(request, max(first - 1, 0), full), ids[first:full])
 
     def _full(self, request: Request, computed: int) -> int:
         """Blocks whose KV is computed and final. The last token does not count: its KV may not be computed (async
@@ -316,7 +327,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             if first < 0:
                 hold = half.finished(name, b"", [])
             else:
-                hold = half.finished(name, self._hashes(request, first, full), ids[first:full])
+                hold = half.finished(name, self._hashes(request, max(first - 1, 0), full), ids[first:full])
         self._took("request_finished", began)
         return hold, None
 
@@ -395,11 +406,18 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         self._start_worker(share, cache, refusal)
 
     def _start_worker(self, share: caches.Share | None, cache: KvCache | None, refusal: str) -> None:
-        config, vllm_config = self._config, self._vllm_config
+        config = self._config
         rank, stage = self._rank()
         if self._worker is not None:
             self._worker.close()
-        self._worker = WorkerHalf(
+        with calm_threads():
+            self._worker = self._worker_half(config, share, cache, refusal, rank, stage)
+
+    def _worker_half(
+        self, config: Config, share: caches.Share | None, cache: KvCache | None, refusal: str, rank: int, stage: int
+    ) -> WorkerHalf:
+        vllm_config = self._vllm_config
+        return WorkerHalf(
             config.socket_path,
             _instance(vllm_config),
             f"{self._label()} rank {rank}",
@@ -496,15 +514,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         return None if report is None else KvdWorkerMeta([report])
 
     def unregister_kv_caches(self) -> None:
-        """The KV cache is about to be unmapped (sleep)."""
+        """The KV cache is about to be unmapped (sleep). It comes back at the same addresses, so nothing else is needed."""
         if self._worker is not None:
-            self._worker.close()
-            self._worker = None
-
-    def restore_kv_caches(self, kv_caches: dict[str, torch.Tensor] | None = None) -> None:
-        """The KV cache is back."""
-        if kv_caches is not None:
-            self.register_kv_caches(kv_caches)
+            self._worker.wait_idle()
 
     # --- both -----------------------------------------------------------------------------------------------------------
 

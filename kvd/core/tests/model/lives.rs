@@ -4,7 +4,7 @@ use kvd_core::*;
 
 use crate::common::*;
 use crate::engines::{ENGINES, Process};
-use crate::model::{Live, Model};
+use crate::model::Model;
 
 impl Model {
     pub(crate) fn detach(&mut self, process: usize) {

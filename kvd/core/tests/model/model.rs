@@ -378,24 +378,19 @@ impl Model {
         own.for_each(|claim| claim.told = true);
     }
 
-    /// Parts that a process (attached or not) may write now.
+    /// Parts that a process (attached or not) has to write.
     pub(crate) fn writable(&self, process: usize) -> Vec<(usize, usize)> {
-        let Some(session) = self.live[process].session else {
-            return Vec::new();
-        };
+        let sessions: Vec<u64> = self.live[process].session.into_iter().collect();
+        self.parts_of(&sessions)
+    }
+
+    /// Parts of blocks that workers know of, which one of these sessions may be writing.
+    fn parts_of(&self, sessions: &[u64]) -> Vec<(usize, usize)> {
         let mut found = Vec::new();
-        for (at, claim) in self
-            .claims
-            .iter()
-            .enumerate()
-            .filter(|(_, claim)| claim.told)
-        {
-            let parts = claim
-                .writers
-                .iter()
-                .enumerate()
-                .filter(|(_, w)| **w == Some(session));
-            found.extend(parts.map(|(part, _)| (at, part)));
+        for (at, claim) in self.claims.iter().enumerate() {
+            let parts = claim.writers.iter().enumerate();
+            let own = parts.filter(|(_, w)| claim.told && w.is_some_and(|w| sessions.contains(&w)));
+            found.extend(own.map(|(part, _)| (at, part)));
         }
         found
     }
@@ -420,9 +415,11 @@ impl Model {
         }
     }
 
-    /// A copy under way, also by a process whose socket is closed.
+    /// A copy under way, also by a process whose socket is closed, or that has not fenced an earlier one.
     pub(crate) fn scribble(&mut self, process: usize, pick: usize) {
-        let parts = self.writable(process);
+        let live = &self.live[process];
+        let sessions: Vec<u64> = live.session.iter().chain(&live.pasts).copied().collect();
+        let parts = self.parts_of(&sessions);
         if let Some((claim, part)) = parts.get(pick % parts.len().max(1)) {
             self.write(*claim, *part, false);
         }

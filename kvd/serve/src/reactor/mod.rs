@@ -23,11 +23,11 @@ use rustix::event::{Timespec, epoll};
 use crate::config::ServeConfig;
 use crate::connection::{Connection, Stage};
 use crate::doorbell::Door;
+use crate::given::Given;
 use crate::listen::Listener;
 use crate::message::Message;
 use crate::metrics::{KINDS, Latency};
 use crate::report::Reporter;
-use crate::server::given_file;
 use crate::stream::{Outbox, Received, receive};
 
 /// How often deadlines of connections are looked at while there are any.
@@ -82,8 +82,8 @@ pub(crate) struct Reactor {
     pub(crate) refused: u64,
     pub(crate) broken: u64,
     buffer_bytes: usize,
-    /// By tenant: whether the next daemon has been told that clients have the arena.
-    pub(crate) word_left: Vec<bool>,
+    /// By tenant: the arena that clients have, from this daemon or the one before.
+    pub(crate) given: Vec<Option<Given>>,
 }
 
 /// What a reactor is made of.
@@ -95,6 +95,8 @@ pub(crate) struct Parts {
     pub(crate) ready: Arc<AtomicBool>,
     pub(crate) signals: SignalFd,
     pub(crate) listeners: Vec<Listener>,
+    /// By tenant: the arena that the daemon before this one gave to clients.
+    pub(crate) given: Vec<Option<Given>>,
 }
 
 impl Reactor {
@@ -112,13 +114,6 @@ impl Reactor {
         for (number, listener) in parts.listeners.iter().enumerate() {
             add(listener, LISTENER | number as u64)?;
         }
-        // A word that the daemon before this one left holds on for as long as this one has its clients.
-        let word_left = parts
-            .config
-            .tenants
-            .iter()
-            .map(|t| given_file(&t.socket).exists())
-            .collect();
         add(&parts.door, DOOR)?;
         add(&parts.signals, SIGNAL)?;
         Ok(Self {
@@ -146,7 +141,7 @@ impl Reactor {
             refused: 0,
             broken: 0,
             buffer_bytes: 0,
-            word_left,
+            given: parts.given,
         })
     }
 
@@ -253,6 +248,11 @@ impl Reactor {
             self.keep(connection);
         }
         self.care_at = more.then_some(Now(now.0 + CARE_US));
+    }
+
+    /// Something has changed that others wait for: looks at them in this turn.
+    pub(crate) fn care_now(&mut self) {
+        self.care_at = Some(self.node.now());
     }
 
     /// From now on there is something to look at by the clock.

@@ -1,0 +1,26 @@
+//! What the simulator's tests share: fresh seeds, and how a failure is shown.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+
+use kvd_sim::{Failure, shrink};
+
+/// True in long runs.
+pub(crate) fn soak() -> bool {
+    std::env::var("KVD_TEST_SOAK").is_ok_and(|v| v == "1")
+}
+
+/// A seed to begin with: `KVD_SIM_SEED`, else one that nobody has had.
+pub(crate) fn fresh_seed() -> u64 {
+    match std::env::var("KVD_SIM_SEED") {
+        Ok(text) => text.parse().expect("KVD_SIM_SEED is a number"),
+        Err(_) => RandomState::new().build_hasher().finish() >> 16,
+    }
+}
+
+/// Looks for a smaller run that fails alike, and fails the test with it.
+pub(crate) fn fail(failure: Box<Failure>) -> ! {
+    let first = failure.to_string();
+    let small = shrink(failure, 60);
+    panic!("{first}\nthe smallest run found that fails alike:\n{small}");
+}
