@@ -49,6 +49,9 @@ pub fn assemble(hellos: &[RankHello]) -> Result<Fleet, String> {
                 hello.rank, hello.world
             ));
         }
+        if hello.machine != first.machine {
+            return Err("workers on several machines are not supported yet".to_owned());
+        }
         if hello.encoding != first.encoding {
             return Err(format!(
                 "workers encode KV differently: '{}' and '{}'",
@@ -247,6 +250,7 @@ pub(crate) mod tests {
             refusal: String::new(),
             encoding: "test".into(),
             scales: String::new(),
+            machine: "here".into(),
             groups: vec![RankGroup {
                 group: 0,
                 kind: "full".into(),
@@ -318,6 +322,10 @@ pub(crate) mod tests {
             hello(1, 2, 0, 0, 2, (1, 1, 2)),
         ];
         other[1].encoding = "amx".into();
+        assert!(assemble(&other).is_err());
+        other[1].encoding = "test".into();
+        assert!(assemble(&other).is_ok());
+        other[1].machine = "there".into();
         assert!(assemble(&other).is_err());
     }
 }

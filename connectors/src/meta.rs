@@ -50,6 +50,9 @@ pub struct StepMeta {
     /// Namespaces that nobody stores to or loads from any more.
     #[prost(uint32, repeated, tag = "7")]
     pub retired: Vec<u32>,
+    /// Report your connection, whether or not it has changed: the scheduler half has another one.
+    #[prost(bool, tag = "8")]
+    pub report: bool,
 }
 
 /// A namespace, and how this engine instance cuts its blocks.
@@ -192,6 +195,9 @@ pub struct RankHello {
     /// One a KV-cache group.
     #[prost(message, repeated, tag = "8")]
     pub groups: Vec<RankGroup>,
+    /// The machine it runs on: ranks on several share no daemon.
+    #[prost(string, tag = "9")]
+    pub machine: String,
 }
 
 /// A rank's share of one group.
@@ -274,6 +280,7 @@ impl StepMeta {
             && self.finish.is_empty()
             && self.preempted.is_empty()
             && self.retired.is_empty()
+            && !self.report
     }
 }
 

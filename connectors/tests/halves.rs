@@ -2,6 +2,10 @@
 //! here. One rank unless a test says otherwise, and blocks of the client's test support.
 
 #[path = "../../kvd/client/tests/common/blocks.rs"]
+#[allow(
+    dead_code,
+    reason = "the client's test support; a part of it is used here"
+)]
 mod blocks;
 #[path = "../../kvd/client/tests/common/mod.rs"]
 mod common;
@@ -43,6 +47,7 @@ fn hello(rank: u32, world: u32) -> RankHello {
         refusal: String::new(),
         encoding: "test".into(),
         scales: String::new(),
+        machine: String::new(),
         groups: vec![RankGroup {
             group: 0,
             kind: "full".into(),

@@ -105,6 +105,7 @@ class WorkerHalf:
         rank: int,
         world: int,
         stage: int,
+        machine: str,
         encoding: str,
         scales: str,
         refusal: str,

@@ -31,6 +31,9 @@ pub(crate) fn instance_id(py: Python<'_>, bytes: &[u8]) -> PyResult<[u8; 16]> {
         .map_err(|_| invalid(py, "an instance id has 16 bytes"))
 }
 
+/// Blocks wanted (position in the ids, first block), orders if none are, whether there are notices.
+type Step<'py> = (Vec<(usize, u32)>, Option<Bound<'py, PyBytes>>, bool);
+
 fn strings(list: &[PyBackedStr]) -> Vec<&str> {
     list.iter().map(|text| -> &str { text }).collect()
 }
@@ -149,7 +152,7 @@ impl SchedulerHalf {
         preempted: Vec<PyBackedStr>,
         ids: &Bound<'py, PyList>,
         computed: Vec<u32>,
-    ) -> PyResult<(Vec<(usize, u32)>, Option<Bound<'py, PyBytes>>, bool)> {
+    ) -> PyResult<Step<'py>> {
         let ids: Vec<PyBackedStr> = ids.extract()?;
         let done = self.with(|half| {
             let now = now_us();

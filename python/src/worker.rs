@@ -38,7 +38,7 @@ impl WorkerHalf {
 impl WorkerHalf {
     /// A worker half whose link connects in the background. Without a cache it only reports why (`refusal`).
     #[new]
-    #[pyo3(signature = (socket, instance, label, *, rank, world, stage, encoding, scales, refusal, cache, kind, layer_names,
+    #[pyo3(signature = (socket, instance, label, *, rank, world, stage, machine, encoding, scales, refusal, cache, kind, layer_names,
                         head_first, heads, heads_total, block_tokens, page_tokens, cell_bytes, copy_threads=2,
                         load_deadline_ms=2000))]
     #[allow(
@@ -53,6 +53,7 @@ impl WorkerHalf {
         rank: u32,
         world: u32,
         stage: u32,
+        machine: String,
         encoding: String,
         scales: String,
         refusal: String,
@@ -74,6 +75,7 @@ impl WorkerHalf {
             world,
             stage,
             refusal,
+            machine,
             encoding,
             scales,
             groups: vec![RankGroup {

@@ -19,6 +19,13 @@ pub(crate) struct ActiveLoad {
     failed: Option<u32>,
 }
 
+impl ActiveLoad {
+    /// Its lookup lease is gone with the session that gave it.
+    pub(crate) fn forget_lease(&mut self) {
+        self.lease = 0;
+    }
+}
+
 impl<P: Port> Scheduler<P> {
     /// The engine has allocated blocks for a request: `external` of them, beyond those that it has, are to be loaded. `blocks`
     /// are all of the request's. Called with 0 when there is nothing (more) to load.
@@ -117,7 +124,7 @@ impl<P: Port> Scheduler<P> {
     }
 
     /// Every rank has said that its copies into the request's blocks are over.
-    pub(crate) fn load_over(&mut self, now: u64, id: &str) {
+    pub(crate) fn load_over(&mut self, id: &str) {
         let Some(at) = self.loads.iter().position(|load| load.request == id) else {
             return;
         };
@@ -126,7 +133,7 @@ impl<P: Port> Scheduler<P> {
         if load.failed.is_some() {
             self.counters.load_failures += 1;
             // Others may have been promised the same blocks.
-            self.believe_from = now + 1;
+            self.belief += 1;
         }
         if let Some(request) = self.requests.get_mut(id) {
             request.loading = false;

@@ -71,6 +71,7 @@ impl<P: Port> Scheduler<P> {
                     at: now,
                     hashes: hashes.to_vec(),
                     namespace: index,
+                    belief: self.belief,
                 }
             }
             Err(_) => {
@@ -146,7 +147,7 @@ impl<P: Port> Scheduler<P> {
     fn answer_from(&mut self, now: u64, id: &str, computed: u32, index: u32) -> Match {
         self.poll_lookup(now, id);
         let lease_us = u64::from(self.settings.lease_ms) * 1000;
-        let believe_from = self.believe_from;
+        let belief_now = self.belief;
         let Some(request) = self.requests.get_mut(id) else {
             return Match::Blocks(0);
         };
@@ -166,10 +167,11 @@ impl<P: Port> Scheduler<P> {
                 present,
                 at,
                 namespace,
+                belief,
                 ..
             } => {
                 let fresh = *namespace == index
-                    && *at >= believe_from
+                    && *belief == belief_now
                     && (*present <= computed || now.saturating_sub(*at) < lease_us * 3 / 4);
                 if !fresh {
                     self.give_back_lease(id);
@@ -224,7 +226,10 @@ impl<P: Port> Scheduler<P> {
         };
         let asked = std::mem::replace(&mut request.lookup, Lookup::Settled);
         let Lookup::Asked {
-            hashes, namespace, ..
+            hashes,
+            namespace,
+            belief,
+            ..
         } = asked
         else {
             return;
@@ -239,6 +244,7 @@ impl<P: Port> Scheduler<P> {
                     lease: reply.lease,
                     hashes,
                     namespace,
+                    belief,
                 };
                 self.daemon_spoke();
             }

@@ -104,9 +104,10 @@ pub struct Scheduler<P: Port> {
     no_room_until: u64,
     /// Since when (us) the daemon leaves lookups unanswered; while set, requests don't wait for it.
     silent_since: Option<u64>,
-    /// Answers from before this time (us) are not believed any more.
-    believe_from: u64,
+    /// Answers to lookups that were sent while this was another number are not believed any more.
+    belief: u64,
     was_connected: Option<bool>,
+    port_epoch: u64,
     meta: StepMeta,
     pending_loads: Vec<LoadOrder>,
     counters: Counters,
@@ -118,7 +119,6 @@ impl<P: Port> Scheduler<P> {
     pub fn new(settings: Settings, port: P) -> Self {
         let world = settings.world.max(1) as usize;
         Scheduler {
-            port,
             namespaces: Namespaces::new(),
             hellos: vec![None; world],
             ranks: vec![RankState::default(); world],
@@ -130,13 +130,15 @@ impl<P: Port> Scheduler<P> {
             in_flight: 0,
             no_room_until: 0,
             silent_since: None,
-            believe_from: 0,
+            belief: 0,
             was_connected: None,
+            port_epoch: port.epoch(),
             meta: StepMeta::default(),
             pending_loads: Vec::new(),
             counters: Counters::default(),
             notices: Notices::default(),
             settings,
+            port,
         }
     }
 
@@ -256,7 +258,7 @@ impl<P: Port> Scheduler<P> {
         }
         self.loads_failed(invalid);
         for id in received {
-            self.load_over(now, id);
+            self.load_over(id);
         }
         for id in sent {
             if self
@@ -321,6 +323,11 @@ impl<P: Port> Scheduler<P> {
     }
 
     fn note_connection(&mut self) {
+        let epoch = self.port.epoch();
+        if epoch != self.port_epoch {
+            self.port_epoch = epoch;
+            self.other_session();
+        }
         let connected = self.port.connected();
         let first = self.was_connected.is_none();
         if self.was_connected == Some(connected) {
@@ -338,6 +345,22 @@ impl<P: Port> Scheduler<P> {
                 .notices
                 .warn("the daemon is gone; the engine goes on without and tries again by itself"),
         }
+    }
+
+    /// Another session, perhaps with another daemon: what the old one promised is void, and what the ranks said of their
+    /// connections is old.
+    fn other_session(&mut self) {
+        self.belief += 1;
+        for request in self.requests.values_mut() {
+            request.forget_lease();
+        }
+        for load in &mut self.loads {
+            load.forget_lease();
+        }
+        for rank in &mut self.ranks {
+            rank.epoch = 0;
+        }
+        self.meta.report = true;
     }
 
     /// The request has lost its blocks: what was asked for them is given up. Workers are told to finish their copies.

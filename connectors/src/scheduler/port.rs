@@ -62,6 +62,9 @@ pub trait Port {
 
     /// Whether there is a session now.
     fn connected(&self) -> bool;
+
+    /// Counts sessions.
+    fn epoch(&self) -> u64;
 }
 
 impl From<kvd_client::Error> for Fault {
@@ -108,5 +111,9 @@ impl Port for Link {
 
     fn connected(&self) -> bool {
         Link::connected(self)
+    }
+
+    fn epoch(&self) -> u64 {
+        Link::epoch(self)
     }
 }

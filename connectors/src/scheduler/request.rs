@@ -69,6 +69,8 @@ pub(crate) enum Lookup<T> {
         at: u64,
         hashes: Vec<u8>,
         namespace: u32,
+        /// Counts what has made earlier answers void.
+        belief: u64,
     },
     /// Answered: the first `present` blocks can be loaded.
     Answered {
@@ -77,6 +79,7 @@ pub(crate) enum Lookup<T> {
         lease: u64,
         hashes: Vec<u8>,
         namespace: u32,
+        belief: u64,
     },
     /// Nothing will be loaded, and nobody is asked again before the request restarts.
     Settled,
@@ -172,6 +175,13 @@ impl<T> Request<T> {
         self.next = 0;
         self.tail = Blocks::default();
         self.reservations.clear();
+    }
+
+    /// What its lookup found is not kept for it any more.
+    pub(crate) fn forget_lease(&mut self) {
+        if let Lookup::Answered { lease, .. } = &mut self.lookup {
+            *lease = 0;
+        }
     }
 
     /// Whether its blocks may be stored in this weights epoch.

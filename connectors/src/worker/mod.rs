@@ -60,7 +60,8 @@ pub struct Worker {
     clock: Clock,
     hello: RankHello,
     told_hello: bool,
-    told_state: (u64, Vec<u32>),
+    /// Connection and registered namespaces, as last reported.
+    told_state: Option<(u64, Vec<u32>)>,
     pages: Option<Pages>,
     namespaces: HashMap<u32, Arc<Joined>>,
     shared: Arc<Shared>,
@@ -91,7 +92,7 @@ impl Worker {
             clock,
             hello,
             told_hello: false,
-            told_state: (0, Vec::new()),
+            told_state: Some((0, Vec::new())),
             pages,
             namespaces: HashMap::new(),
             shared,
@@ -128,6 +129,9 @@ impl Worker {
         }
         for order in &meta.stores {
             self.shared.open_store(&order.request);
+        }
+        if meta.report {
+            self.told_state = None;
         }
         for _ in &meta.loads {
             self.shared.open_load();
@@ -230,7 +234,8 @@ impl Worker {
         self.shared.poll_commits(&self.link);
         let state = self.state();
         let done = self.shared.take_done();
-        if self.told_hello && done.is_empty() && state == self.told_state {
+        let same = self.told_state.as_ref() == Some(&state);
+        if self.told_hello && done.is_empty() && same {
             return None;
         }
         let report = RankReport {
@@ -243,7 +248,7 @@ impl Worker {
             counters: self.shared.counters().values(),
         };
         self.told_hello = true;
-        self.told_state = state;
+        self.told_state = Some(state);
         Some(report.encode_to_vec())
     }
 

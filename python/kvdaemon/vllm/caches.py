@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,6 +209,14 @@ def _encoding(vllm_config: VllmConfig, names: list[str], page_tokens: int) -> st
     if backend == "FLASH_ATTN":
         return "kv:1:k|v"
     return f"opaque:{backend}:vllm={_version()}:{_machine()}:page={page_tokens}"
+
+
+def machine_id() -> str:
+    """Names this boot of this machine: workers with different ones share no daemon."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 def _vectors() -> str:

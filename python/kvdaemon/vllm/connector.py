@@ -103,6 +103,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         self._finder = identity.Finder(logger.warning)
         self._refusal = caches.refuse_config(vllm_config, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
+            if getattr(self._kv_transfer_config, "kv_load_failure_policy", "fail") == "fail":
+                logger.warning(
+                    "kvd: kv_load_failure_policy is 'fail', so a request whose blocks can't be loaded ends with an error; set it "
+                    "to 'recompute' (with a MultiConnector: on the MultiConnector)"
+                )
             if self._refusal is not None:
                 logger.warning("kvd: KV blocks are neither stored nor loaded: %s", self._refusal)
             else:
@@ -424,6 +429,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             rank=rank,
             world=_world(vllm_config),
             stage=stage,
+            machine=caches.machine_id(),
             encoding=share.encoding if share else "",
             scales=share.scales if share else "",
             refusal=refusal,

@@ -102,14 +102,26 @@ impl Eviction for S3Fifo {
     ) -> Option<u32> {
         let total = self.small.len() + self.main.len();
         // An entry is looked at four times at most before its uses are gone, then the scan's limit counts what is kept.
+        // What must be kept goes to the front of its queue: a queue of which everything was kept has nothing left to give.
+        let (mut kept_small, mut kept_main) = (0, 0);
         for _ in 0..total.saturating_mul(5).min(SCAN) {
-            let small = self.small.len() > total / SMALL_SHARE || self.main.len() == 0;
+            let left_small = self.small.len().saturating_sub(kept_small);
+            let left_main = self.main.len().saturating_sub(kept_main);
+            if left_small == 0 && left_main == 0 {
+                return None;
+            }
+            let small = left_main == 0 || left_small > total / SMALL_SHARE;
             let id = if small {
                 self.small.back()?
             } else {
                 self.main.back()?
             };
             let kept = keep(&entries.hot[id]);
+            if small {
+                kept_small += u32::from(kept);
+            } else {
+                kept_main += u32::from(kept);
+            }
             if let Some(victim) = self.judge(entries, kept, id) {
                 if small {
                     self.ghost.add(&entries.hot[victim].hash, total);

@@ -194,3 +194,31 @@ fn hit_ratios_on_a_skewed_trace_are_sane() {
     assert!(ratio(EvictionPolicy::Lru, 4000) > lru);
     assert!(ratio(EvictionPolicy::S3Fifo, 4000) > s3);
 }
+
+#[test]
+fn a_queue_of_which_everything_is_pinned_does_not_hide_the_other() {
+    for pin_small in [true, false] {
+        let mut cache = Cache::new(EvictionPolicy::S3Fifo);
+        let used: Vec<u32> = (0..20).map(|n| cache.add(n, None)).collect();
+        used.iter().for_each(|id| cache.touch(*id));
+        cache.add(20, None);
+        assert!(cache.evict().is_some(), "the used ones go to main");
+        let fresh: Vec<u32> = (100..103).map(|n| cache.add(n, None)).collect();
+        let in_main = |cache: &Cache, id: &u32| cache.index.entries.hot[*id].list == 2;
+        let main: Vec<u32> = used.into_iter().filter(|id| in_main(&cache, id)).collect();
+        assert!(!main.is_empty());
+        assert!(!fresh.iter().any(|id| in_main(&cache, id)));
+        let (pinned, free) = if pin_small {
+            (&fresh, &main)
+        } else {
+            (&main, &fresh)
+        };
+        pinned
+            .iter()
+            .for_each(|id| cache.index.entries.hot[*id].pins = 1);
+        for _ in 0..free.len() {
+            let gone = cache.evict().expect("the other queue has some");
+            assert!(!pinned.contains(&gone));
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Lookups, loads, and what a request waits for.
+
+use super::*;
+
+#[test]
+fn a_hit_is_loaded_and_its_lease_given_back() {
+    let mut half = ready(1);
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..5), false);
+    assert_eq!(half.matched(1, "a", 1), Match::Wait);
+    half.port().answer(half.port().last(), present(4, 77));
+    assert_eq!(half.matched(2, "a", 1), Match::Blocks(3));
+    half.allocated("a", 3, &[10, 11, 12, 13, 14]);
+    let meta = step(&mut half, 3);
+    assert_eq!(meta.namespaces.len(), 1);
+    assert_eq!(meta.loads.len(), 1);
+    assert_eq!(meta.loads[0].blocks, [11, 12, 13]);
+    assert_eq!(meta.loads[0].hashes, hashes(1, 1..4));
+    half.allocated("a", 0, &[]);
+    assert_eq!(half.port().count(is_release), 0);
+    half.on_output(4, &[], &["a"], &[], &[]).unwrap();
+    assert_eq!(half.port().count(is_release), 1);
+    assert!(
+        half.begin_step(5, &[], &["a"], &[16]).is_empty(),
+        "what was loaded is not stored"
+    );
+    assert_eq!(half.begin_step(5, &[], &["a"], &[20]), [(0, 4)]);
+    assert!(!half.finished(6, "a", &[], &[]));
+    assert_eq!(half.load_and_hold(), (0, 0, 0));
+}
+
+#[test]
+fn no_answer_in_time_is_absent_and_a_silent_daemon_is_not_waited_for() {
+    let mut half = ready(1);
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..2), false);
+    assert_eq!(half.matched(19_999, "a", 0), Match::Wait);
+    assert_eq!(half.matched(20_000, "a", 0), Match::Blocks(0));
+    assert_eq!(half.matched(20_001, "a", 0), Match::Blocks(0));
+    half.on_new_request(20_002, "b", Adapter::Base, &hashes(2, 0..2), false);
+    assert_eq!(
+        half.matched(20_003, "b", 0),
+        Match::Blocks(0),
+        "no lookup, no wait"
+    );
+    assert_eq!(half.port().count(is_lookup), 1);
+    half.on_new_request(1_100_000, "c", Adapter::Base, &hashes(3, 0..2), false);
+    assert_eq!(half.port().count(is_lookup), 2, "probed after a while");
+    half.port().answer(half.port().last(), present(2, 0));
+    assert_eq!(half.matched(1_100_001, "c", 0), Match::Blocks(2));
+    half.on_new_request(1_100_002, "d", Adapter::Base, &hashes(4, 0..2), false);
+    assert_eq!(half.port().count(is_lookup), 3, "the daemon speaks again");
+    assert_eq!(half.counters().lookup_timeouts, 1);
+}
+
+#[test]
+fn without_a_daemon_nothing_waits_and_nothing_is_held() {
+    let mut half = ready(1);
+    half.port().connected.set(false);
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..2), false);
+    assert_eq!(half.matched(1, "a", 0), Match::Blocks(0));
+    assert!(half.begin_step(2, &[], &["a"], &[8]).is_empty());
+    assert_eq!(half.finish_from(3, "a", 2), None);
+    assert!(!half.finished(3, "a", &[], &[]));
+    assert!(!half.has_pending_work());
+}
+
+#[test]
+fn the_second_of_two_waits_for_the_first_ones_load() {
+    let mut half = ready(1);
+    for id in ["a", "b"] {
+        half.on_new_request(0, id, Adapter::Base, &hashes(1, 0..3), false);
+        half.port().answer(half.port().last(), present(3, 1));
+        assert_eq!(half.matched(1, id, 0), Match::Blocks(3));
+    }
+    half.allocated("a", 3, &[1, 2, 3]);
+    assert_eq!(half.matched(2, "b", 0), Match::Wait);
+    assert_eq!(half.matched(3, "b", 0), Match::Wait);
+    step(&mut half, 4);
+    half.on_output(5, &[], &["a"], &[], &[]).unwrap();
+    assert_eq!(
+        half.matched(6, "b", 3),
+        Match::Blocks(0),
+        "the engine has them now"
+    );
+    assert_eq!(half.counters().loads_shared, 1);
+}
+
+#[test]
+fn a_load_of_the_same_blocks_is_not_waited_for_for_ever() {
+    let mut half = ready(1);
+    half.settings.share_deadline = 100;
+    for id in ["a", "b"] {
+        half.on_new_request(0, id, Adapter::Base, &hashes(1, 0..3), false);
+        half.port().answer(half.port().last(), present(3, 1));
+        half.matched(1, id, 0);
+    }
+    half.allocated("a", 3, &[1, 2, 3]);
+    assert_eq!(half.matched(2, "b", 0), Match::Wait);
+    assert_eq!(half.matched(102, "b", 0), Match::Blocks(3));
+}
+
+#[test]
+fn after_a_failed_load_answers_are_asked_again_and_the_rest_is_stored() {
+    let mut half = ready(1);
+    for id in ["a", "b"] {
+        half.on_new_request(0, id, Adapter::Base, &hashes(1, 0..3), false);
+        half.port().answer(half.port().last(), present(3, 1));
+        half.matched(1, id, 0);
+    }
+    half.allocated("a", 3, &[1, 2, 3]);
+    assert_eq!(half.matched(2, "b", 0), Match::Wait);
+    step(&mut half, 3);
+    half.on_output(4, &[], &[], &[2, 3], &[]).unwrap();
+    half.on_output(5, &[], &["a"], &[], &[]).unwrap();
+    assert_eq!(half.counters().load_failures, 1);
+    assert_eq!(
+        half.matched(6, "b", 0),
+        Match::NeedHashes,
+        "what was promised is gone"
+    );
+    assert_eq!(
+        half.matched(6, "a", 0),
+        Match::Blocks(0),
+        "the failed one does not try again"
+    );
+    assert_eq!(half.begin_step(7, &[], &["a"], &[12]), [(0, 1)]);
+}
+
+#[test]
+fn an_old_answer_is_asked_again() {
+    let mut half = ready(1);
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..3), false);
+    half.port().answer(half.port().last(), present(3, 9));
+    assert_eq!(half.matched(1, "a", 0), Match::Blocks(3));
+    assert_eq!(half.matched(9_000_000, "a", 0), Match::NeedHashes);
+    assert_eq!(half.port().count(is_release), 1);
+    half.ask(9_000_001, "a", &hashes(1, 0..3));
+    half.port().answer(half.port().last(), present(2, 0));
+    assert_eq!(half.matched(9_000_002, "a", 0), Match::Blocks(2));
+}
+
+#[test]
+fn a_load_given_to_another_connector_gives_the_lease_back() {
+    let mut half = ready(1);
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..3), false);
+    half.port().answer(half.port().last(), present(3, 9));
+    assert_eq!(half.matched(1, "a", 0), Match::Blocks(3));
+    half.allocated("a", 0, &[1, 2, 3]);
+    assert_eq!(half.port().count(is_release), 1);
+    assert!(step(&mut half, 2).loads.is_empty());
+}
+
+#[test]
+fn an_aborted_load_is_not_held_by_us_but_still_ends() {
+    let mut half = ready(1);
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..3), false);
+    half.port().answer(half.port().last(), present(3, 9));
+    half.matched(1, "a", 0);
+    half.allocated("a", 3, &[1, 2, 3]);
+    step(&mut half, 2);
+    assert_eq!(half.finish_from(3, "a", 3), None);
+    assert!(!half.finished(3, "a", &[], &[]));
+    assert_eq!(half.load_and_hold(), (0, 0, 1));
+    half.on_output(4, &[], &["a"], &[], &[]).unwrap();
+    assert_eq!(half.load_and_hold(), (0, 0, 0));
+    assert_eq!(half.port().count(is_release), 1);
+}
+
+#[test]
+fn another_session_voids_what_the_old_one_promised() {
+    let mut half = ready(1);
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..3), false);
+    half.port().answer(half.port().last(), present(3, 9));
+    assert_eq!(half.matched(1, "a", 0), Match::Blocks(3));
+    half.port().epoch.set(2);
+    half.begin_step(2, &[], &[], &[]);
+    assert!(
+        step(&mut half, 2).report,
+        "the workers shall say what connection they have"
+    );
+    assert_eq!(half.matched(3, "a", 0), Match::NeedHashes);
+    assert_eq!(
+        half.port().count(is_release),
+        0,
+        "that lease is of the old session"
+    );
+    half.on_new_request(4, "b", Adapter::Base, &[], true);
+    half.capture(4, "b", &hashes(2, 0..1), &[1]);
+    assert_eq!(
+        half.port().count(is_reserve),
+        0,
+        "they may not be its writers yet"
+    );
+    report(&mut half, 1, &[0], &[]);
+    half.capture(5, "b", &hashes(2, 0..1), &[1]);
+    assert_eq!(half.port().count(is_reserve), 1);
+}
+
+#[test]
+fn the_first_request_waits_for_the_workers_to_say_what_they_hold() {
+    let fake = Fake::default();
+    fake.connected.set(true);
+    fake.registered.set(true);
+    let settings = Settings {
+        block_tokens: TOKENS,
+        ..Settings::default()
+    };
+    let mut half = Scheduler::new(settings, fake);
+    half.on_new_request(0, "early", Adapter::Base, &hashes(1, 0..2), false);
+    assert_eq!(
+        half.matched(1, "early", 0),
+        Match::Blocks(0),
+        "weights are not known"
+    );
+    half.set_facts(facts(), "i");
+    half.on_new_request(2, "a", Adapter::Base, &hashes(1, 0..2), false);
+    assert_eq!(half.matched(3, "a", 0), Match::Wait);
+    half.on_hello(hello(0, 1, 0, 0, 2, (0, 1, 1)));
+    assert_eq!(half.matched(4, "a", 0), Match::NeedHashes);
+    half.on_new_request(5, "b", Adapter::Base, &[], false);
+}
+
+#[test]
+fn adapters_have_namespaces_of_their_own_once_their_content_is_known() {
+    let mut half = ready(1);
+    let adapter = || Adapter::Named("1:x".into());
+    half.on_new_request(0, "a", adapter(), &hashes(1, 0..2), false);
+    assert_eq!(half.matched(1, "a", 0), Match::Blocks(0));
+    half.set_adapter("1:x", "blake3:22");
+    half.on_new_request(2, "b", adapter(), &hashes(1, 0..2), false);
+    assert_eq!(half.port().count(is_lookup), 1);
+    assert_eq!(half.port().records.borrow().len(), 2);
+    assert!(matches!(&half.port().asked.borrow()[0], Body::Lookup(l) if l.namespace == 11));
+}
+
+#[test]
+fn a_refusing_worker_is_the_end_of_it() {
+    let fake = Fake::default();
+    fake.connected.set(true);
+    let mut half = Scheduler::new(Settings::default(), fake);
+    let mut refused = hello(0, 1, 0, 0, 2, (0, 1, 1));
+    refused.refusal = "no".into();
+    half.on_hello(refused);
+    half.set_facts(facts(), "i");
+    assert_eq!(half.refusal(), Some("no"));
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..2), false);
+    assert_eq!(half.matched(1, "a", 0), Match::Blocks(0));
+    assert!(!half.finished(2, "a", &[], &[]));
+    assert_eq!(half.notices().len(), 1);
+}

@@ -1,0 +1,195 @@
+//! The scheduler half against a scripted daemon: a fake that answers exactly what a test tells it to.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+
+use kvd_client::{GroupLayout, reply, request};
+use kvd_wire::session::{LookupReply, Presence, ReserveReply, ReserveState, Where, request::Body};
+use prost::Message;
+
+mod loads;
+mod stores;
+
+use super::*;
+use crate::fleet::tests::hello;
+use crate::meta::StepMeta;
+
+/// A fake daemon: remembers what it was asked, answers when told.
+#[derive(Default)]
+struct Fake {
+    asked: RefCell<Vec<Body>>,
+    answers: RefCell<HashMap<usize, Result<reply::Body, Fault>>>,
+    registered: Cell<bool>,
+    connected: Cell<bool>,
+    epoch: Cell<u64>,
+    records: RefCell<Vec<Vec<u8>>>,
+}
+
+impl Fake {
+    fn answer(&self, at: usize, body: reply::Body) {
+        self.answers.borrow_mut().insert(at, Ok(body));
+    }
+
+    fn last(&self) -> usize {
+        self.asked.borrow().len() - 1
+    }
+
+    fn count(&self, wanted: fn(&Body) -> bool) -> usize {
+        self.asked
+            .borrow()
+            .iter()
+            .filter(|body| wanted(body))
+            .count()
+    }
+}
+
+impl Port for Fake {
+    type Ticket = usize;
+    type Namespace = usize;
+
+    fn submit(&self, body: request::Body) -> Result<usize, Fault> {
+        if !self.connected.get() {
+            return Err(Fault::Unavailable);
+        }
+        self.asked.borrow_mut().push(body);
+        Ok(self.last())
+    }
+
+    fn submit_and_forget(&self, body: request::Body) -> Result<(), Fault> {
+        self.submit(body).map(drop)
+    }
+
+    fn poll(&self, ticket: &mut usize) -> Option<Result<reply::Body, Fault>> {
+        self.answers.borrow_mut().remove(ticket)
+    }
+
+    fn register(&self, record: Vec<u8>, _: Vec<GroupLayout>) -> Result<usize, Fault> {
+        self.records.borrow_mut().push(record);
+        Ok(self.records.borrow().len() - 1)
+    }
+
+    fn current(&self, namespace: &usize) -> Option<Registered> {
+        (self.connected.get() && self.registered.get()).then_some(Registered {
+            namespace: *namespace as u32 + 10,
+            epoch: 1,
+        })
+    }
+
+    fn refused(&self, _: &usize) -> Option<String> {
+        None
+    }
+
+    fn connected(&self) -> bool {
+        self.connected.get()
+    }
+
+    fn epoch(&self) -> u64 {
+        self.epoch.get()
+    }
+}
+
+const TOKENS: u32 = 4;
+
+fn hash(chain: u8, at: u32) -> [u8; 32] {
+    let mut hash = [chain; 32];
+    hash[..4].copy_from_slice(&at.to_le_bytes());
+    hash
+}
+
+fn hashes(chain: u8, range: std::ops::Range<u32>) -> Vec<u8> {
+    range.flat_map(|at| hash(chain, at)).collect()
+}
+
+fn facts() -> crate::record::Fields {
+    [
+        ("tenant", "default"),
+        ("model", "m"),
+        ("weights", "blake3:00"),
+        ("kv_dtype", "bfloat16"),
+        ("hash", "sha256_cbor:1f2e"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .to_vec()
+}
+
+/// A scheduler half with `world` workers that knows everything and whose workers have registered.
+fn ready(world: u32) -> Scheduler<Fake> {
+    let fake = Fake::default();
+    fake.connected.set(true);
+    fake.registered.set(true);
+    let mut half = Scheduler::new(
+        Settings {
+            world,
+            block_tokens: TOKENS,
+            ..Settings::default()
+        },
+        fake,
+    );
+    for rank in 0..world {
+        half.on_hello(hello(rank, world, 0, 0, 2, (rank, 1, world)));
+    }
+    half.set_facts(facts(), "instance");
+    report(&mut half, world, &[0], &[]);
+    half
+}
+
+fn report(half: &mut Scheduler<Fake>, world: u32, registered: &[u32], done: &[u64]) {
+    for rank in 0..world {
+        let bytes = RankReport {
+            version: VERSION,
+            rank,
+            epoch: 5 + u64::from(rank),
+            registered: registered.to_vec(),
+            done: done.to_vec(),
+            hello: None,
+            counters: Vec::new(),
+        }
+        .encode_to_vec();
+        half.on_output(0, &[], &[], &[], &[&bytes]).unwrap();
+    }
+}
+
+fn present(count: u32, lease: u64) -> reply::Body {
+    reply::Body::Lookup(LookupReply {
+        chains: vec![Presence {
+            start: vec![0],
+            length: vec![count],
+            r#where: vec![Where::Host as i32],
+        }],
+        lease,
+        est_load_us: 0,
+    })
+}
+
+fn reserved(states: &[ReserveState]) -> reply::Body {
+    let count = states
+        .iter()
+        .filter(|state| **state == ReserveState::Reserved)
+        .count() as u32;
+    reply::Body::Reserve(ReserveReply {
+        states: states.iter().map(|state| *state as i32).collect(),
+        slots: (100..100 + count).collect(),
+        generations: (0..u64::from(count)).map(|n| 2 * n + 1).collect(),
+        offsets: (0..u64::from(count)).map(|n| n * 4096).collect(),
+    })
+}
+
+fn step(half: &mut Scheduler<Fake>, now: u64) -> StepMeta {
+    let bytes = half.end_step(now);
+    match bytes.is_empty() {
+        true => StepMeta::default(),
+        false => meta::decode(&bytes).unwrap(),
+    }
+}
+
+fn is_lookup(body: &Body) -> bool {
+    matches!(body, Body::Lookup(_))
+}
+
+fn is_release(body: &Body) -> bool {
+    matches!(body, Body::Release(_))
+}
+
+fn is_reserve(body: &Body) -> bool {
+    matches!(body, Body::Reserve(_))
+}
