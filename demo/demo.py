@@ -103,6 +103,14 @@ class Demo:
         batch = one.batch([prompt], max_tokens=tokens)
         return batch.answers[0], batch.external
 
+    def ask_all(self, one: Engine) -> list[tuple[Answer, int]]:
+        """All prompts, one after the other, each with a line of progress."""
+        out = []
+        for i, prompt in enumerate(self.prompts):
+            out.append(self.ask(one, prompt))
+            self.show.step(f"prompt {i + 1} of {len(self.prompts)}: first token after {seconds(out[-1][0].ttft_s)}")
+        return out
+
     def stored(self, blocks: int) -> None:
         wait_until(f"{blocks} blocks are stored", lambda: self.daemon.resident() >= blocks, 60.0)
 
@@ -124,18 +132,20 @@ class Demo:
         show.act("a", "engine A computes long prompts and exits; engine B, a new process, reuses them")
         plain = self.engine("without kvd", False)
         show.step(f"computing {n} prompts without kvd")
-        alone = [self.ask(plain, p)[0] for p in self.prompts]
-        self.local = [self.ask(plain, p)[0] for p in self.prompts]
+        alone = [answer for answer, _ in self.ask_all(plain)]
+        show.step("the same again: vLLM's own prefix hits")
+        self.local = [answer for answer, _ in self.ask_all(plain)]
         self.end(plain)
         first = self.engine("A", True)
         before = self.daemon.resident()
         show.step(f"computing {n} prompts in A")
-        cold = [self.ask(first, p) for p in self.prompts]
+        cold = self.ask_all(first)
         self.stored(before + n * ((self.size.tokens + 7) // BLOCK))
         self.end(first)
         show.step("A has exited")
         self.b = self.engine("B", True)
-        warm = [self.ask(self.b, p) for p in self.prompts]
+        show.step("asking B for the same prompts")
+        warm = self.ask_all(self.b)
         rows = []
         for name, answers, external in (
             ("without kvd", alone, [0] * n), ("vLLM's own prefix hit", self.local, [0] * n), ("kvd, cold (A)", *zip(*cold)), ("kvd, warm (B)", *zip(*warm)),
@@ -170,6 +180,7 @@ class Demo:
         show = self.show
         show.act("c", "the daemon is killed with -9 in mid-answer")
         prompt = self.prompts[0]
+        show.step(f"B gives the whole answer once, undisturbed ({self.size.answer} tokens)")
         right = self.ask(self.b, prompt, self.size.answer)[0]
         self.b.reset_local()
         self.b.begin([prompt], max_tokens=self.size.answer, progress=True)

@@ -140,7 +140,7 @@ impl Engine {
         let received: Vec<&str> = received.iter().map(String::as_str).collect();
         let reports: Vec<&[u8]> = report.iter().map(Vec::as_slice).collect();
         self.scheduler
-            .on_output(now, &sent, &received, &results.invalid, &reports)
+            .on_output(&sent, &received, &results.invalid, &reports)
             .expect("reports");
         self.results.sent.extend(results.sent);
         self.results.received.extend(results.received);

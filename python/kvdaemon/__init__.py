@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["KvdError", "Namespace", "Run", "Session", "__version__", "connect", "default_socket"]
 
 HASH_BYTES = 32
+_FIELDS = frozenset(
+    "tenant model weights kv_dtype cell_encoding hash adapter scales rope overrides quantization compute_dtype speculative "
+    "weights_epoch engine_build machine_isa rank_layout block_tokens groups".split()
+)
+"""Names that the record's format knows."""
 
 
 class Run(NamedTuple):
@@ -76,8 +81,6 @@ def record_fields(namespace: Mapping[str, Any], tenant: str, block_bytes: int | 
     With ``block_bytes`` the inside of a block is opaque; without it, ``namespace`` says all of ``block_tokens`` and
     ``group.0.kind``, ``group.0.layers``, ``group.0.heads``, ``group.0.cell_bytes``.
     """
-    known = ("tenant", "model", "weights", "kv_dtype", "cell_encoding", "hash", "adapter", "scales", "rope", "overrides")
-    known += ("quantization", "compute_dtype", "speculative", "weights_epoch", "engine_build", "machine_isa", "rank_layout")
     fields: dict[str, str] = {
         "tenant": tenant,
         "model": "-",
@@ -92,7 +95,7 @@ def record_fields(namespace: Mapping[str, Any], tenant: str, block_bytes: int | 
         fields |= {"block_tokens": str(tokens), "group.0.kind": "opaque", "group.0.layers": "1", "group.0.heads": "1"}
         fields["group.0.cell_bytes"] = str(cell)
     for name, value in namespace.items():
-        plain = name in known or name.startswith(("x.", "group.")) or name in ("block_tokens", "groups")
+        plain = name in _FIELDS or name.startswith(("x.", "group."))
         fields[name if plain else f"x.{name}"] = str(value)
     return sorted(fields.items())
 
@@ -203,7 +206,8 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """What the daemon says of itself; see docs/formats.md."""
-        return json.loads(self._native.status())
+        said: dict[str, Any] = json.loads(self._native.status())
+        return said
 
     def ping(self) -> None:
         """Waits for an answer of the daemon.

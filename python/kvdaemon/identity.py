@@ -124,7 +124,7 @@ def weights_identity(model_config: Any, load_config: Any) -> str:
         getattr(model_config, "revision", None),
         getattr(load_config, "download_dir", None),
     )
-    suffixes = WEIGHT_SUFFIXES
+    suffixes: tuple[str, ...] = WEIGHT_SUFFIXES
     if getattr(model_config, "trust_remote_code", False):
         suffixes += (".py",)
     found = tree_digest(directory, suffixes)

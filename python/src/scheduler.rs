@@ -1,8 +1,10 @@
 //! The scheduler half as a Python class. Every method is short and non-blocking: it is called on the engine's scheduler
 //! thread, so the GIL is kept.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvd_client::{Identity, Link, LinkConfig, Role};
@@ -22,6 +24,8 @@ use crate::errors::{error, from_client, invalid};
 #[pyclass(frozen, module = "kvdaemon._native")]
 pub(crate) struct SchedulerHalf {
     inner: Mutex<Option<Scheduler<Link>>>,
+    /// It has failed by a bug, and nobody has been told yet.
+    failed: AtomicBool,
 }
 
 /// 16 bytes that are the same for all processes of an engine instance, and for no others.
@@ -39,8 +43,18 @@ fn strings(list: &[PyBackedStr]) -> Vec<&str> {
 }
 
 impl SchedulerHalf {
+    /// Runs with the half, if it is still there. Should it panic, the engine goes on without it.
     fn with<R>(&self, run: impl FnOnce(&mut Scheduler<Link>) -> R) -> Option<R> {
-        self.inner.lock().as_mut().map(run)
+        let mut inner = self.inner.lock();
+        let half = inner.as_mut()?;
+        match catch_unwind(AssertUnwindSafe(|| run(half))) {
+            Ok(result) => Some(result),
+            Err(_) => {
+                *inner = None;
+                self.failed.store(true, Ordering::Relaxed);
+                None
+            }
+        }
     }
 }
 
@@ -92,6 +106,7 @@ impl SchedulerHalf {
         let link = start_link(socket, identity).map_err(|failure| from_client(py, &failure))?;
         Ok(SchedulerHalf {
             inner: Mutex::new(Some(Scheduler::new(settings, link))),
+            failed: AtomicBool::new(false),
         })
     }
 
@@ -160,7 +175,8 @@ impl SchedulerHalf {
             let orders = wanted.is_empty().then(|| half.end_step(now));
             (wanted, orders, half.has_notices())
         });
-        let (wanted, orders, notices) = done.unwrap_or((Vec::new(), Some(Vec::new()), false));
+        let failed = self.failed.load(Ordering::Relaxed);
+        let (wanted, orders, notices) = done.unwrap_or((Vec::new(), Some(Vec::new()), failed));
         Ok((
             wanted,
             orders.map(|bytes| PyBytes::new(py, &bytes)),
@@ -188,7 +204,6 @@ impl SchedulerHalf {
         let reports: Vec<&[u8]> = reports.iter().map(|report| -> &[u8] { report }).collect();
         self.with(|half| {
             half.on_output(
-                now_us(),
                 &strings(&sent),
                 &strings(&received),
                 &invalid_blocks,
@@ -221,6 +236,10 @@ impl SchedulerHalf {
 
     /// What people should read: (is it a warning, text).
     fn notices(&self) -> Vec<(bool, String)> {
+        if self.failed.swap(false, Ordering::Relaxed) {
+            let text = "the connector has failed by a bug; the engine goes on without it";
+            return vec![(true, text.to_owned())];
+        }
         self.with(|half| match half.has_notices() {
             true => half.notices(),
             false => Vec::new(),

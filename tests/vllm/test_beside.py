@@ -14,6 +14,7 @@ import pytest
 from checks import attached, full_blocks, patient, wait_stored
 from conftest import Engines
 from daemon import REPOSITORY, Daemon
+from engine import Nursery
 
 pytestmark = [pytest.mark.engine, pytest.mark.plugin]
 Model = Callable[[models.Recipe], pathlib.Path]
@@ -51,25 +52,31 @@ def overlay() -> pathlib.Path:
     return where
 
 
-def test_next_vllm(engines: Engines, daemon: Daemon, model: Model) -> None:
-    """0.33's Python on 0.32's CPU extensions: what was stored under one is loaded under the other, bit-equal to a local hit."""
-    env = {"PYTHONPATH": str(overlay())}
-    path = model(models.gqa())
-    prompt = models.prompt(1, 700)
-    first = engines.start(path, own_process=True, connector=patient(daemon.socket), env=env)
-    assert first.facts["vllm"].startswith("0.33")
-    attached(first, daemon)
-    base = daemon.resident()
-    first.ask(prompt)
-    wait_stored(daemon, base + full_blocks(708))
-    hit = first.ask(prompt)
-    first.reset_local()
-    batch = first.batch([prompt])
-    assert batch.external == 672
-    assert batch.answers[0].bits == hit.bits
-    first.exit()
-    second = engines.start(path, own_process=True, connector=patient(daemon.socket), env=env, in_process=True)
-    attached(second, daemon)
-    batch = second.batch([prompt])
-    assert batch.external == 672
-    assert batch.answers[0].bits == hit.bits
+def test_next_vllm(daemon: Daemon, model: Model, tmp_path: pathlib.Path) -> None:
+    """0.33's Python on 0.32's CPU extensions: a load is bit-equal to a local hit, also in a second process."""
+    env = {"PYTHONPATH": str(overlay())}  # for the engines, too: vLLM looks at model classes in a process of its own
+    nursery = Nursery(tmp_path / "nursery.log", env=env)
+    engines = Engines(nursery, tmp_path)
+    try:
+        path = model(models.gqa())
+        prompt = models.prompt(1, 700)
+        first = engines.start(path, connector=patient(daemon.socket), env=env)
+        assert first.facts["vllm"].startswith("0.33")
+        attached(first, daemon)
+        base = daemon.resident()
+        first.ask(prompt)
+        wait_stored(daemon, base + full_blocks(708))
+        hit = first.ask(prompt)
+        first.reset_local()
+        batch = first.batch([prompt])
+        assert batch.external == 672
+        assert batch.answers[0].bits == hit.bits
+        first.exit()
+        second = engines.start(path, connector=patient(daemon.socket), env=env)
+        attached(second, daemon)
+        batch = second.batch([prompt])
+        assert batch.external == 672
+        assert batch.answers[0].bits == hit.bits
+    finally:
+        engines.close()
+        nursery.close()

@@ -125,7 +125,7 @@ def test_any_tensor_parallel_degree_loads_what_any_other_stored(kind: str, store
 def test_two_engines_alive_share(engines: Engines, daemon: Daemon, model: Model) -> None:
     path = model(models.gqa())
     one = engines.start(path, connector=patient(daemon.socket), in_process=True)
-    two = engines.start(path, connector=patient(daemon.socket))
+    two = engines.start(path, connector=patient(daemon.socket), own_process=True, spawn=True)  # started as vLLM starts it
     attached(one, daemon)
     attached(two, daemon)
     base = daemon.resident()

@@ -243,7 +243,6 @@ impl<P: Port> Scheduler<P> {
     /// When a report can't be read; the others have been taken.
     pub fn on_output(
         &mut self,
-        now: u64,
         sent: &[&str],
         received: &[&str],
         invalid: &[u32],
@@ -372,7 +371,7 @@ impl<P: Port> Scheduler<P> {
         if asked > 0 {
             self.counters.preempted_reservations += 1;
         }
-        self.in_flight -= asked as u32;
+        self.flew(asked as u32);
         self.meta.preempted.push(id.to_owned());
         self.give_back_lease(id);
         if let Some(request) = self.requests.get_mut(id) {

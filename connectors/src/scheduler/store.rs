@@ -95,6 +95,12 @@ impl<P: Port> Scheduler<P> {
         Ok(())
     }
 
+    /// So many blocks are reserved or being copied no more.
+    pub(crate) fn flew(&mut self, blocks: u32) {
+        debug_assert!(self.in_flight >= blocks, "more blocks land than flew");
+        self.in_flight = self.in_flight.saturating_sub(blocks);
+    }
+
     fn list(&mut self, id: &str) {
         if let Some(request) = self.requests.get_mut(id)
             && !request.listed
@@ -150,7 +156,7 @@ impl<P: Port> Scheduler<P> {
     }
 
     fn reservation_lost(&mut self, reservation: &Reservation<P::Ticket>) {
-        self.in_flight -= reservation.blocks.len() as u32;
+        self.flew(reservation.blocks.len() as u32);
         self.counters.failed_blocks += reservation.blocks.len() as u64;
     }
 
@@ -197,7 +203,7 @@ impl<P: Port> Scheduler<P> {
             }
         }
         let count = order.slots.len() as u32;
-        self.in_flight -= asked as u32 - count;
+        self.flew(asked as u32 - count);
         if count == 0 {
             return;
         }
@@ -228,7 +234,7 @@ impl<P: Port> Scheduler<P> {
             return;
         }
         if let Some(open) = self.orders.remove(&order) {
-            self.in_flight -= open.blocks;
+            self.flew(open.blocks);
             self.counters.done_blocks += u64::from(open.blocks);
             if let Some(request) = self.requests.get_mut(&open.request) {
                 request.orders = request.orders.saturating_sub(1);
@@ -330,9 +336,9 @@ impl<P: Port> Scheduler<P> {
                 self.counters.hold_timeouts += 1;
                 silent |= !request.reservations.is_empty();
             }
+            let mut asked = 0;
             if late || no_hope {
-                let asked: usize = request.reservations.iter().map(|r| r.blocks.len()).sum();
-                self.in_flight -= asked as u32;
+                asked = request.reservations.iter().map(|r| r.blocks.len()).sum();
                 request.reservations.clear();
                 request.tail = Blocks::default();
             }
@@ -340,6 +346,7 @@ impl<P: Port> Scheduler<P> {
                 request.leaving = Leaving::Told;
                 self.meta.finish.push(id);
             }
+            self.flew(asked as u32);
         }
         if silent {
             self.daemon_silent(now);

@@ -148,8 +148,13 @@ impl Shared {
 
     /// A load never began.
     pub(crate) fn load_failed(&self, request: &str, blocks: &[u32]) {
-        self.inner.lock().counters.load_failed += blocks.len() as u64;
+        self.failed(blocks.len());
         self.load_over(request, blocks.iter().copied());
+    }
+
+    /// So many blocks could not be loaded, for a reason that concerns all of a load.
+    pub(crate) fn failed(&self, blocks: usize) {
+        self.inner.lock().counters.load_failed += blocks as u64;
     }
 
     pub(crate) fn results(&self) -> Results {

@@ -1,6 +1,7 @@
 //! The copy threads and what they do. Stores have threads of their own, so that a load that waits for the daemon delays no
 //! copy out of a block that the engine wants back.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -168,14 +169,20 @@ impl Copier {
             let (queue, mine) = (copier.stores.clone(), context.clone());
             copier.spawn(format!("kvd-copy-{number}"), move || {
                 while let Some(piece) = queue.take() {
-                    store(&mine, &piece);
+                    // Whatever happens, the engine gets its block back.
+                    if catch_unwind(AssertUnwindSafe(|| store(&mine, &piece))).is_err() {
+                        mine.shared.dropped(piece.range.len());
+                    }
                     piece.over(&mine.shared);
                 }
             })?;
             let (queue, mine) = (copier.loads.clone(), context.clone());
             copier.spawn(format!("kvd-load-{number}"), move || {
                 while let Some(task) = queue.take() {
-                    load(&mine, &task);
+                    let order = &task.order;
+                    let invalid = catch_unwind(AssertUnwindSafe(|| load(&mine, &task)))
+                        .unwrap_or_else(|_| order.blocks.clone());
+                    mine.shared.load_over(&order.request, invalid);
                 }
             })?;
         }
@@ -348,12 +355,14 @@ impl Caller for LoadCaller<'_> {
     }
 }
 
-fn load(context: &Context, task: &LoadTask) {
+/// Copies in. Returns the engine's numbers of the blocks that are not right.
+fn load(context: &Context, task: &LoadTask) -> Vec<u32> {
     let order = &task.order;
     let registered = registered(context, task);
     let mover = task.joined.mover(&context.device, context.deadline);
     let (Some(registered), Ok(mut mover)) = (registered, mover) else {
-        return context.shared.load_failed(&order.request, &order.blocks);
+        context.shared.failed(order.blocks.len());
+        return order.blocks.clone();
     };
     let pages = pages_of(&task.pages, &order.blocks);
     let to = refs(&task.pages, &pages);
@@ -364,15 +373,17 @@ fn load(context: &Context, task: &LoadTask) {
     match mover.load(&mut caller, registered.namespace, &order.hashes, &to) {
         Ok(outcomes) => {
             context.shared.count_loads(&outcomes);
-            let invalid = order
-                .blocks
-                .iter()
-                .enumerate()
-                .filter(|(at, _)| outcomes.get(*at) != Some(&LoadOutcome::Loaded))
-                .map(|(_, block)| *block);
-            context.shared.load_over(&order.request, invalid);
+            let wrong = |at: usize| outcomes.get(at) != Some(&LoadOutcome::Loaded);
+            (0..)
+                .zip(&order.blocks)
+                .filter(|(at, _)| wrong(*at))
+                .map(|(_, block)| *block)
+                .collect()
         }
-        Err(_) => context.shared.load_failed(&order.request, &order.blocks),
+        Err(_) => {
+            context.shared.failed(order.blocks.len());
+            order.blocks.clone()
+        }
     }
 }
 

@@ -245,8 +245,8 @@ def _scales(vllm_config: VllmConfig, names: list[str]) -> str:
     lines = []
     for name in names:
         layer = _layer_object(vllm_config, name)
-        pair = [getattr(layer, f"_{which}_scale_float", None) for which in "kv"]
-        if any(scale is None for scale in pair):
+        key, value = (getattr(layer, f"_{which}_scale_float", None) for which in "kv")
+        if key is None or value is None:
             raise Refusal(f"the KV scales of layer {name} are not known")
-        lines.append(f"{name}={float(pair[0])!r},{float(pair[1])!r}")
+        lines.append(f"{name}={float(key)!r},{float(value)!r}")
     return ";".join(lines)

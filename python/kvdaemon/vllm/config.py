@@ -49,7 +49,7 @@ class Config:
         Raises:
             ValueError: a key or a value is not right; the text says what would be.
         """
-        known = {field.name: field for field in fields(Config)}
+        known = {field.name: type(getattr(Config, field.name)) for field in fields(Config)}
         values: dict[str, Any] = {}
         for name, value in extra.items():
             if name not in known:
@@ -57,7 +57,7 @@ class Config:
                     f"kv_connector_extra_config has the unknown key {name!r}; "
                     f"KvdConnector knows {', '.join(sorted(known))}"
                 )
-            wanted = type(known[name].default)
+            wanted = known[name]
             if wanted is str and isinstance(value, os.PathLike):
                 value = os.fspath(value)
             if type(value) is not wanted:

@@ -78,7 +78,7 @@ def _instance(vllm_config: VllmConfig) -> bytes:
 
 def _world(vllm_config: VllmConfig) -> int:
     parallel = vllm_config.parallel_config
-    return parallel.pipeline_parallel_size * parallel.tensor_parallel_size
+    return int(parallel.pipeline_parallel_size * parallel.tensor_parallel_size)
 
 
 class KvdConnector(KVConnectorBase_V1, SupportsHMA):
@@ -292,14 +292,17 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         """Blocks whose KV is computed and final. The last token does not count: its KV may not be computed (async
         scheduling), and in a streaming session the token may still be replaced."""
         tokens = min(computed, request.num_tokens - 1)
-        return min(tokens // self._block_tokens, len(request.block_hashes) // self._ratio)
+        return int(min(tokens // self._block_tokens, len(request.block_hashes) // self._ratio))
 
     def _block_ids(self, output: SchedulerOutput, name: str) -> list[int]:
         state = getattr(output, "kv_connector_block_state", None)
-        if state is not None:
-            return state.resolve_block_ids(name)[0]
         manager = getattr(self, "_kv_cache_manager", None)
-        return manager.get_block_ids(name)[0] if manager is not None else []
+        ids: list[int] = []
+        if state is not None:
+            ids = state.resolve_block_ids(name)[0]
+        elif manager is not None:
+            ids = manager.get_block_ids(name)[0]
+        return ids
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         began = time.perf_counter_ns()

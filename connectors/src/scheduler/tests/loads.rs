@@ -17,7 +17,7 @@ fn a_hit_is_loaded_and_its_lease_given_back() {
     assert_eq!(meta.loads[0].hashes, hashes(1, 1..4));
     half.allocated("a", 0, &[]);
     assert_eq!(half.port().count(is_release), 0);
-    half.on_output(4, &[], &["a"], &[], &[]).unwrap();
+    half.on_output(&[], &["a"], &[], &[]).unwrap();
     assert_eq!(half.port().count(is_release), 1);
     assert!(
         half.begin_step(5, &[], &["a"], &[16]).is_empty(),
@@ -75,7 +75,7 @@ fn the_second_of_two_waits_for_the_first_ones_load() {
     assert_eq!(half.matched(2, "b", 0), Match::Wait);
     assert_eq!(half.matched(3, "b", 0), Match::Wait);
     step(&mut half, 4);
-    half.on_output(5, &[], &["a"], &[], &[]).unwrap();
+    half.on_output(&[], &["a"], &[], &[]).unwrap();
     assert_eq!(
         half.matched(6, "b", 3),
         Match::Blocks(0),
@@ -109,8 +109,8 @@ fn after_a_failed_load_answers_are_asked_again_and_the_rest_is_stored() {
     half.allocated("a", 3, &[1, 2, 3]);
     assert_eq!(half.matched(2, "b", 0), Match::Wait);
     step(&mut half, 3);
-    half.on_output(4, &[], &[], &[2, 3], &[]).unwrap();
-    half.on_output(5, &[], &["a"], &[], &[]).unwrap();
+    half.on_output(&[], &[], &[2, 3], &[]).unwrap();
+    half.on_output(&[], &["a"], &[], &[]).unwrap();
     assert_eq!(half.counters().load_failures, 1);
     assert_eq!(
         half.matched(6, "b", 0),
@@ -160,7 +160,7 @@ fn an_aborted_load_is_not_held_by_us_but_still_ends() {
     assert_eq!(half.finish_from(3, "a", 3), None);
     assert!(!half.finished(3, "a", &[], &[]));
     assert_eq!(half.load_and_hold(), (0, 0, 1));
-    half.on_output(4, &[], &["a"], &[], &[]).unwrap();
+    half.on_output(&[], &["a"], &[], &[]).unwrap();
     assert_eq!(half.load_and_hold(), (0, 0, 0));
     assert_eq!(half.port().count(is_release), 1);
 }

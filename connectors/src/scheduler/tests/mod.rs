@@ -145,7 +145,7 @@ fn report(half: &mut Scheduler<Fake>, world: u32, registered: &[u32], done: &[u6
             counters: Vec::new(),
         }
         .encode_to_vec();
-        half.on_output(0, &[], &[], &[], &[&bytes]).unwrap();
+        half.on_output(&[], &[], &[], &[&bytes]).unwrap();
     }
 }
 

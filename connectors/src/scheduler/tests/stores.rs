@@ -40,7 +40,7 @@ fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
     assert_eq!(half.load_and_hold().1, 2, "the other rank still copies");
     assert!(half.finished(3, "a", &[], &[]));
     assert_eq!(step(&mut half, 3).finish, ["a"]);
-    half.on_output(4, &["a"], &[], &[], &[]).unwrap();
+    half.on_output(&["a"], &[], &[], &[]).unwrap();
     assert_eq!(half.load_and_hold().0, 0);
     report(&mut half, 2, &[0], &[order.order]);
     assert_eq!(half.load_and_hold(), (0, 0, 0));
