@@ -12,8 +12,6 @@ use crate::HASH_BYTES;
 
 /// Most lookups for a request before it restarts.
 const MOST_ASKS: u32 = 4;
-/// While the daemon is silent, one lookup in this time (us) finds out whether it still is.
-const PROBE_EVERY: u64 = 1_000_000;
 
 /// What can be loaded for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +48,7 @@ impl<P: Port> Scheduler<P> {
             Standing::Soon => return Lookup::None,
             Standing::Not => return Lookup::Settled,
         };
-        if hashes.is_empty() || !self.worth_asking(now) {
+        if hashes.is_empty() || self.is_silent(now) {
             return Lookup::Settled;
         }
         let body = Body::Lookup(LookupBody {
@@ -78,18 +76,6 @@ impl<P: Port> Scheduler<P> {
                 self.counters.lookup_failures += 1;
                 Lookup::Settled
             }
-        }
-    }
-
-    /// Whether a lookup should be sent now: always, except that a silent daemon is only probed.
-    fn worth_asking(&mut self, now: u64) -> bool {
-        match self.silent_since {
-            None => true,
-            Some(since) if now.saturating_sub(since) >= PROBE_EVERY => {
-                self.silent_since = Some(now);
-                true
-            }
-            Some(_) => false,
         }
     }
 
@@ -160,8 +146,11 @@ impl<P: Port> Scheduler<P> {
                     return Match::Wait;
                 }
                 self.counters.lookup_timeouts += 1;
-                self.daemon_silent(now);
-                self.settle(id)
+                let asked = std::mem::replace(&mut request.lookup, Lookup::Settled);
+                if let Lookup::Asked { ticket, .. } = asked {
+                    self.daemon_silent(now, Some(ticket));
+                }
+                Match::Blocks(0)
             }
             Lookup::Answered {
                 present,
@@ -253,20 +242,6 @@ impl<P: Port> Scheduler<P> {
                 self.counters.lookup_failures += 1;
                 self.notices.warn(format!("a lookup was refused: {text}"));
             }
-        }
-    }
-
-    pub(crate) fn daemon_silent(&mut self, now: u64) {
-        if self.silent_since.is_none() {
-            self.notices
-                .warn("the daemon does not answer; requests don't wait for it until it does");
-        }
-        self.silent_since = Some(now);
-    }
-
-    pub(crate) fn daemon_spoke(&mut self) {
-        if self.silent_since.take().is_some() {
-            self.notices.info("the daemon answers again");
         }
     }
 

@@ -12,6 +12,7 @@ mod lookup;
 mod namespaces;
 mod port;
 mod request;
+mod silence;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,7 @@ use crate::meta::{self, LoadOrder, MetaError, RankHello, RankReport, StepMeta, V
 use crate::notice::{Notice, Notices};
 use load::ActiveLoad;
 use namespaces::Namespaces;
+use silence::Silence;
 use store::OpenOrder;
 
 /// What can be chosen. Times in microseconds.
@@ -102,8 +104,7 @@ pub struct Scheduler<P: Port> {
     in_flight: u32,
     /// Until when (us) nothing is reserved, because the daemon had no room.
     no_room_until: u64,
-    /// Since when (us) the daemon leaves lookups unanswered; while set, requests don't wait for it.
-    silent_since: Option<u64>,
+    silence: Silence<P::Ticket>,
     /// Answers to lookups that were sent while this was another number are not believed any more.
     belief: u64,
     was_connected: Option<bool>,
@@ -129,7 +130,7 @@ impl<P: Port> Scheduler<P> {
             next_order: 1,
             in_flight: 0,
             no_room_until: 0,
-            silent_since: None,
+            silence: Silence::new(),
             belief: 0,
             was_connected: None,
             port_epoch: port.epoch(),
@@ -205,7 +206,7 @@ impl<P: Port> Scheduler<P> {
         for id in preempted {
             self.preempt(id);
         }
-        let can_reserve = self.can_reserve(now);
+        let can_reserve = !self.is_silent(now) && self.can_reserve(now);
         let (tokens, epoch) = (self.settings.block_tokens, self.namespaces.epoch());
         let mut wanted = Vec::new();
         for (at, (id, computed)) in ids.iter().zip(computed).enumerate() {
@@ -333,7 +334,6 @@ impl<P: Port> Scheduler<P> {
             return;
         }
         self.was_connected = Some(connected);
-        self.silent_since = None;
         match (first, connected) {
             (true, true) => self.notices.info("attached to the daemon"),
             (false, true) => self.notices.info("attached to the daemon again"),
@@ -349,6 +349,7 @@ impl<P: Port> Scheduler<P> {
     /// Another session, perhaps with another daemon: what the old one promised is void, and what the ranks said of their
     /// connections is old.
     fn other_session(&mut self) {
+        self.silence.forget();
         self.belief += 1;
         for request in self.requests.values_mut() {
             request.forget_lease();

@@ -27,7 +27,7 @@ impl<P: Port> Scheduler<P> {
     /// Whether a reservation can be sent at all now.
     pub(crate) fn can_reserve(&self, now: u64) -> bool {
         self.port.connected()
-            && self.silent_since.is_none()
+            && !self.silence.lasts()
             && now >= self.no_room_until
             && self.in_flight < self.settings.max_in_flight
     }
@@ -251,7 +251,7 @@ impl<P: Port> Scheduler<P> {
             && !request.loading
             && self.may_store(request)
             && now >= self.no_room_until
-            && self.silent_since.is_none();
+            && !self.silence.lasts();
         let (next, adapter) = (request.next, request.adapter.clone());
         (wanted && self.standing(&adapter) != Standing::Not).then_some(next)
     }
@@ -320,8 +320,7 @@ impl<P: Port> Scheduler<P> {
 
     /// Tells the workers which requests to report: all slots are there (or given up), so no further order will come.
     pub(crate) fn tell_finished(&mut self, now: u64) {
-        let no_hope =
-            !self.port.connected() || now < self.no_room_until || self.silent_since.is_some();
+        let no_hope = !self.port.connected() || now < self.no_room_until || self.silence.lasts();
         let mut silent = false;
         for at in 0..self.listed.len() {
             let id = self.listed[at].clone();
@@ -349,7 +348,7 @@ impl<P: Port> Scheduler<P> {
             self.flew(asked as u32);
         }
         if silent {
-            self.daemon_silent(now);
+            self.daemon_silent(now, None);
         }
     }
 }

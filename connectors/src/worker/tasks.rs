@@ -387,15 +387,15 @@ fn load(context: &Context, task: &LoadTask) -> Vec<u32> {
     }
 }
 
-/// The namespace as the daemon knows it. The first load may come with the step in which this rank heard of its namespace.
+/// The namespace as the daemon knows it. The first load may come with the step in which this rank heard of its namespace, and
+/// before its link has found the daemon; a daemon that is gone is not waited for.
 fn registered(context: &Context, task: &LoadTask) -> Option<LinkRegistered> {
+    let link = &context.link;
     task.joined.slot.current().or_else(|| {
         let left = task.until.saturating_sub((context.clock)());
         let left = Duration::from_micros(left);
-        context
-            .link
-            .connected()
-            .then(|| context.link.wait_registered(&task.joined.slot, 0, left))?
+        let soon = link.connected() || link.epoch() == 0;
+        soon.then(|| link.wait_registered(&task.joined.slot, 0, left))?
     })
 }
 

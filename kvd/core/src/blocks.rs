@@ -147,7 +147,11 @@ impl Core {
         let extents = || (0..).zip(pool.extents.iter());
         let candidates = extents().filter(|(_, extent)| {
             let other = extent.class != class && extent.class != NO_CLASS && !extent.suspect;
-            other && extent.writing == 0 && extent.pinned == 0 && extent.touched != self.stamp
+            other
+                && extent.used > 0
+                && extent.writing == 0
+                && extent.pinned == 0
+                && extent.touched != self.stamp
         });
         let coldest = candidates.max_by_key(|(_, e)| self.stamp.wrapping_sub(e.touched));
         coldest.map(|(id, extent)| (id, extent.touched))

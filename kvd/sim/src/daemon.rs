@@ -42,6 +42,8 @@ pub(crate) enum Msg {
     Hello {
         token: u64,
         adopted: bool,
+        /// Names this start of the daemon.
+        incarnation: [u8; 16],
     },
     Reply {
         id: u32,
@@ -383,11 +385,16 @@ impl World {
             open: BTreeMap::new(),
             names: BTreeMap::new(),
         };
+        let incarnation = daemon.node.incarnation();
         let admitted = daemon.node.knows(SessionId(token));
         daemon.sessions.insert(token, info);
         if let Some(conn) = self.conns.get_mut(&at).filter(|_| admitted) {
             conn.token = token;
-            conn.to_client.push_back(Msg::Hello { token, adopted });
+            conn.to_client.push_back(Msg::Hello {
+                token,
+                adopted,
+                incarnation,
+            });
             self.owners.insert(token, proc);
             self.procs[proc].sessions.push(token);
             if !self.procs[proc].alive {

@@ -94,6 +94,8 @@ pub(crate) enum Order {
         blocks: Rc<Vec<Held>>,
         /// The connection under which the worker may write these.
         token: u64,
+        /// Which start of the daemon gave them. Another may give the same slots under the same generations to others.
+        incarnation: [u8; 16],
     },
     Load {
         space: usize,
@@ -113,6 +115,8 @@ pub(crate) struct Proc {
     pub(crate) conn: Option<u64>,
     /// Its present session; 0: none yet.
     pub(crate) token: u64,
+    /// The daemon of that session.
+    pub(crate) incarnation: [u8; 16],
     /// Its sessions that it has not fenced, the oldest first.
     pub(crate) past: Vec<u64>,
     /// It has registered all.
@@ -146,6 +150,7 @@ impl Proc {
             retry_at: 0,
             conn: None,
             token: 0,
+            incarnation: [0; 16],
             past: Vec::new(),
             ready: false,
             names: Vec::new(),

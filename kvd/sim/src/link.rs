@@ -58,8 +58,13 @@ impl World {
     /// Whether no copy of an earlier session is under way.
     fn copies_over(&self, p: usize) -> bool {
         let proc = &self.procs[p];
-        proc.stores.iter().all(|s| s.token == proc.token)
-            && proc.reads.iter().all(|r| r.token == proc.token)
+        let latest = proc.past.last().copied();
+        let over = |token: u64| match self.options.plant {
+            Some(Plant::LatestFence) => Some(token) != latest,
+            _ => token == proc.token,
+        };
+        let stores = proc.stores.iter().all(|s| over(s.token));
+        stores && proc.reads.iter().all(|r| over(r.token))
     }
 
     fn dial(&mut self, p: usize) {
@@ -152,8 +157,13 @@ impl World {
             return Ok(());
         };
         match msg {
-            Msg::Hello { token, adopted } => {
+            Msg::Hello {
+                token,
+                adopted,
+                incarnation,
+            } => {
                 self.procs[p].token = token;
+                self.procs[p].incarnation = incarnation;
                 self.event("hello", [p as u64, token, u64::from(adopted)]);
             }
             Msg::Reply {

@@ -24,6 +24,10 @@ pub(crate) struct Memory {
     taint: RefCell<Vec<bool>>,
     /// Serial of the newest generation table over these bytes.
     pub(crate) table: Cell<u64>,
+    /// Number of the last daemon that had these bytes.
+    daemon: Cell<u64>,
+    /// Some daemon has been skipped: fences that were given to it are lost to those after it.
+    pub(crate) gap: Cell<bool>,
 }
 
 impl Memory {
@@ -36,6 +40,8 @@ impl Memory {
             bytes: RefCell::new(data),
             taint: RefCell::new(vec![false; pages]),
             table: Cell::new(serial),
+            daemon: Cell::new(0),
+            gap: Cell::new(false),
         }
     }
 
@@ -196,6 +202,8 @@ pub(crate) struct Shared {
     specs: Vec<ArenaSpec>,
     plant: Option<Plant>,
     serial: Cell<u64>,
+    /// How many daemons there were.
+    daemons: Cell<u64>,
     /// The daemon dies after so many more writes to its tables; `Some(0)`: it is dead in the middle of what it was doing.
     fuse: Cell<Option<u32>>,
     state: RefCell<State>,
@@ -219,6 +227,7 @@ impl SimArena {
             specs,
             plant,
             serial: Cell::new(0),
+            daemons: Cell::new(0),
             fuse: Cell::new(None),
             state: RefCell::new(state),
         }))
@@ -232,6 +241,7 @@ impl SimArena {
         state.late.clear();
         state.held_back.clear();
         self.0.fuse.set(None);
+        self.0.daemons.set(self.0.daemons.get() + 1);
     }
 
     /// Lets the daemon die after `writes` more writes to its tables.
@@ -286,6 +296,10 @@ impl SimArena {
         let mut state = self.0.state.borrow_mut();
         state.asked[at] = vec![false; mapping.shape.extents() as usize];
         mapping.memory.table.set(mapping.table.serial);
+        let daemon = self.0.daemons.get();
+        let skipped = adopted && mapping.memory.daemon.get() + 1 != daemon;
+        mapping.memory.gap.set(mapping.memory.gap.get() || skipped);
+        mapping.memory.daemon.set(daemon);
         state.current[at] = Some(mapping);
         state.events.push(Event::Arena {
             tenant: tenant.0,

@@ -16,6 +16,10 @@ pub enum Plant {
     NoTicks,
     /// Engines fence their past before their copies are over.
     EarlyFence,
+    /// Engines fence their latest past session while copies of older ones go on. A fence covers those too.
+    LatestFence,
+    /// Workers give up what an order for an earlier connection names, also when that was with another daemon.
+    StaleAborts,
     /// Workers carry out orders that were made for an earlier connection of theirs.
     StaleOrders,
     /// Engines commit a part before they have written all of it.
@@ -38,13 +42,15 @@ pub enum Plant {
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Plant; 15] = [
+    pub const ALL: [Plant; 17] = [
         Plant::DropEvictionWords,
         Plant::LateWords,
         Plant::EarlyDeath,
         Plant::NoDeath,
         Plant::NoTicks,
         Plant::EarlyFence,
+        Plant::LatestFence,
+        Plant::StaleAborts,
         Plant::StaleOrders,
         Plant::EarlyCommit,
         Plant::SkipCrc,

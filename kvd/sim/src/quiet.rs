@@ -78,7 +78,7 @@ impl World {
             self.serve_some()?;
             self.turn_some()?;
             steps += 1;
-            if steps > 20_000 {
+            if steps > 100_000 {
                 self.clock.advance(1_000);
             }
             if self.clock.us() > end {
@@ -218,6 +218,9 @@ impl World {
         else {
             return Ok(());
         };
+        if mapping.memory.gap.get() {
+            return Ok(());
+        }
         for token in mapping.writers() {
             let owner = self.owners.get(&token).map(|p| &self.procs[*p]);
             let former = !daemon.sessions.contains_key(&token);

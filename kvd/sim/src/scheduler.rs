@@ -224,11 +224,13 @@ impl World {
             return;
         }
         let blocks = Rc::new(blocks);
+        let incarnation = self.procs[p].incarnation;
         for (worker, token) in self.workers_of(p).into_iter().zip(known) {
             let order = Order::Store {
                 space,
                 blocks: blocks.clone(),
                 token,
+                incarnation,
             };
             self.procs[worker].orders.push_back(order);
         }

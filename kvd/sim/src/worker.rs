@@ -55,12 +55,18 @@ impl World {
                 space,
                 blocks,
                 token,
+                incarnation,
             }) => {
                 let stale = self.options.plant == Some(Plant::StaleOrders);
                 if token != self.procs[p].token && !stale {
                     // Core may have recorded this connection or the earlier one. Saying that this one will not write is right
-                    // in both cases; saying nothing would keep the slots until this connection ends.
+                    // in both cases; saying nothing would keep the slots until this connection ends. Another daemon must
+                    // not be told: there the same slot and generation may be a reservation that is being filled.
                     self.counters.add("orders for another connection");
+                    let any = self.options.plant == Some(Plant::StaleAborts);
+                    if incarnation != self.procs[p].incarnation && !any {
+                        return Ok(());
+                    }
                     self.not_written(p, &blocks);
                     return Ok(());
                 }

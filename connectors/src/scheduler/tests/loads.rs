@@ -42,13 +42,40 @@ fn no_answer_in_time_is_absent_and_a_silent_daemon_is_not_waited_for() {
         "no lookup, no wait"
     );
     assert_eq!(half.port().count(is_lookup), 1);
-    half.on_new_request(1_100_000, "c", Adapter::Base, &hashes(3, 0..2), false);
-    assert_eq!(half.port().count(is_lookup), 2, "probed after a while");
-    half.port().answer(half.port().last(), present(2, 0));
-    assert_eq!(half.matched(1_100_001, "c", 0), Match::Blocks(2));
-    half.on_new_request(1_100_002, "d", Adapter::Base, &hashes(4, 0..2), false);
-    assert_eq!(half.port().count(is_lookup), 3, "the daemon speaks again");
+    assert!(
+        half.begin_step(30_000, &[], &["b"], &[8]).is_empty(),
+        "nothing is reserved"
+    );
+    // The late answer to the first lookup is an answer, and its lease is given back.
+    half.port().answer(0, present(2, 5));
+    assert_eq!(half.begin_step(40_000, &[], &["b"], &[8]), [(0, 0)]);
+    assert_eq!(half.port().count(is_release), 1);
+    half.on_new_request(40_001, "d", Adapter::Base, &hashes(4, 0..2), false);
+    assert_eq!(half.port().count(is_lookup), 2, "the daemon speaks again");
     assert_eq!(half.counters().lookup_timeouts, 1);
+}
+
+#[test]
+fn a_daemon_that_never_answers_is_pinged() {
+    let mut half = ready(1);
+    half.on_new_request(0, "a", Adapter::Base, &[], false);
+    assert!(half.finished(1, "a", &hashes(1, 0..1), &[4]));
+    step(&mut half, 2);
+    assert_eq!(step(&mut half, 1_000_001).finish, ["a"], "given up");
+    half.begin_step(1_400_000, &[], &[], &[]);
+    assert_eq!(half.port().count(is_ping), 0);
+    half.begin_step(1_600_000, &[], &[], &[]);
+    half.begin_step(1_700_000, &[], &[], &[]);
+    assert_eq!(half.port().count(is_ping), 1);
+    let pong = reply::Body::Pong(kvd_wire::session::PongReply {});
+    half.port().answer(half.port().last(), pong);
+    half.on_new_request(1_700_001, "b", Adapter::Base, &hashes(4, 0..2), false);
+    assert_eq!(half.port().count(is_lookup), 1);
+    let said: Vec<String> = half.notices().into_iter().map(|n| n.text).collect();
+    assert!(
+        said.iter().any(|text| text.contains("answers again")),
+        "{said:?}"
+    );
 }
 
 #[test]

@@ -186,6 +186,10 @@ fn is_lookup(body: &Body) -> bool {
     matches!(body, Body::Lookup(_))
 }
 
+fn is_ping(body: &Body) -> bool {
+    matches!(body, Body::Ping(_))
+}
+
 fn is_release(body: &Body) -> bool {
     matches!(body, Body::Release(_))
 }
