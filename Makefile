@@ -56,8 +56,7 @@ blackbox:
 	$(CARGO) test --release $(CRATES) --quiet
 
 vllm: build plugin
-	# Real engines on a shared machine: what failed is run once more, by itself, and both runs are shown.
-	$(PY) -m pytest tests/vllm tests/gpu -q --durations=25 || $(PY) -m pytest tests/vllm tests/gpu -q --last-failed --last-failed-no-failures=none
+	$(PY) -m pytest tests/vllm tests/gpu -q --durations=25
 
 check: tools
 	@$(PYTHON) scripts/stages.py fmt clippy unit

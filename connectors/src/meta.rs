@@ -120,6 +120,10 @@ pub struct StoreOrder {
     /// writer of these slots and must not touch them.
     #[prost(uint64, repeated, tag = "10")]
     pub epochs: Vec<u64>,
+    /// Names the start of the daemon that gave the slots. Another may have given the same slots under the same generations
+    /// to somebody else.
+    #[prost(bytes = "vec", tag = "11")]
+    pub incarnation: Vec<u8>,
 }
 
 /// Copy these stored blocks into these blocks of the engine.

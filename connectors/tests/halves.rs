@@ -17,13 +17,14 @@ use std::time::Duration;
 
 use blocks::{Buffers, hashes};
 use common::{FakeDaemon, LOAD, LONG, RESERVE, Script};
-use kvd_client::{Identity, Link, LinkConfig, Role};
+use kvd_client::{Identity, Link, LinkConfig, Role, request};
 use kvd_connectors::meta::{
     GroupIntro, NamespaceIntro, RankGroup, RankHello, StepMeta, StoreOrder, VERSION,
 };
 use kvd_connectors::scheduler::{Adapter, Match, Scheduler, Settings};
 use kvd_connectors::worker::{Results, Settings as WorkerSettings, Worker};
 use kvd_device::HostDevice;
+use kvd_wire::session::Ping;
 use prost::Message;
 
 const COMMIT: u32 = 5;
@@ -73,6 +74,7 @@ fn facts() -> Vec<(String, String)> {
 struct Engine {
     scheduler: Scheduler<Link>,
     worker: Worker,
+    worker_link: Arc<Link>,
     cache: Buffers,
     now: Arc<AtomicU64>,
     results: Results,
@@ -87,9 +89,10 @@ impl Engine {
             load_deadline,
             ..WorkerSettings::default()
         };
+        let worker_link = Arc::new(link(socket, Role::Worker, 0, 1));
         let worker = Worker::new(
             settings,
-            Arc::new(link(socket, Role::Worker, 0, 1)),
+            worker_link.clone(),
             Arc::new(HostDevice),
             Arc::new(move || clock.load(Ordering::Relaxed)),
             hello(0, 1),
@@ -108,6 +111,7 @@ impl Engine {
         Engine {
             scheduler,
             worker,
+            worker_link,
             cache,
             now,
             results: Results::default(),
@@ -266,8 +270,8 @@ fn a_lost_daemon_fails_a_load_at_once_and_stores_resume_by_themselves() {
     assert_eq!(engine.scheduler.counters().hold_timeouts, 0);
 }
 
-#[test]
-fn slots_of_an_earlier_connection_are_not_written() {
+/// Aborts that the daemon gets when a worker has another connection than its order says.
+fn aborts_of_stale_orders(change: fn(&mut StoreOrder)) -> Vec<Vec<u32>> {
     let (_dir, path, daemon) = daemon(Script::default());
     let mut engine = Engine::start(&path, 42, LONG);
     engine.connect();
@@ -291,12 +295,34 @@ fn slots_of_an_earlier_connection_are_not_written() {
         }
         let mut meta = StepMeta::decode(orders.as_slice()).expect("orders");
         meta.stores[0].epochs = vec![77];
+        change(&mut meta.stores[0]);
         engine.worker.begin(&meta.encode_to_vec()).expect("orders");
     }
     engine.worker.start_stores();
     engine.worker.wait_idle();
     assert_eq!(engine.worker.counters().copied_blocks, copied);
     assert_eq!(engine.worker.counters().dropped_blocks, 1);
+    // Whatever was sent on this connection has come once this is answered.
+    let ping = request::Body::Ping(Ping {});
+    let ping = engine.worker_link.submit(ping).expect("sent");
+    engine.worker_link.wait(ping, LONG).expect("answered");
+    let aborts = daemon.seen().into_iter().filter_map(|body| match body {
+        request::Body::Abort(abort) => Some(abort.slots),
+        _ => None,
+    });
+    aborts.collect()
+}
+
+#[test]
+fn slots_of_an_earlier_connection_are_not_written_and_given_back_to_the_daemon_that_gave_them() {
+    assert_eq!(aborts_of_stale_orders(|_| {}), [[1]]);
+}
+
+#[test]
+fn slots_of_another_start_of_the_daemon_are_not_written_and_not_given_back() {
+    let none: [Vec<u32>; 0] = [];
+    let other = |order: &mut StoreOrder| order.incarnation = vec![9; 16];
+    assert_eq!(aborts_of_stale_orders(other), none);
 }
 
 #[test]

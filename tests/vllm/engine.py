@@ -266,6 +266,10 @@ class Engine:
     def counters(self) -> dict[str, float]:
         return self.call("counters")
 
+    def hooks(self) -> dict[str, dict[str, float]]:
+        """Calls, p50, p90, p99 and max (microseconds) of each scheduler hook of our connector since the last call of this."""
+        return self.call("hooks")
+
     # The processes --------------------------------------------------------------------------------------------
     def group(self) -> list[tuple[int, str]]:
         """(pid, command or title) of every live process of this engine's group."""

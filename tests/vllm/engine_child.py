@@ -40,6 +40,19 @@ def adjust_platform(mla_prefix_caching: bool, spawn: bool) -> None:
     CpuPlatform.check_and_update_config = classmethod(patched)
 
 
+def expose_hook_times() -> None:
+    """Lets `hooks` ask the engine's core, which may be a process of its own (forked, so that it has this too)."""
+    from vllm.v1.engine.core import EngineCore
+
+    def hook_times(core: Any) -> dict[str, dict[str, float]]:
+        connector = core.scheduler.connector
+        times: dict[str, dict[str, float]] = connector.debug_stats()["hooks_us"]
+        connector._times.clear()
+        return times
+
+    EngineCore.hook_times = hook_times
+
+
 def name_nixl() -> None:
     """vLLM looks for the package `nixl`, a 12 KB chooser among backends. We install one backend only, under its own name."""
     import importlib
@@ -98,6 +111,7 @@ class Child:
         if "NixlConnector" in json.dumps(options["args"].get("kv_transfer_config")):
             name_nixl()
         adjust_platform(options["mla_prefix_caching"], options["spawn"])
+        expose_hook_times()
         from vllm import LLM
 
         begin = time.monotonic()
@@ -144,6 +158,12 @@ class Child:
             name = metric.name + ("{" + ",".join(f"{k}={v}" for k, v in sorted(labels.items())) + "}" if labels else "")
             out[name] = out.get(name, 0.0) + float(value)
         return out
+
+    def hooks(self) -> dict[str, dict[str, float]]:
+        """How long our connector's hooks took on the scheduler's thread since the last call, microseconds, by hook."""
+        client = self.engine.engine_core
+        core = getattr(client, "engine_core", None)
+        return client.call_utility("hook_times") if core is None else core.hook_times()
 
     def submit(self, one: dict[str, Any]) -> str:
         from vllm import SamplingParams
@@ -216,6 +236,7 @@ class Child:
             "facts": lambda c: self.facts(),
             "generate": self.generate,
             "counters": lambda c: self.counters(),
+            "hooks": lambda c: self.hooks(),
             "reset": self.reset,
         }
         while True:

@@ -24,10 +24,10 @@ Model = Callable[[models.Recipe], pathlib.Path]
 # the MLA model a rounding can also choose another expert; measured 0.22.
 TOLERANCE = {"gqa": 0.1, "mla": 0.5}
 
-KINDS: dict[str, tuple[Callable[[], models.Recipe], int, dict[str, Any]]] = {
-    "gqa": (models.gqa, 32, {}),
-    "mla": (models.mla, 16, {"mla_prefix_caching": True}),
-    "fp8": (models.gqa, 32, {"kv_cache_dtype": "fp8"}),
+KINDS: dict[str, tuple[Callable[[], models.Recipe], dict[str, Any]]] = {
+    "gqa": (models.gqa, {}),
+    "mla": (models.mla, {"mla_prefix_caching": True}),  # of 16 or 32 tokens a block: vLLM chooses by the CPU
+    "fp8": (models.gqa, {"kv_cache_dtype": "fp8"}),
 }
 
 
@@ -42,8 +42,9 @@ def start_or_skip(engines: Engines, path: pathlib.Path, **options: Any) -> Engin
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_load_is_bit_equal_to_a_local_hit(kind: str, engines: Engines, daemon: Daemon, model: Model) -> None:
-    recipe, block, options = KINDS[kind]
+    recipe, options = KINDS[kind]
     first = start_or_skip(engines, model(recipe()), connector=patient(daemon.socket), **options)
+    block = first.facts["block_size"]
     attached(first, daemon)
     base = daemon.resident()
     # One prompt ends within a block; of the other the last block is full, and its last token must be computed again.
@@ -69,7 +70,7 @@ def test_load_is_bit_equal_to_a_local_hit(kind: str, engines: Engines, daemon: D
 
 
 def test_mla_as_vllm_configures_it_on_a_cpu(engines: Engines, daemon: Daemon, model: Model) -> None:
-    """There vLLM switches its own prefix cache off. Loading gives what its prefix hit would give if it were on."""
+    """Without AMX vLLM switches its own prefix cache off. Loading gives what its prefix hit would give if it were on."""
     path = model(models.mla())
     reference = engines.start(path, in_process=True, mla_prefix_caching=True)
     prompt = models.prompt(1, 700)
@@ -77,21 +78,22 @@ def test_mla_as_vllm_configures_it_on_a_cpu(engines: Engines, daemon: Daemon, mo
     hit = reference.ask(prompt)
     reference.exit()
     engine = engines.start(path, connector=patient(daemon.socket))
-    assert engine.facts["prefix_caching"] is False
+    if engine.facts["prefix_caching"]:
+        pytest.skip("vLLM keeps its prefix cache with this CPU's MLA backend: nothing differs from the other tests")
     attached(engine, daemon)
     base = daemon.resident()
     engine.ask(prompt)
-    wait_stored(daemon, base + full_blocks(708, 16))
+    block = engine.facts["block_size"]
+    wait_stored(daemon, base + full_blocks(708, block))
     batch = engine.batch([prompt])
-    assert batch.external == hit.cached == 688
+    assert batch.external == hit.cached == full_blocks(700, block) * block
     assert batch.answers[0].bits == hit.bits
 
 
 @pytest.mark.parametrize(("stored_at", "loaded_at"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize("kind", ["gqa", "mla"])
 def test_any_tensor_parallel_degree_loads_what_any_other_stored(kind: str, stored_at: int, loaded_at: int, engines: Engines, daemon: Daemon, model: Model) -> None:
-    recipe, block, options = KINDS[kind]
-    blocks = 700 // block
+    recipe, options = KINDS[kind]
     prompt = models.prompt(1, 700)
 
     def start(degree: int) -> Engine:
@@ -100,6 +102,8 @@ def test_any_tensor_parallel_degree_loads_what_any_other_stored(kind: str, store
         return one
 
     first = start(stored_at)
+    block = first.facts["block_size"]
+    blocks = 700 // block
     base = daemon.resident()
     stored = first.batch([prompt], dump=blocks)
     assert stored.external == 0

@@ -52,7 +52,7 @@ impl<P: Port> Scheduler<P> {
             return Lookup::Settled;
         }
         let body = Body::Lookup(LookupBody {
-            namespace: name,
+            namespace: name.namespace,
             chains: vec![Chain {
                 group: 0,
                 hashes: hashes.to_vec().into(),
@@ -61,7 +61,7 @@ impl<P: Port> Scheduler<P> {
             lease_ms: self.settings.lease_ms,
             leading: true,
         });
-        match self.port.submit(body) {
+        match self.port.submit_on(&name, body) {
             Ok(ticket) => {
                 self.counters.lookups += 1;
                 Lookup::Asked {

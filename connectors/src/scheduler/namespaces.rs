@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use kvd_client::GroupLayout;
 
 use super::Scheduler;
-use super::port::Port;
+use super::port::{Port, Registered};
 use super::request::{Adapter, Request};
 use crate::fleet::{self, Fleet};
 use crate::meta::{GroupIntro, NamespaceIntro, RankHello};
@@ -19,8 +19,8 @@ pub enum Standing {
     Ready {
         /// Index in this instance.
         index: u32,
-        /// The daemon's short name.
-        name: u32,
+        /// The daemon's name for it, and the connection that this is true of.
+        name: Registered,
     },
     /// Not yet, but soon: workers have not said what they hold, or the daemon has not answered the registration.
     Soon,
@@ -198,7 +198,7 @@ impl<P: Port> Scheduler<P> {
         match self.port.current(&namespace.slot) {
             Some(registered) => Standing::Ready {
                 index,
-                name: registered.namespace,
+                name: registered,
             },
             None if self.port.refused(&namespace.slot).is_some() => Standing::Not,
             None => Standing::Soon,

@@ -23,6 +23,8 @@ pub struct Registered {
     pub namespace: u32,
     /// Number of the connection.
     pub epoch: u64,
+    /// Names the start of the daemon at its other end.
+    pub incarnation: [u8; 16],
 }
 
 /// The daemon, as the scheduler half sees it. No call waits.
@@ -37,6 +39,12 @@ pub trait Port {
     /// # Errors
     /// When it can't be sent now.
     fn submit(&self, body: request::Body) -> Result<Self::Ticket, Fault>;
+
+    /// Sends a request that names a namespace, on the connection that this name is of.
+    ///
+    /// # Errors
+    /// When it can't be sent now, or there is another connection now.
+    fn submit_on(&self, name: &Registered, body: request::Body) -> Result<Self::Ticket, Fault>;
 
     /// Sends a request whose reply nobody waits for.
     ///
@@ -85,6 +93,10 @@ impl Port for Link {
         Ok(Link::submit(self, body)?)
     }
 
+    fn submit_on(&self, name: &Registered, body: request::Body) -> Result<Ticket, Fault> {
+        Ok(Link::submit_on(self, name.epoch, body)?)
+    }
+
     fn submit_and_forget(&self, body: request::Body) -> Result<(), Fault> {
         // What is sent this way takes nothing that could have to be given back.
         Link::submit(self, body).map(drop).map_err(Fault::from)
@@ -102,6 +114,7 @@ impl Port for Link {
         namespace.current().map(|registered| Registered {
             namespace: registered.namespace,
             epoch: registered.epoch,
+            incarnation: registered.incarnation,
         })
     }
 

@@ -93,6 +93,8 @@ pub(crate) struct Reservation<T> {
     pub(crate) blocks: Blocks,
     /// Connections of the ranks when it was asked for.
     pub(crate) epochs: Vec<u64>,
+    /// The start of the daemon that it was asked of.
+    pub(crate) incarnation: [u8; 16],
 }
 
 /// Where a request is on its way out.

@@ -69,14 +69,14 @@ impl<P: Port> Scheduler<P> {
             return Err(blocks);
         }
         let body = Body::Reserve(Reserve {
-            namespace: name,
+            namespace: name.namespace,
             chain: Some(Chain {
                 group: 0,
                 hashes: blocks.hashes.clone().into(),
                 parent: blocks.parent.clone().into(),
             }),
         });
-        let Ok(ticket) = self.port.submit(body) else {
+        let Ok(ticket) = self.port.submit_on(&name, body) else {
             return Err(blocks);
         };
         self.counters.reserves += 1;
@@ -89,6 +89,7 @@ impl<P: Port> Scheduler<P> {
                 namespace: index,
                 blocks,
                 epochs,
+                incarnation: name.incarnation,
             });
         }
         self.list(id);
@@ -173,6 +174,7 @@ impl<P: Port> Scheduler<P> {
             request: id.to_owned(),
             namespace: reservation.namespace,
             epochs: reservation.epochs,
+            incarnation: reservation.incarnation.to_vec(),
             ..StoreOrder::default()
         };
         let mut slots = reply

@@ -243,17 +243,24 @@ impl Copier {
     }
 }
 
-/// Tells the daemon that these slots will not be written.
+/// Tells the daemon that these slots will not be written, if it is the one that gave them.
+///
+/// Also when this rank's connection is another one than the order says: the daemon may have recorded either as the writer.
+/// That this one will not write is right in both cases, and saying nothing would keep the slots until this connection ends.
 fn give_up(link: &Link, shared: &Shared, piece: &StorePiece) {
     let order = &piece.task.order;
     let own = &piece.task.own[piece.range.clone()];
     shared.dropped(own.len());
+    let now = piece.task.joined.slot.current();
+    let Some(now) = now.filter(|now| now.incarnation[..] == order.incarnation[..]) else {
+        return;
+    };
     let body = request::Body::Abort(Abort {
         slots: own.iter().map(|at| order.slots[*at]).collect(),
         generations: own.iter().map(|at| order.generations[*at]).collect(),
     });
     // Without a connection the daemon knows anyway.
-    let _ = link.submit(body);
+    let _ = link.submit_on(now.epoch, body);
 }
 
 /// Sends commits without waiting for their replies, and copies only on the connection the slots were reserved for.
@@ -264,17 +271,27 @@ struct StoreCaller<'a> {
     timeout: Duration,
 }
 
+impl StoreCaller<'_> {
+    fn plain(&self) -> LinkCaller<'_> {
+        LinkCaller {
+            link: self.link,
+            timeout: self.timeout,
+        }
+    }
+}
+
 impl Caller for StoreCaller<'_> {
     fn call(&mut self, body: request::Body) -> Result<reply::Body, Error> {
+        self.plain().call(body)
+    }
+
+    fn call_after(&mut self, guard: &CopyGuard, body: request::Body) -> Result<reply::Body, Error> {
         let request::Body::Commit(commit) = &body else {
-            let mut caller = LinkCaller {
-                link: self.link,
-                timeout: self.timeout,
-            };
-            return caller.call(body);
+            return self.plain().call_after(guard, body);
         };
         let states = vec![CommitState::Waiting as i32; commit.slots.len()];
-        self.shared.committed(self.link.submit(body)?);
+        self.shared
+            .committed(self.link.submit_on(guard.epoch(), body)?);
         Ok(reply::Body::Commit(CommitReply { states }))
     }
 
@@ -294,13 +311,13 @@ impl Caller for StoreCaller<'_> {
 fn store(context: &Context, piece: &StorePiece) {
     let task = &piece.task;
     let own = &task.own[piece.range.clone()];
-    let dropped = || context.shared.dropped(own.len());
+    let give_up = || give_up(&context.link, &context.shared, piece);
     let registered = task.joined.slot.current();
     let Some(registered) = registered.filter(|known| known.epoch == task.epoch()) else {
-        return dropped();
+        return give_up();
     };
     let Ok(mut mover) = task.joined.mover(&context.device, context.deadline) else {
-        return dropped();
+        return give_up();
     };
     let order = &task.order;
     let slots: Vec<ReservedSlot> = own
@@ -322,7 +339,7 @@ fn store(context: &Context, piece: &StorePiece) {
     };
     match mover.fill(&mut caller, registered.namespace, &slots, &from) {
         Ok(outcomes) => context.shared.count_stores(&outcomes),
-        Err(_) => dropped(),
+        Err(_) => give_up(),
     }
 }
 
@@ -348,6 +365,11 @@ impl Caller for LoadCaller<'_> {
         let answer = caller.call(body)?;
         self.until = (self.context.clock)() + self.context.deadline.as_micros() as u64;
         Ok(answer)
+    }
+
+    /// A load says nothing of what it copied to; its leases are of whoever is asked.
+    fn call_after(&mut self, _: &CopyGuard, body: request::Body) -> Result<reply::Body, Error> {
+        self.call(body)
     }
 
     fn begin_copy(&mut self) -> Result<CopyGuard, Error> {

@@ -1,6 +1,6 @@
 //! An epoch is one session with one daemon, from its Hello to the loss of its connection. Copies belong to the epoch they
 //! began in: when it ends, what they loaded is discarded and what they stored is not committed, and only when the last of
-//! them is over may the daemon be told so (Fence).
+//! them, and of every epoch before, is over may the daemon be told so (Fence).
 //!
 //! Deliberately absent: sessions themselves, and time.
 
@@ -16,6 +16,8 @@ pub(crate) struct Epoch {
     pub(crate) number: u64,
     /// The token that the daemon gave.
     pub(crate) session: u64,
+    /// Names the start of the daemon.
+    pub(crate) incarnation: [u8; 16],
     pub(crate) arena: OnceLock<Arc<ArenaView>>,
     ended: AtomicBool,
     copies: AtomicU32,
@@ -37,11 +39,13 @@ impl Epoch {
     pub(crate) fn new(
         number: u64,
         session: u64,
+        incarnation: [u8; 16],
         quiet: impl Fn() + Send + Sync + 'static,
     ) -> Arc<Self> {
         Arc::new(Self {
             number,
             session,
+            incarnation,
             arena: OnceLock::new(),
             ended: AtomicBool::new(false),
             copies: AtomicU32::new(0),

@@ -91,7 +91,7 @@ impl Session {
             arrived: HashMap::new(),
             hello: HelloReply::default(),
             limits: handshake::limits_of(&HelloReply::default()),
-            epoch: Epoch::new(1, 0, || {}),
+            epoch: Epoch::new(1, 0, [0; 16], || {}),
             dead: None,
         };
         let (body, fds) = handshake::hello(identity, Past::default())?;
@@ -100,7 +100,8 @@ impl Session {
         let hello: HelloReply = expect!(session.receive(id), Hello)?;
         handshake::check(&hello)?;
         session.limits = handshake::limits_of(&hello);
-        session.epoch = Epoch::new(1, hello.session, || {});
+        let incarnation = hello.incarnation[..].try_into().unwrap_or_default();
+        session.epoch = Epoch::new(1, hello.session, incarnation, || {});
         session.hello = hello;
         Ok(session)
     }

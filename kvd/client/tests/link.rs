@@ -346,6 +346,37 @@ fn the_daemon_dies_and_a_new_one_adopts_the_arena() {
 }
 
 #[test]
+fn the_past_is_fenced_when_all_of_it_is_over_the_latest_first() {
+    let (_dir, path) = dir();
+    let daemon = FakeDaemon::start(&path, Script::default());
+    let (link, slot) = linked(config(&path));
+    let first = link.begin_copy().unwrap();
+    daemon.hang_up();
+    link.wait_registered(&slot, 1, LONG)
+        .expect("registered again");
+    let second = link.begin_copy().unwrap();
+    daemon.hang_up();
+    link.wait_registered(&slot, 2, LONG).expect("and again");
+    let no_fence = |why: &str| {
+        let ticket = link.submit(ping()).unwrap();
+        link.wait(ticket, LONG).unwrap();
+        let fence = |b: &request::Body| matches!(b, request::Body::Fence(_));
+        assert!(!daemon.seen().iter().any(fence), "{why}");
+    };
+    no_fence("both are copying");
+    drop(second);
+    no_fence("a fence of the second would cover the first, which is copying");
+    drop(first);
+    for past in [2, 1] {
+        let request::Body::Fence(fence) = daemon.expect(FENCE) else {
+            unreachable!()
+        };
+        assert_eq!(fence.past_session, past);
+    }
+    link.stop();
+}
+
+#[test]
 fn an_offer_that_is_refused_leaves_the_old_arena_to_its_copies() {
     let (_dir, path) = dir();
     let daemon = FakeDaemon::start(&path, Script::default());

@@ -26,6 +26,8 @@ pub(crate) struct Fill {
     pub(crate) low: u64,
     /// Parts whose writers are not terminal. While there is an entry: the parts that are still to come.
     pub(crate) writing: u128,
+    /// One of its writers has spoken of it, so its workers have been told.
+    pub(crate) heard: bool,
     /// When it is given up, microseconds.
     pub(crate) deadline: u64,
     by_instance: Link,
@@ -124,6 +126,7 @@ impl Core {
         crcs: &[u64],
         out: &mut Vec<Output>,
     ) -> CommitState {
+        self.fills[fill].heard = true;
         let Fill {
             crew,
             slot,

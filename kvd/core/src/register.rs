@@ -49,6 +49,7 @@ impl Core {
         };
         let joined = self.join(caller, space, layouts);
         self.drop_space_if_idle(space);
+        self.write_table(caller.tenant, out);
         Ok(self.registered(caller, joined?, id))
     }
 

@@ -169,7 +169,7 @@ impl Core {
         if !copies {
             return Ok(t);
         }
-        if self.writers(t).count() + self.tenants[t].unfenced.len() >= MAX_WRITERS {
+        if self.copiers(t).count() + self.tenants[t].unfenced.len() >= MAX_WRITERS {
             let text = format!("{MAX_WRITERS} sessions may copy already; close one");
             return refuse(ErrorKind::Busy, text);
         }
@@ -328,16 +328,18 @@ impl Core {
         past: SessionId,
         out: &mut Vec<Output>,
     ) -> Result<Reply, Failure> {
-        let own = &self.sessions[caller.session];
-        if own.past != Some(past) {
+        let named = self.sessions[caller.session].past == Some(past);
+        let own = named && self.past_of(caller.session, past).is_some();
+        if self.knows(past) && !own {
             let text = "a process fences only its own past session, which it must name in hello";
             return Err(Failure::invalid(text));
         }
-        if self.knows(past) && self.past_of(caller.session, past).is_none() {
-            let text = "the past session is not this process's; name the right one in hello";
-            return Err(Failure::invalid(text));
+        match named {
+            true => self.end_past(caller.session, out),
+            // Of a former daemon, or forgotten: what can be left of it is its place in an adopted session table. Tokens are
+            // secrets of their processes, so whoever has one may say this.
+            false => self.fence_former(caller.tenant, past, out),
         }
-        self.end_past(caller.session, out);
         self.counters.fences += 1;
         Ok(Reply::Fenced)
     }

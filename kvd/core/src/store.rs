@@ -277,10 +277,13 @@ impl Core {
             let Some(fill) = self.claimed(caller.tenant, caller.instance, slot, word) else {
                 continue;
             };
-            let mask = match speaks_for_all && self.untouched(fill) {
+            // A scheduler's word that nobody was told can be true only while no writer has spoken of the slot. Sessions of
+            // writers that ended by themselves say nothing about the others.
+            let mask = match speaks_for_all && !self.fills[fill].heard {
                 true => self.fills[fill].writing,
                 false => self.parts_of(fill, caller.session),
             };
+            self.fills[fill].heard |= mask != 0 && !speaks_for_all;
             if mask != 0 || speaks_for_all {
                 count += 1;
                 self.give_up(fill, GivenUp::Aborted, out);
@@ -290,11 +293,5 @@ impl Core {
             }
         }
         Reply::Aborted { count }
-    }
-
-    /// No writer of this slot has ended yet, so the scheduler's word that nobody was told of it can be true.
-    fn untouched(&self, fill: u32) -> bool {
-        let fill = &self.fills[fill];
-        fill.writing == self.crews[fill.crew].all()
     }
 }

@@ -1,10 +1,13 @@
 //! Tenants and their arenas. A tenant is the trust domain, its arena the wall around it.
 //! Deliberately absent: making memory; the node does that and says when it is there.
 
+use std::collections::VecDeque;
+
 use crate::api::{Adopted, ErrorKind, Failure, Output, TenantLimits};
 use crate::geometry::ArenaShape;
 use crate::ids::{SessionId, TenantId};
 use crate::pool::Pool;
+use crate::sessions::Session;
 use crate::settings::MAX_WRITERS;
 use crate::state::Core;
 
@@ -19,6 +22,9 @@ pub(crate) struct Tenant {
     pub(crate) pool: Option<Pool>,
     /// A former daemon's writers that have not fenced.
     pub(crate) unfenced: Vec<SessionId>,
+    /// Sessions of former daemons whose copies are known to be over, in case an arena with their tokens is adopted yet. The
+    /// oldest make room for new ones.
+    pub(crate) over: VecDeque<SessionId>,
     /// The session table as it was last given out.
     pub(crate) table: Vec<SessionId>,
     pub(crate) sessions: u32,
@@ -52,6 +58,7 @@ impl Core {
             limits,
             pool: None,
             unfenced: Vec::new(),
+            over: VecDeque::new(),
             table: Vec::new(),
             sessions: 0,
             joined: 0,
@@ -99,6 +106,11 @@ impl Core {
                 tenant.unfenced = tokens.map(|token| SessionId(*token)).collect();
                 tenant.unfenced.sort();
                 tenant.unfenced.dedup();
+                let listed = tenant.unfenced.len();
+                tenant.unfenced.retain(|token| !tenant.over.contains(token));
+                if listed > 0 && tenant.unfenced.is_empty() {
+                    pool.lift_holds(out);
+                }
             }
         }
         tenant.pool = Some(pool);
@@ -133,7 +145,7 @@ impl Core {
         if adopted.words.iter().any(|word| *word > GREATEST_WORD) {
             return refuse("the generation table was not written by a daemon; take new memory");
         }
-        let own = self.writers(*t).count();
+        let own = self.copiers(*t).count();
         if adopted.writers.len() + own > MAX_WRITERS {
             return refuse("the session table is too long; take new memory");
         }
@@ -148,11 +160,17 @@ impl Core {
         }
     }
 
-    /// Sessions of the tenant that may write, in order of their places.
-    pub(crate) fn writers(&self, t: usize) -> impl Iterator<Item = SessionId> {
+    /// Sessions of the tenant that may write now or later, in order of their places.
+    pub(crate) fn copiers(&self, t: usize) -> impl Iterator<Item = &Session> {
         let all = self.sessions.range().map(|s| &self.sessions[s]);
         all.filter(move |s| s.token.0 != 0 && s.tenant == t && s.role.copies())
-            .map(|s| s.token)
+    }
+
+    /// Those of them that may write now: they have registered, and so have the arena and know their own tokens. A token that
+    /// its process never heard of could be fenced by nobody.
+    fn writers(&self, t: usize) -> impl Iterator<Item = SessionId> {
+        let registered = self.copiers(t).filter(|s| !s.joined.is_empty());
+        registered.map(|s| s.token)
     }
 
     /// Gives out the session table if it has changed: whoever may write, of this daemon or a former one.
@@ -173,12 +191,20 @@ impl Core {
         }
     }
 
-    /// One former writer's copies are over; the last one frees what was held out.
+    /// One former writer's copies are over; the last one frees what was held out. Remembered while the arena whose table may
+    /// list it can still be adopted.
     pub(crate) fn fence_former(&mut self, t: usize, past: SessionId, out: &mut Vec<Output>) {
+        let adoptable = !self.arena_in_use(self.tenants[t].id);
         let tenant = &mut self.tenants[t];
         let before = tenant.unfenced.len();
         tenant.unfenced.retain(|token| *token != past);
         if tenant.unfenced.len() == before {
+            if adoptable && !tenant.over.contains(&past) {
+                tenant.over.push_back(past);
+                if tenant.over.len() > MAX_WRITERS {
+                    tenant.over.pop_front();
+                }
+            }
             return;
         }
         if tenant.unfenced.is_empty()

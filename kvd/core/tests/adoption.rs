@@ -50,13 +50,9 @@ fn odd_words_keep_their_extents_out_until_every_writer_fenced() {
     );
     assert_eq!(world.status().extents.held_out, 1);
     assert_eq!(
-        kind(&world.ask(
-            2,
-            Request::Fence {
-                past: SessionId(71)
-            }
-        )),
-        Some(ErrorKind::Invalid)
+        kind(&world.ask(2, Request::Fence { past: SessionId(1) })),
+        Some(ErrorKind::Invalid),
+        "a session of this daemon, and of another process"
     );
     assert_eq!(
         world.ask(
@@ -92,6 +88,57 @@ fn a_former_writer_that_comes_back_and_dies_needs_no_fence() {
     });
     assert_eq!(world.status().extents.held_out, 0);
     assert_eq!((world.word(0), world.status().unfenced_writers), (8, 0));
+}
+
+#[test]
+fn sessions_before_the_last_are_fenced_one_by_one() {
+    let mut world = World::bare(Settings::default());
+    world.arena(
+        A,
+        2,
+        Some(Adopted {
+            words: &[5],
+            writers: &[70, 71],
+        }),
+    );
+    world.open_after(1, A, 0, Role::Both, 0, 1, Some(71));
+    for (past, held_out) in [(71, 1), (70, 0)] {
+        let past = SessionId(past);
+        assert_eq!(world.ask(1, Request::Fence { past }), Reply::Fenced);
+        assert_eq!(world.status().extents.held_out, held_out);
+    }
+}
+
+#[test]
+fn what_was_fenced_before_the_arena_came_holds_nothing_out() {
+    let mut world = World::bare(Settings::default());
+    let former = |world: &mut World| {
+        let (words, writers) = (&[5], &[70, 71]);
+        world.arena(A, 2, Some(Adopted { words, writers }));
+        (
+            world.status().extents.held_out,
+            world.status().unfenced_writers,
+        )
+    };
+    world.open_after(1, A, 0, Role::Both, 0, 1, Some(71));
+    let past = SessionId(71);
+    assert_eq!(world.ask(1, Request::Fence { past }), Reply::Fenced);
+    assert_eq!(former(&mut world), (1, 1), "70 may still write");
+    world.open_after(2, A, 1, Role::Both, 0, 1, Some(70));
+    world.step(Input::Gone {
+        session: SessionId(2),
+    });
+    assert_eq!((world.status().extents.held_out, world.word(0)), (0, 8));
+
+    let mut world = World::bare(Settings::default());
+    for (session, past) in [(1, 70), (2, 71)] {
+        world.open_after(session, A, 0, Role::Both, 0, 1, Some(past));
+        world.step(Input::Gone {
+            session: SessionId(session),
+        });
+    }
+    assert_eq!(former(&mut world), (0, 0));
+    assert_eq!(world.word(0) % 2, 0);
 }
 
 #[test]

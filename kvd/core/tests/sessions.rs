@@ -343,6 +343,13 @@ fn openings_that_make_no_sense_are_refused() {
     assert_eq!(world.ended.len(), 7);
     world.open(9, A, 0, Role::Observer, 0, 0);
     assert_eq!(world.ended.len(), 8, "too many");
+    assert!(
+        !world.tables.contains_key(&A),
+        "who has not registered may not know its token, and nobody could fence it"
+    );
+    for (session, rank) in [(1, 0), (7, 1)] {
+        world.register(session, &record("a", "w", CELL), 1, 2, Some(rank));
+    }
     assert_eq!(world.tables[&A], [SessionId(1), SessionId(7)]);
 }
 
@@ -361,6 +368,19 @@ fn a_scheduler_aborts_what_it_told_nobody_of() {
     );
     assert_eq!(world.abort(11, &got.slots, &got.generations), 1);
     assert_eq!(world.status().slots.quarantined, 0);
+}
+
+#[test]
+fn a_scheduler_aborts_what_it_told_nobody_of_also_when_a_rank_has_died() {
+    let mut world = World::new(Settings::default(), 2);
+    engine(&mut world, 0, 1, 2);
+    let got = world.reserve(1, &hashes(0..2), None);
+    world.step(Input::Gone {
+        session: SessionId(11),
+    });
+    assert_eq!(world.status().slots.quarantined, 2, "rank 0 may write");
+    assert_eq!(world.abort(1, &got.slots, &got.generations), 2);
+    assert_eq!(world.status().slots.free, world.status().slots.total());
 }
 
 #[test]

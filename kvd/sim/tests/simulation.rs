@@ -25,7 +25,6 @@ fn the_same_seed_gives_the_same_events() {
 }
 
 #[test]
-#[ignore = "open: three faults of kvd-core that the simulator found; see docs/invariants.md, Known gaps"]
 fn kept_seeds_hold() {
     for line in include_str!("seeds")
         .lines()
@@ -41,7 +40,6 @@ fn kept_seeds_hold() {
 }
 
 #[test]
-#[ignore = "open: three faults of kvd-core that the simulator found; see docs/invariants.md, Known gaps"]
 fn fresh_seeds_hold() {
     let first = fresh_seed();
     let (seeds, steps) = if soak() {

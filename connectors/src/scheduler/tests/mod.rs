@@ -55,6 +55,10 @@ impl Port for Fake {
         Ok(self.last())
     }
 
+    fn submit_on(&self, _: &Registered, body: request::Body) -> Result<usize, Fault> {
+        self.submit(body)
+    }
+
     fn submit_and_forget(&self, body: request::Body) -> Result<(), Fault> {
         self.submit(body).map(drop)
     }
@@ -72,6 +76,7 @@ impl Port for Fake {
         (self.connected.get() && self.registered.get()).then_some(Registered {
             namespace: *namespace as u32 + 10,
             epoch: 1,
+            incarnation: [7; 16],
         })
     }
 

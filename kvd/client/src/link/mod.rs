@@ -72,6 +72,8 @@ pub struct LinkRegistered {
     pub namespace: u32,
     /// The session that this is true of.
     pub epoch: u64,
+    /// Names the start of the daemon that it is a session of.
+    pub incarnation: [u8; 16],
 }
 
 #[derive(Debug, Default, Clone)]
@@ -186,14 +188,32 @@ impl Link {
     ///
     /// # Errors
     /// As [`Link::submit`].
+    pub fn submit_within(&self, body: request::Body, timeout: Duration) -> Result<Ticket, Error> {
+        let epoch = self.shared.up.load(Ordering::Acquire);
+        self.submit_on_within(epoch, body, timeout)
+    }
+
+    /// As [`Link::submit`], but only in the session of this epoch: for what names its namespaces, slots or leases.
+    ///
+    /// # Errors
+    /// As [`Link::submit`]; `Unavailable` also when that session is over.
+    pub fn submit_on(&self, epoch: u64, body: request::Body) -> Result<Ticket, Error> {
+        self.submit_on_within(epoch, body, self.request_timeout)
+    }
+
     #[allow(
         clippy::disallowed_methods,
         reason = "requests are timed here, at the edge; vDSO, no system call"
     )]
-    pub fn submit_within(&self, body: request::Body, timeout: Duration) -> Result<Ticket, Error> {
+    fn submit_on_within(
+        &self,
+        epoch: u64,
+        body: request::Body,
+        timeout: Duration,
+    ) -> Result<Ticket, Error> {
         self.check_pid()?;
-        let epoch = self.shared.up.load(Ordering::Acquire);
-        if epoch == 0 {
+        let up = self.shared.up.load(Ordering::Acquire);
+        if up == 0 || up != epoch {
             return Err(Error::unavailable("no kvd daemon now: go on without it"));
         }
         let cell = Cell::new();
@@ -372,6 +392,13 @@ pub struct LinkCaller<'a> {
 impl Caller for LinkCaller<'_> {
     fn call(&mut self, body: request::Body) -> Result<reply::Body, Error> {
         let ticket = self.link.submit_within(body, self.timeout)?;
+        self.link.wait(ticket, self.timeout)
+    }
+
+    fn call_after(&mut self, guard: &CopyGuard, body: request::Body) -> Result<reply::Body, Error> {
+        let ticket = self
+            .link
+            .submit_on_within(guard.epoch(), body, self.timeout)?;
         self.link.wait(ticket, self.timeout)
     }
 

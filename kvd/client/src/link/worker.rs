@@ -1,7 +1,7 @@
 //! The thread `kvd-link`: the only one that touches the socket, and the only one here that reads the clock.
 //!
 //! Down: waits out the backoff, connects, says Hello (offering the arena it holds, naming its past session). Up: registers
-//! every namespace, fences past epochs once their copies are over, carries requests. When the connection is lost everything
+//! every namespace, fences past epochs once the copies of all of them are over, carries requests. When the connection is lost everything
 //! under way is answered `Unavailable` and the epoch ends.
 //!
 //! A request whose deadline passes is answered here. If it was sent, its id stays known, so that the late reply can be
@@ -229,7 +229,9 @@ impl Worker {
         let number = self.shared.epochs.fetch_add(1, Ordering::AcqRel) + 1;
         let mut current = lock(&self.shared.current);
         let shared = Arc::downgrade(&self.shared);
-        let epoch = Epoch::new(number, hello.session, move || {
+        // One that names no start is taken for a start of its own: 0 is never the same as another.
+        let incarnation = hello.incarnation[..].try_into().unwrap_or_default();
+        let epoch = Epoch::new(number, hello.session, incarnation, move || {
             if let Some(shared) = shared.upgrade() {
                 shared.notify.wake();
             }
@@ -274,6 +276,7 @@ impl Worker {
         let now = LinkRegistered {
             namespace: register.namespace,
             epoch: epoch.number,
+            incarnation: epoch.incarnation,
         };
         set_namespace(&self.shared, namespace, Some(now), None);
         Ok(())
@@ -307,14 +310,14 @@ impl Worker {
         Ok(())
     }
 
-    /// Says of every past epoch whose copies are over that they are.
+    /// Says that the copies of all past epochs are over, the latest first: it is the one that Hello named. A daemon knows of
+    /// the earlier ones through it, or by their tokens in the arena's table.
     fn fence(&mut self) -> Result<(), Error> {
         let Some(session) = self.session.as_mut().filter(|s| s.epoch.is_some()) else {
             return Ok(());
         };
-        for epoch in &self.past {
-            let sent = |w: &Waiting| matches!(w.owner, Owner::Fence(s) if s == epoch.session);
-            if epoch.copies() == 0 && !session.waiting.values().any(sent) {
+        if fence_is_due(&self.past, session, &self.shared) {
+            for epoch in self.past.iter().rev() {
                 let past_session = epoch.session;
                 let body = request::Body::Fence(Fence { past_session });
                 session.send(body, Owner::Fence(past_session))?;
@@ -484,14 +487,7 @@ impl Worker {
             && session.connection.unsent() < UNSENT_MAX;
         (may_send && !self.backlog.is_empty())
             || session.registered < lock(&self.shared.namespaces).len()
-            || self.fence_is_due(session)
-    }
-
-    fn fence_is_due(&self, session: &Session) -> bool {
-        self.past.iter().any(|epoch| {
-            let sent = |w: &Waiting| matches!(w.owner, Owner::Fence(s) if s == epoch.session);
-            epoch.copies() == 0 && !session.waiting.values().any(sent)
-        })
+            || fence_is_due(&self.past, session, &self.shared)
     }
 
     fn next_deadline(&self) -> Option<Instant> {
@@ -557,6 +553,16 @@ impl Session {
         self.waiting.insert(id, Waiting { kind, owner });
         Ok(())
     }
+}
+
+/// Whether the past can be fenced now. A fence covers all that came before it, so the copies of every past epoch must be over.
+/// And every namespace must be registered, or refused: until then the daemon may adopt an arena whose table lists the past.
+fn fence_is_due(past: &[Arc<Epoch>], session: &Session, shared: &Shared) -> bool {
+    let under_way = |w: &Waiting| matches!(w.owner, Owner::Fence(_) | Owner::Namespace(_));
+    !past.is_empty()
+        && past.iter().all(|epoch| epoch.copies() == 0)
+        && session.registered >= lock(&shared.namespaces).len()
+        && !session.waiting.values().any(under_way)
 }
 
 /// The owner of a request whose answer interests nobody.

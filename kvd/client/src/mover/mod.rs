@@ -82,6 +82,12 @@ pub trait Caller {
     /// What the daemon said; `Unavailable` when it is gone or did not answer in time.
     fn call(&mut self, body: request::Body) -> Result<reply::Body, Error>;
 
+    /// The same about slots that a copy under this guard went to: they mean nothing in any other session.
+    ///
+    /// # Errors
+    /// As [`Caller::call`]; `Unavailable` also when the guard's session is over.
+    fn call_after(&mut self, guard: &CopyGuard, body: request::Body) -> Result<reply::Body, Error>;
+
     /// Says that a copy begins.
     ///
     /// # Errors
@@ -93,6 +99,11 @@ impl Caller for Session {
     fn call(&mut self, body: request::Body) -> Result<reply::Body, Error> {
         let id = self.send(body)?;
         self.receive(id)
+    }
+
+    /// There is no other session.
+    fn call_after(&mut self, _: &CopyGuard, body: request::Body) -> Result<reply::Body, Error> {
+        Caller::call(self, body)
     }
 
     fn begin_copy(&mut self) -> Result<CopyGuard, Error> {

@@ -176,7 +176,7 @@ impl BlockMover {
         let generations: Vec<u64> = at.iter().map(|i| slots[*i].generation).collect();
         let committed = match copied {
             Ok(()) if guard.is_current() => {
-                self.commit(caller, namespace, numbers, generations, crcs)
+                self.commit(caller, guard, namespace, numbers, generations, crcs)
             }
             Ok(()) => Err(FailReason::Lost),
             Err(error) => {
@@ -186,7 +186,7 @@ impl BlockMover {
                     generations,
                 };
                 // If it does not arrive, the reservations end by their deadline.
-                let _ = caller.call(request::Body::Abort(abort));
+                let _ = caller.call_after(guard, request::Body::Abort(abort));
                 Err(FailReason::Device)
             }
         };
@@ -207,6 +207,7 @@ impl BlockMover {
     fn commit(
         &self,
         caller: &mut dyn Caller,
+        guard: &CopyGuard,
         namespace: u32,
         slots: Vec<u32>,
         generations: Vec<u64>,
@@ -220,7 +221,7 @@ impl BlockMover {
             generations,
             crcs,
         });
-        let states = match caller.call(request) {
+        let states = match caller.call_after(guard, request) {
             Ok(reply::Body::Commit(CommitReply { states })) if states.len() == count => states,
             Ok(_) => return Err(FailReason::Malformed),
             Err(e) => return Err(FailReason::of(&e)),

@@ -24,6 +24,8 @@ pub(crate) struct Claim {
     pub(crate) deadline: u64,
     /// Workers know of it.
     pub(crate) told: bool,
+    /// One of its writers has committed or aborted it.
+    pub(crate) heard: bool,
     pub(crate) given_up: bool,
     /// Session that has to write each part; `None` once it is terminal or has committed.
     pub(crate) writers: Vec<Option<u64>>,
@@ -354,7 +356,7 @@ impl Model {
         let copied = vec![false; writers.len()];
         let deadline = self.world.now + DEADLINE;
         let told = !ENGINES[engine].scheduler;
-        let given_up = false;
+        let (heard, given_up) = (false, false);
         let claim = Claim {
             engine,
             key,
@@ -363,6 +365,7 @@ impl Model {
             offset,
             deadline,
             told,
+            heard,
             given_up,
             writers,
             copied,
@@ -496,6 +499,7 @@ impl Model {
             return CommitState::Stale;
         }
         claim.writers[part] = None;
+        claim.heard = true;
         if claim.given_up {
             return CommitState::Stale;
         }
@@ -533,6 +537,7 @@ impl Model {
             {
                 *writer = None;
                 claim.given_up = true;
+                claim.heard = true;
                 wanted = 1;
             }
         }
@@ -558,10 +563,9 @@ impl Model {
             self.world.abort(session, &slots, &words) as usize,
             slots.len()
         );
-        // One of whose writers has died is held for the others, who were never told.
         for claim in self.claims.iter_mut().filter(|claim| own(claim)) {
             claim.given_up = true;
-            if claim.writers.iter().all(Option::is_some) {
+            if !claim.heard {
                 claim.writers.fill(None);
             }
         }
