@@ -1,7 +1,8 @@
-//! A word from one daemon to the next, beside a tenant's socket: which arena was given to clients.
+//! A word from one daemon to the next, beside a tenant's socket: which arena was given to clients, under which table.
 //!
 //! The next daemon waits for it, and takes over that one only: a client of two tenants must not be able to carry the
-//! memory of one into the other. Without the word an offer is refused, which costs memory for a while and nothing else.
+//! memory of one into the other, and one that slept through a whole daemon still has the table from before, in which the
+//! present writers are missing. Without the word an offer is refused, which costs memory for a while and nothing else.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -20,14 +21,17 @@ pub(crate) struct Given {
     pub(crate) id: [u8; 16],
     /// The inode of its memory.
     pub(crate) inode: u64,
+    /// The inode of its generation table: every daemon that takes the memory over makes a new one.
+    pub(crate) table: u64,
 }
 
 impl Given {
-    /// The arena behind a descriptor.
-    pub(crate) fn of(id: [u8; 16], arena: &impl AsFd) -> io::Result<Self> {
+    /// The arena and the table behind two descriptors.
+    pub(crate) fn of(id: [u8; 16], arena: &impl AsFd, table: &impl AsFd) -> io::Result<Self> {
         Ok(Self {
             id,
             inode: rustix::fs::fstat(arena)?.st_ino,
+            table: rustix::fs::fstat(table)?.st_ino,
         })
     }
 
@@ -61,12 +65,13 @@ impl Given {
         for byte in self.id {
             let _ = write!(text, "{byte:02x}");
         }
-        let _ = writeln!(text, " {}", self.inode);
+        let _ = writeln!(text, " {} {}", self.inode, self.table);
         text
     }
 
     fn parse(text: &str) -> Option<Self> {
-        let (hex, inode) = text.trim().split_once(' ')?;
+        let mut words = text.split_whitespace();
+        let hex = words.next()?;
         let mut id = [0; 16];
         if hex.len() != 32 || !hex.is_ascii() {
             return None;
@@ -74,9 +79,11 @@ impl Given {
         for (at, byte) in id.iter_mut().enumerate() {
             *byte = u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).ok()?;
         }
+        let mut number = || words.next()?.parse().ok();
         Some(Self {
             id,
-            inode: inode.parse().ok()?,
+            inode: number()?,
+            table: number()?,
         })
     }
 }
@@ -97,12 +104,15 @@ mod tests {
         let given = Given {
             id: *b"0123456789abcdef",
             inode: 77,
+            table: 78,
         };
         given.leave(&socket);
         assert_eq!(Given::read(&socket), Some(given));
-        let other = Given { inode: 5, ..given };
-        other.leave(&socket);
-        assert_eq!(Given::read(&socket), Some(other));
+        let others = [Given { inode: 5, ..given }, Given { table: 5, ..given }];
+        for other in others {
+            other.leave(&socket);
+            assert_eq!(Given::read(&socket), Some(other));
+        }
         Given::forget(&socket);
         assert_eq!(Given::read(&socket), None);
     }
@@ -115,6 +125,8 @@ mod tests {
             "x",
             &"é".repeat(16),
             &format!("{} x", "0".repeat(32)),
+            &format!("{} 1", "0".repeat(32)),
+            &format!("{} 1 x", "0".repeat(32)),
         ] {
             assert_eq!(Given::parse(text), None, "{text:?}");
         }

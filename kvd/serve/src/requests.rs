@@ -194,15 +194,22 @@ impl Reactor {
     /// Takes an offered arena over if it is what the former daemon gave to this tenant's clients and none is in use yet.
     /// Says whether the offered arena is this daemon's now.
     fn consider(&mut self, tenant: TenantId, offer: Offer) -> bool {
-        let offered = Given::of(offer.shape.id, &offer.arena).ok();
-        if offered.is_none() || offered != self.given[usize::from(tenant.0)] {
-            tracing::warn!("an arena was offered that this tenant's former daemon did not give");
+        let offered = Given::of(offer.shape.id, &offer.arena, &offer.generations).ok();
+        let given = self.given[usize::from(tenant.0)];
+        let (Some(offered), Some(given)) = (offered, given) else {
+            tracing::warn!("an arena was offered, but no former daemon of this tenant gave one");
+            return false;
+        };
+        let own = self.node.arena_shape(tenant).map(|shape| shape.id);
+        if (offered.id, offered.inode) == (given.id, given.inode) && own == Some(offered.id) {
+            // Another process has brought it before.
+            return true;
+        }
+        if offered != given {
+            tracing::warn!("an arena was offered that this tenant's last daemon did not give");
             return false;
         }
-        let id = offer.shape.id;
-        let own = self.node.arena_shape(tenant).map(|shape| shape.id);
-        // Another process of the same engine may have brought it before.
-        own == Some(id) || self.node.offer(tenant, offer)
+        self.node.offer(tenant, offer)
     }
 
     /// Whether core has taken a new session. What it has for others is delivered on the way.
@@ -325,7 +332,7 @@ impl Reactor {
         match self.node.arenas().descriptors(connection.tenant) {
             Ok(fds) => {
                 let id = self.node.arena_shape(connection.tenant).map(|s| s.id);
-                if let Some(Ok(given)) = id.map(|id| Given::of(id, &fds.arena)) {
+                if let Some(Ok(given)) = id.map(|id| Given::of(id, &fds.arena, &fds.generations)) {
                     self.leave_word(connection.tenant, given);
                 }
                 connection.has_arena = true;

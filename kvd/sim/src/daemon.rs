@@ -289,6 +289,9 @@ impl World {
             Reply::Registered { .. } => self.arenas.current(tenant),
             _ => None,
         };
+        if let Some(mapping) = &mapping {
+            self.given[usize::from(tenant)] = Some(mapping.table.serial);
+        }
         let ends = matches!(&*reply, Reply::Failure(f) if f.ends_session);
         if let Some(conn) = self.conns.get_mut(&conn) {
             conn.to_client.push_back(Msg::Reply {
@@ -356,7 +359,13 @@ impl World {
             socket = (tenant + 1) % self.config.limits.len() as u16;
         }
         let mut adopted = false;
-        if let Some(offer) = hello.offer.take() {
+        let any = self.options.plant == Some(Plant::OldTables);
+        let given = self.given[usize::from(socket)];
+        if let Some(offer) = hello
+            .offer
+            .take()
+            .filter(|offer| any || Some(offer.mapping.table.serial) == given)
+        {
             adopted = self
                 .call(|node| node.offer(TenantId(socket), offer))?
                 .unwrap_or(false);

@@ -103,6 +103,10 @@ impl World {
     }
 
     fn offer(&self, mapping: Mapping) -> Option<Offer> {
+        // Where every daemon begins with new memory, slots and generations come again.
+        if self.options.plant == Some(Plant::StaleAborts) {
+            return None;
+        }
         if mapping.superseded() && !self.config.faults.has(Fault::StaleOffer) {
             return None;
         }

@@ -102,8 +102,7 @@ impl Options {
         Options {
             seed,
             steps,
-            // Off until a daemon can tell an old table from the last one: with it, invariant 3 can be broken.
-            faults: Faults::all().without(Fault::StaleOffer),
+            faults: Faults::all(),
             tenants: 3,
             instances: 8,
             extents: 8,

@@ -36,13 +36,15 @@ pub enum Plant {
     HideRemoval,
     /// An adopted arena comes with even words only, as if nobody could be writing.
     ForgetOdd,
+    /// A daemon takes an arena over under any table that comes with it, also one from before the last daemon.
+    OldTables,
     /// Now and then a process of one tenant gets to the socket, and the name, of another.
     MixTenants,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Plant; 17] = [
+    pub const ALL: [Plant; 18] = [
         Plant::DropEvictionWords,
         Plant::LateWords,
         Plant::EarlyDeath,
@@ -59,6 +61,7 @@ impl Plant {
         Plant::DoubleReply,
         Plant::HideRemoval,
         Plant::ForgetOdd,
+        Plant::OldTables,
         Plant::MixTenants,
     ];
 }

@@ -56,7 +56,12 @@ impl World {
             .conns
             .values()
             .any(|c| c.daemon_open && (!c.to_daemon.is_empty() || !c.client_open));
-        let idle = |p: &crate::engine::Proc| !p.alive || p.idle();
+        // One whose connection is lost has not noticed that yet, and has a past to fence.
+        let online = |p: &crate::engine::Proc| {
+            let conn = p.conn.and_then(|at| self.conns.get(&at));
+            conn.is_some_and(|conn| conn.daemon_open)
+        };
+        let idle = |p: &crate::engine::Proc| !p.alive || p.idle() && online(p);
         let jobs = self.daemon.as_ref().is_none_or(|d| !d.jobs.is_empty());
         !open && !jobs && self.deaths.is_empty() && self.procs.iter().all(idle)
     }

@@ -63,9 +63,21 @@ impl World {
                     // in both cases; saying nothing would keep the slots until this connection ends. Another daemon must
                     // not be told: there the same slot and generation may be a reservation that is being filled.
                     self.counters.add("orders for another connection");
-                    let any = self.options.plant == Some(Plant::StaleAborts);
-                    if incarnation != self.procs[p].incarnation && !any {
-                        return Ok(());
+                    if incarnation != self.procs[p].incarnation {
+                        if self.options.plant != Some(Plant::StaleAborts) {
+                            return Ok(());
+                        }
+                        // Late, so that it meets new reservations.
+                        if !self.rng.one_in(8) {
+                            let order = Order::Store {
+                                space,
+                                blocks,
+                                token,
+                                incarnation,
+                            };
+                            self.procs[p].orders.push_back(order);
+                            return Ok(());
+                        }
                     }
                     self.not_written(p, &blocks);
                     return Ok(());

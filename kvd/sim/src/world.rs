@@ -26,6 +26,8 @@ pub(crate) struct World {
     pub(crate) counters: Counters,
     pub(crate) arenas: SimArena,
     pub(crate) daemon: Option<Daemon>,
+    /// By tenant: serial of the table that clients were given last. Outlives daemons, as the real one's file does.
+    pub(crate) given: Vec<Option<u64>>,
     /// When a dead daemon starts again.
     pub(crate) restart_at: u64,
     pub(crate) conns: BTreeMap<u64, Conn>,
@@ -60,6 +62,7 @@ impl World {
             counters: Counters::default(),
             arenas,
             daemon: None,
+            given: vec![None; config.limits.len()],
             restart_at: 0,
             conns: BTreeMap::new(),
             next_conn: 0,
