@@ -547,14 +547,15 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         """Counters of this process's half, and how long its hooks took (microseconds, of the last calls). For tests."""
         half = self._scheduler or self._worker
         stats: dict[str, Any] = dict(half.stats()) if half is not None else {}
-        hooks = {}
-        for hook, times in self._times.items():
-            order = sorted(times)
-            at = {name: order[min(len(order) - 1, int(len(order) * part))] for name, part in _PARTS.items()}
-            hooks[hook] = {"calls": len(order), **{name: value / 1000 for name, value in at.items()}}
-        stats["hooks_us"] = hooks
+        hooks = {hook: sorted(times) for hook, times in self._times.items()}
+        hooks["all"] = sorted(one for times in hooks.values() for one in times)
+        stats["hooks_us"] = {hook: _spread(order) for hook, order in hooks.items() if order}
         stats["config_refusal"] = self._refusal
         return stats
 
 
-_PARTS = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+def _spread(order: list[int]) -> dict[str, float]:
+    """How sorted times (ns) are spread, in microseconds."""
+    parts = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    at = {name: order[min(len(order) - 1, int(len(order) * part))] / 1000 for name, part in parts.items()}
+    return {"calls": len(order), **at}
