@@ -13,6 +13,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("kvd-arena", &["kvd-core"]),
     ("kvd-device", &["kvd-core", "kvd-arena"]),
     ("kvd-node", &["kvd-core", "kvd-arena"]),
+    ("kvd-nvme", &["kvd-core", "kvd-arena"]),
     ("kvd-wire", &[]),
     (
         "kvd-serve",
@@ -65,6 +66,7 @@ const CORE_MAY_USE: &[&str] = &["blake3", "hashbrown", "thiserror"];
 const UNSAFE_HOMES: &[&str] = &[
     "kvd/arena/",
     "kvd/device/",
+    "kvd/nvme/src/io/",
     // Its tests stand in for an engine's memory.
     "kvd/client/tests/",
     "python/",

@@ -33,6 +33,7 @@ mod step;
 mod store;
 mod table;
 mod tenants;
+pub mod tier;
 mod view;
 
 pub use crate::api::*;
