@@ -3,7 +3,10 @@
 //! Deliberately absent: frames, sockets, file descriptors, text for logs. The node turns bytes into these and back.
 
 use crate::geometry::{ArenaShape, Cut};
-use crate::ids::{BlockHash, InstanceId, NamespaceId, RequestId, Role, SessionId, TenantId};
+use crate::ids::{
+    BlockHash, InstanceId, NamespaceId, RequestId, Role, SessionId, StoreId, TenantId,
+};
+use crate::tier::{Recovered, StoreDone, StoreOp, StoreShape};
 
 /// No parent, no slot, nobody.
 pub(crate) const NIL: u32 = u32::MAX;
@@ -86,6 +89,41 @@ pub enum Input<'a> {
         id: RequestId,
         /// What.
         body: Request<'a>,
+    },
+    /// A store of the slower tier can be used. Stores are numbered from 0 on, without gaps, and opened after all tenants are known.
+    StoreOpened {
+        /// Which.
+        store: StoreId,
+        /// How it is divided.
+        shape: StoreShape,
+    },
+    /// It holds blocks of this namespace (canonical record). Given before those blocks.
+    StoreNamespace {
+        /// Which store.
+        store: StoreId,
+        /// Canonical record.
+        record: &'a [u8],
+    },
+    /// It holds these blocks.
+    StoreBlocks {
+        /// Which store.
+        store: StoreId,
+        /// Parents best before their children.
+        blocks: &'a [Recovered],
+    },
+    /// It was switched off because its device fails, or on again.
+    StoreSwitched {
+        /// Which.
+        store: StoreId,
+        /// Whether it takes operations.
+        on: bool,
+    },
+    /// One of its operations is over.
+    StoreDone {
+        /// Which store.
+        store: StoreId,
+        /// What became of it.
+        done: StoreDone,
     },
     /// Time passed. Deadlines are looked at on every input; this is for idle times.
     Tick,
@@ -205,7 +243,7 @@ pub enum Request<'a> {
         group: u32,
         /// Hashes.
         hashes: &'a [[u8; 32]],
-        /// How long the caller would wait for slower tiers, milliseconds. Unused while there is one tier.
+        /// How long the caller would wait for slower tiers, milliseconds; 0: as long as the settings allow.
         deadline_ms: u32,
     },
     /// Ends read leases.
@@ -260,6 +298,13 @@ pub enum Output {
         tenant: TenantId,
         /// Which.
         extent: u32,
+    },
+    /// A store is to do this. It may have to wait, and the order is its own affair.
+    Store {
+        /// Which.
+        store: StoreId,
+        /// What.
+        op: StoreOp,
     },
     /// This arena is not taken.
     ArenaRefused {

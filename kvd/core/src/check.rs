@@ -25,6 +25,7 @@ impl Core {
         self.check_leases();
         self.check_spaces();
         self.check_bounds();
+        self.check_disks();
     }
 
     fn entry(&self, id: u32) -> &Entry {
@@ -88,6 +89,10 @@ impl Core {
                     "a block in a foreign arena"
                 );
                 entry.pins > 0
+            }
+            SlotState::Reserved if owner == NIL => {
+                self.check_coming(t, slot);
+                false
             }
             SlotState::Reserved | SlotState::Filling | SlotState::Quarantined => {
                 let fill = &self.fills[owner];
@@ -157,6 +162,9 @@ impl Core {
             let owner = slot.expect("an entry has a slot");
             let named = if entry.state == EntryState::Resident {
                 owner
+            } else if owner == NIL {
+                assert!(self.disks.fetches.contains_key(&id), "nobody fills a slot");
+                id
             } else {
                 self.fills[owner].entry
             };
@@ -175,7 +183,8 @@ impl Core {
             .map(|c| c.policy.len())
             .sum();
         assert_eq!(candidates, leaves, "candidates for eviction");
-        assert_eq!(self.crcs.len(), self.index.len(), "runs of checksums");
+        let known = self.index.len() - self.disks.fetches.len();
+        assert_eq!(self.crcs.len(), known, "runs of checksums");
     }
 
     /// Invariant 3: whoever may write is on record.
@@ -294,6 +303,7 @@ impl Core {
             );
         }
         assert!(held.is_empty(), "leases of nobody");
+        self.tier_pins(&mut pins);
         for id in self.index.entries.hot.range() {
             let counted = pins.get(&id).copied().unwrap_or(0);
             assert_eq!(self.entry(id).pins, counted, "pins of a block");
@@ -317,7 +327,7 @@ impl Core {
             let sessions = self.tokens.values().filter(|at| joins(at)).count();
             assert_eq!(space.sessions as usize, sessions, "sessions of a namespace");
             assert!(
-                space.sessions > 0 || space.blocks > 0,
+                space.sessions > 0 || space.blocks > 0 || space.coming > 0,
                 "a namespace of nobody and nothing"
             );
             per_tenant[space.tenant] += 1;

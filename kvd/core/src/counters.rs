@@ -104,3 +104,49 @@ impl StoreFailures {
         ]
     }
 }
+
+/// Counts of blocks that went to the slower tier or came from it, over all tenants and stores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TierCounters {
+    /// Blocks written.
+    pub offloaded: u64,
+    /// Bytes of them, headers included.
+    pub offloaded_bytes: u64,
+    /// Blocks not written because too much was being written already.
+    pub offload_queue_full: u64,
+    /// Blocks not written because the budget of the day was spent.
+    pub offload_budget: u64,
+    /// Blocks not written because no place was free.
+    pub offload_no_place: u64,
+    /// Blocks not written because the store was off.
+    pub offload_off: u64,
+    /// Blocks whose write failed.
+    pub offload_failed: u64,
+    /// Blocks dropped from a store to make room there.
+    pub evicted: u64,
+    /// Blocks read into host memory and found sound.
+    pub fetched: u64,
+    /// Bytes of their slots.
+    pub fetched_bytes: u64,
+    /// Blocks that could not be read, by reason.
+    pub fetch_failed: FetchFailures,
+    /// Blocks not read because there was no room, or too much was being read.
+    pub fetch_busy: u64,
+    /// Loads answered before all of their blocks had come.
+    pub fetch_late: u64,
+    /// Blocks that a store held when it was opened.
+    pub recovered: u64,
+    /// Blocks that it held and that are of no use here.
+    pub not_recovered: u64,
+}
+
+/// Why blocks could not be read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FetchFailures {
+    /// Their bytes are not what was stored.
+    pub corrupt: u64,
+    /// The device failed.
+    pub io: u64,
+    /// The store was off.
+    pub off: u64,
+}

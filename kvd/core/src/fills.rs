@@ -114,7 +114,9 @@ impl Core {
     /// The fill that has this slot under this generation, if it is the instance's.
     pub(crate) fn claimed(&self, t: usize, instance: u32, slot: u32, word: u64) -> Option<u32> {
         let found = self.tenants[t].pool.as_ref()?.slot(slot)?;
-        let fill = (found.state.writable() && found.word == word).then_some(found.owner)?;
+        // One into which a block comes up from a store is nobody's.
+        let own = found.state.writable() && found.word == word && found.owner != NIL;
+        let fill = own.then_some(found.owner)?;
         (self.crews[self.fills[fill].crew].instance == instance).then_some(fill)
     }
 
@@ -164,7 +166,7 @@ impl Core {
         CommitState::Visible
     }
 
-    fn in_suspect_extent(&self, t: usize, slot: u32) -> bool {
+    pub(crate) fn in_suspect_extent(&self, t: usize, slot: u32) -> bool {
         let Some(pool) = &self.tenants[t].pool else {
             return false;
         };
@@ -199,6 +201,7 @@ impl Core {
         self.counters.stored_bytes += found.slot_bytes;
         self.announce(entry, ChangeKind::Stored);
         self.leave_crew(crew);
+        self.offload_new(entry, out);
     }
 
     /// Writes to the change log.

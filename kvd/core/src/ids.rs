@@ -7,6 +7,10 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Now(pub u64);
 
+/// A store of a slower tier, counted from 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StoreId(pub u8);
+
 /// The engine's own chained hash of a block: which tokens, and all tokens before them.
 ///
 /// Lists of hashes in requests are `&[[u8; 32]]`, so that a frame's bytes are used where they lie (`as_chunks::<32>()`).

@@ -10,6 +10,7 @@ mod check;
 pub mod counters;
 mod crcs;
 mod crews;
+mod disk;
 mod evict;
 mod fills;
 pub mod geometry;
@@ -37,14 +38,14 @@ pub mod tier;
 mod view;
 
 pub use crate::api::*;
-pub use crate::counters::Counters;
+pub use crate::counters::{Counters, FetchFailures, TierCounters};
 pub use crate::geometry::{ArenaShape, Cut, GeometryError, GroupGeometry, GroupKind, Rect};
 pub use crate::ids::{
-    BlockHash, InstanceId, NamespaceId, Now, RequestId, Role, SessionId, TenantId, low64,
+    BlockHash, InstanceId, NamespaceId, Now, RequestId, Role, SessionId, StoreId, TenantId, low64,
     replica_of,
 };
 pub use crate::log::{Change, ChangeKind, Changes, Tier};
 pub use crate::record::{NamespaceRecord, RecordError};
-pub use crate::settings::{EvictionPolicy, MAX_WRITERS, Settings};
+pub use crate::settings::{EvictionPolicy, MAX_WRITERS, OffloadPolicy, Settings, TierSettings};
 pub use crate::state::Core;
 pub use crate::status::StatusView;

@@ -1,4 +1,4 @@
-//! Load and Release: an engine's processes read blocks. Deliberately absent: waiting for slower tiers, which aren't there.
+//! Load and Release: an engine's processes read blocks of host memory. Deliberately absent: waiting for slower tiers (`disk`).
 
 use crate::api::{Failure, LoadReply, LoadState, NIL, Output, Reply};
 use crate::index::{BATCH, EntryState};
@@ -16,13 +16,14 @@ struct Loading {
 }
 
 impl Core {
-    pub(crate) fn load(
+    /// Answers a load with what is in host memory now.
+    pub(crate) fn load_now(
         &mut self,
         caller: Caller,
         namespace: u32,
         group: u32,
         hashes: &[[u8; 32]],
-    ) -> Result<Reply, Failure> {
+    ) -> Result<LoadReply, Failure> {
         self.bounded("hashes", hashes.len())?;
         let space = self.space_of(caller, namespace)?;
         let group = self.group_of(space, group)?;
@@ -56,7 +57,7 @@ impl Core {
             .iter()
             .map(|at| stored[usize::from(*at)].cut.clone())
             .collect();
-        Ok(Reply::Load(reply))
+        Ok(reply)
     }
 
     fn load_one(

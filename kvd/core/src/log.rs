@@ -12,6 +12,8 @@ use crate::ids::{BlockHash, NamespaceId, TenantId};
 pub enum Tier {
     /// Host memory.
     Host,
+    /// A store on NVMe.
+    Nvme,
 }
 
 /// What happened to a block.

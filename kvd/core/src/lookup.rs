@@ -1,4 +1,5 @@
-//! Lookup: which of these blocks are here, as runs. Deliberately absent: waiting; a block being stored is said to be so.
+//! Lookup: which of these blocks are here, in host memory or below, as runs. Deliberately absent: waiting; a block being stored or
+//! coming up is said to be so.
 
 use crate::api::{Chain, Failure, LookupReply, NIL, Presence, Reply, Where};
 use crate::evict::chain;
@@ -37,6 +38,8 @@ struct Hits {
     absent: u64,
     filling: u64,
     bytes: u64,
+    /// Bytes that have to come up first.
+    below: u64,
     /// Entries to be leased; kept only if a lease is wanted.
     blocks: Vec<u32>,
 }
@@ -88,7 +91,8 @@ impl Core {
         self.counters.lookup_hit += hits.hit;
         self.counters.lookup_absent += hits.absent;
         self.counters.lookup_filling += hits.filling;
-        reply.est_load_us = hits.bytes / self.settings.load_bytes_per_us.max(1);
+        reply.est_load_us = (hits.bytes + hits.below) / self.settings.load_bytes_per_us.max(1)
+            + hits.below / self.settings.tiers.load_bytes_per_us.max(1);
         if !hits.blocks.is_empty() {
             reply.lease = self.lease_lookup(caller.session, &hits.blocks, lease_ms, hits.bytes);
         }
@@ -106,7 +110,13 @@ impl Core {
         let (space, group, stamp) = (manner.space, chain.group as u8, self.stamp);
         let class = &self.spaces.get(space).groups[usize::from(group)];
         let (class, slot_bytes) = (class.class, class.slot_bytes);
-        let Core { index, tenants, .. } = self;
+        let below = self.spaces.get(space).id;
+        let Core {
+            index,
+            tenants,
+            disks,
+            ..
+        } = self;
         let mut presence = Presence::default();
         let Some(pool) = &mut tenants[caller.tenant].pool else {
             return presence;
@@ -118,8 +128,18 @@ impl Core {
             for (at, id) in found[..batch.len()].iter().enumerate() {
                 let at = (number * BATCH + at) as u32;
                 let place = match *id {
+                    NIL if disks.look(below, group, &batch[at as usize % BATCH], stamp) => {
+                        hits.below += slot_bytes;
+                        hits.hit += 1;
+                        Where::Nvme
+                    }
                     NIL => Where::Absent,
-                    id if index.entries.hot[id].state == EntryState::Filling => Where::Filling,
+                    id if index.entries.hot[id].state == EntryState::Filling => {
+                        match disks.fetches.contains_key(&id) {
+                            true => Where::Fetching,
+                            false => Where::Filling,
+                        }
+                    }
                     id => {
                         extents.touch(index.entries.hot[id].slot, stamp);
                         chain::touch(policy, &mut index.entries, id, stamp, false);

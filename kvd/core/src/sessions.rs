@@ -52,6 +52,8 @@ pub(crate) struct Session {
     /// Read leases it holds, whatever their counts.
     pub(crate) reads: u32,
     pub(crate) lookups: u32,
+    /// Loads that wait for a slower tier.
+    pub(crate) waits: u32,
 }
 
 impl Session {
@@ -226,6 +228,7 @@ impl Core {
     /// Its socket is closed: it gets no new copies, but what it may be copying stays its.
     fn detach(&mut self, session: u32, out: &mut Vec<Output>) {
         self.sessions[session].attached = false;
+        self.end_waits_of(session);
         let (instance, role) = (self.sessions[session].instance, self.sessions[session].role);
         for at in 0..self.sessions[session].joined.len() {
             let space = self.sessions[session].joined[at].space;
@@ -289,6 +292,7 @@ impl Core {
 
     /// The session's copies are terminal. Ends its leases and copy records and forgets it.
     fn end_session(&mut self, session: u32, out: &mut Vec<Output>) {
+        self.end_waits_of(session);
         self.end_reads_of(session);
         self.end_lookups_of(session);
         self.end_writing_of(session, out);

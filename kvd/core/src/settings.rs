@@ -14,6 +14,55 @@ pub enum EvictionPolicy {
     S3Fifo,
 }
 
+/// When a block goes down to the slower tier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OffloadPolicy {
+    /// As soon as it is visible in host memory.
+    #[default]
+    WriteThrough,
+    /// When it is loaded for the first time: what is never used again is never written.
+    SecondUse,
+}
+
+/// Settings of the slower tier.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TierSettings {
+    /// When blocks go down.
+    pub offload: OffloadPolicy,
+    /// Bytes that each store may write in a day; 0: no limit.
+    pub write_bytes_per_day: u64,
+    /// Most blocks that are being written to a store. More are not offloaded, and counted.
+    pub max_writes: u32,
+    /// Most blocks that are being read from a store. Loads of more fail.
+    pub max_reads: u32,
+    /// Places that are kept free in each store, so that writes need not wait for drops.
+    pub spare_places: u32,
+    /// Most blocks of a store.
+    pub max_entries: u32,
+    /// Most hashes in loads that wait.
+    pub max_waiting_hashes: u32,
+    /// Longest that a load waits, milliseconds.
+    pub max_wait_ms: u32,
+    /// For the estimate in lookups: bytes that a store gives per microsecond.
+    pub load_bytes_per_us: u64,
+}
+
+impl Default for TierSettings {
+    fn default() -> Self {
+        TierSettings {
+            offload: OffloadPolicy::default(),
+            write_bytes_per_day: 0,
+            max_writes: 1024,
+            max_reads: 4096,
+            spare_places: 64,
+            max_entries: 1 << 26,
+            max_waiting_hashes: 262_144,
+            max_wait_ms: 5_000,
+            load_bytes_per_us: 2_000,
+        }
+    }
+}
+
 /// Typed settings of the core. All durations are microseconds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
@@ -57,6 +106,8 @@ pub struct Settings {
     pub max_entries: u32,
     /// Changes that the change log remembers.
     pub change_log: u32,
+    /// The slower tier.
+    pub tiers: TierSettings,
 }
 
 impl Default for Settings {
@@ -82,6 +133,7 @@ impl Default for Settings {
             max_lookup_blocks: 1_048_576,
             max_entries: 1 << 26,
             change_log: 65_536,
+            tiers: TierSettings::default(),
         }
     }
 }

@@ -2,6 +2,7 @@
 //! registered or a block of it is held. Deliberately absent: what a record means.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::api::{ErrorKind, Failure, NIL, Output};
 use crate::geometry::Cut;
@@ -41,11 +42,22 @@ pub(crate) struct Namespace {
     pub(crate) blocks: u64,
     pub(crate) bytes: u64,
     pub(crate) sessions: u32,
+    /// Blocks that are coming up from a store.
+    pub(crate) coming: u32,
+    /// The canonical record, once somebody needed it.
+    canonical: Option<Arc<[u8]>>,
     /// Time of the last registration or leaving.
     pub(crate) used: u64,
 }
 
 impl Namespace {
+    /// The canonical record, shared.
+    pub(crate) fn canonical(&mut self) -> Arc<[u8]> {
+        let record = &self.record;
+        let made = || Arc::from(record.encode());
+        self.canonical.get_or_insert_with(made).clone()
+    }
+
     /// The number of this cut of this group, made if need be; `None` when there are too many.
     pub(crate) fn intern_cut(&mut self, group: u8, cut: &Cut) -> Option<u16> {
         let same = |stored: &StoredCut| stored.group == group && stored.cut == *cut;
@@ -140,6 +152,8 @@ impl Core {
             blocks: 0,
             bytes: 0,
             sessions: 0,
+            coming: 0,
+            canonical: None,
             used: self.now,
         }))
     }
@@ -149,7 +163,7 @@ impl Core {
         let Some(space) = self.spaces.by_number.get(&number) else {
             return;
         };
-        if space.sessions > 0 || space.blocks > 0 {
+        if space.sessions > 0 || space.blocks > 0 || space.coming > 0 {
             return;
         }
         let Some(space) = self.spaces.by_number.remove(&number) else {
@@ -172,7 +186,7 @@ impl Core {
             .spaces
             .by_number
             .iter()
-            .filter(|(_, s)| s.tenant == t && s.sessions == 0);
+            .filter(|(_, s)| s.tenant == t && s.sessions == 0 && s.coming == 0);
         let Some(number) = idle
             .min_by_key(|(number, s)| (s.used, **number))
             .map(|(n, _)| *n)

@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::counters::Counters;
+use crate::counters::{Counters, TierCounters};
 use crate::crcs::Crcs;
 use crate::crews::Crew;
+use crate::disk::Disks;
 use crate::fills::{ByDeadline, Fill};
 use crate::ids::{InstanceId, Now, SessionId, TenantId};
 use crate::index::Index;
@@ -41,6 +42,8 @@ pub struct Core {
     pub(crate) deadlines: List<ByDeadline>,
     pub(crate) reads: Reads,
     pub(crate) lookups: LookupLeases,
+    pub(crate) disks: Disks,
+    pub(crate) tier_counters: TierCounters,
     /// Detached sessions that may have become idle in this step.
     pub(crate) idle: Vec<u32>,
 }
@@ -67,6 +70,8 @@ impl Core {
             deadlines: List::new(),
             reads: Reads::new(),
             lookups: LookupLeases::default(),
+            disks: Disks::default(),
+            tier_counters: TierCounters::default(),
             idle: Vec::new(),
             settings,
         }
@@ -82,6 +87,11 @@ impl Core {
         &self.counters
     }
 
+    /// Everything counted of the slower tier since start.
+    pub fn tier_counters(&self) -> &TierCounters {
+        &self.tier_counters
+    }
+
     /// Whether core has this session, attached or detached.
     pub fn knows(&self, session: SessionId) -> bool {
         self.tokens.contains_key(&session)
@@ -90,7 +100,12 @@ impl Core {
     /// When the next deadline falls due; `None`: nothing waits. A driver with nothing else to do ticks then.
     pub fn next_deadline(&self) -> Option<Now> {
         let fill = self.deadlines.front().map(|id| self.fills[id].deadline);
-        let times = [fill, self.reads.next_expiry(), self.lookups.next_expiry()];
+        let times = [
+            fill,
+            self.reads.next_expiry(),
+            self.lookups.next_expiry(),
+            self.disks.next_deadline(),
+        ];
         times.into_iter().flatten().min().map(Now)
     }
 

@@ -2,6 +2,7 @@
 //! Deliberately absent: anything that outlives the step; there is no queue in here.
 
 use crate::api::{ErrorKind, Failure, Input, NIL, Output, Reply, Request};
+use crate::disk::Asked;
 use crate::ids::{Now, RequestId, Role, SessionId};
 use crate::sessions::Opening;
 use crate::state::Core;
@@ -63,6 +64,11 @@ impl Core {
             Input::Gone { session } => self.gone(session, out),
             Input::Closed { session } => self.closed(session, out),
             Input::Request { session, id, body } => self.request(session, id, body, out),
+            Input::StoreOpened { store, shape } => self.store_opened(store, shape),
+            Input::StoreNamespace { store, record } => self.store_has_namespace(store, record),
+            Input::StoreBlocks { store, blocks } => self.store_has_blocks(store, blocks, out),
+            Input::StoreSwitched { store, on } => self.store_switched(store, on),
+            Input::StoreDone { store: _, done } => self.store_done(done, out),
             Input::Tick => {}
         }
         self.sweep(out);
@@ -73,6 +79,7 @@ impl Core {
         self.fills_due(DUE, out);
         self.reads_due(DUE);
         self.lookups_due(DUE);
+        self.waits_due(DUE, out);
     }
 
     fn request(
@@ -85,11 +92,17 @@ impl Core {
         self.counters.requests += 1;
         let reply = self
             .caller(session)
-            .and_then(|caller| self.serve(caller, body, out));
-        let reply = Box::new(reply.unwrap_or_else(|failure| {
-            self.counters.refused += 1;
-            Reply::Failure(failure)
-        }));
+            .and_then(|caller| self.serve(caller, id, body, out));
+        let reply = match reply {
+            Ok(Some(reply)) => reply,
+            // A load that waits for a slower tier.
+            Ok(None) => return,
+            Err(failure) => {
+                self.counters.refused += 1;
+                Reply::Failure(failure)
+            }
+        };
+        let reply = Box::new(reply);
         out.push(Output::Reply { session, id, reply });
     }
 
@@ -114,10 +127,11 @@ impl Core {
     fn serve(
         &mut self,
         caller: Caller,
+        id: RequestId,
         body: Request<'_>,
         out: &mut Vec<Output>,
-    ) -> Result<Reply, Failure> {
-        match body {
+    ) -> Result<Option<Reply>, Failure> {
+        let reply = match body {
             Request::Register { record, groups } => self.register(caller, record, groups, out),
             Request::Lookup {
                 namespace,
@@ -144,8 +158,21 @@ impl Core {
                 namespace,
                 group,
                 hashes,
-                deadline_ms: _,
-            } => self.load(caller, namespace, group, hashes),
+                deadline_ms,
+            } => {
+                self.bounded("hashes", hashes.len())?;
+                let space = self.space_of(caller, namespace)?;
+                let group = self.group_of(space, group)?;
+                let asked = Asked {
+                    id,
+                    namespace,
+                    space,
+                    group,
+                    hashes,
+                    deadline_ms,
+                };
+                return self.load(caller, &asked, out);
+            }
             Request::Release {
                 slots,
                 generations,
@@ -156,7 +183,8 @@ impl Core {
                 self.release(caller, list, corrupt, lease, out)
             }
             Request::Fence { past } => self.fence(caller, past, out),
-        }
+        };
+        reply.map(Some)
     }
 
     /// Refuses lists beyond the limit.

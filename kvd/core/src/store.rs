@@ -155,11 +155,22 @@ impl Core {
                 return None;
             }
         }
+        self.room_for(t, class, &mut storing.others, out)
+    }
+
+    /// A slot of this class, evicting if need be.
+    pub(crate) fn room_for(
+        &mut self,
+        t: usize,
+        class: u16,
+        others: &mut bool,
+        out: &mut Vec<Output>,
+    ) -> Option<u32> {
         loop {
             if let Some(slot) = self.tenants[t].pool.as_mut()?.take(class, NIL, out) {
                 return Some(slot);
             }
-            if !self.make_room(t, class, &mut storing.others, out) {
+            if !self.make_room(t, class, others, out) {
                 return None;
             }
         }

@@ -52,6 +52,8 @@ pub struct World {
     pub seen: Vec<Output>,
     pub ended: Vec<(SessionId, Failure)>,
     pub refills: Vec<u32>,
+    /// What stores were asked to do, in order, until somebody takes it.
+    pub store_ops: Vec<(StoreId, tier::StoreOp)>,
     pub checking: bool,
 }
 
@@ -88,6 +90,7 @@ impl World {
             seen: Vec::new(),
             ended: Vec::new(),
             refills: Vec::new(),
+            store_ops: Vec::new(),
             checking: true,
         };
         for (tenant, name) in [(A, "a"), (B, "b")] {
@@ -135,6 +138,7 @@ impl World {
                     self.ended.push((*session, failure.clone()));
                 }
                 Output::Refill { extent, .. } => self.refills.push(*extent),
+                Output::Store { store, op } => self.store_ops.push((*store, op.clone())),
                 Output::ArenaRefused { .. } => {}
             }
         }

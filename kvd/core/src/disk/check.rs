@@ -1,0 +1,121 @@
+//! Checks of the slower tier's books, for [`Core::check`]. Deliberately absent: repair.
+
+use std::collections::BTreeMap;
+
+use super::{Disk, Doing};
+use crate::evict::listed;
+use crate::index::{EntryState, Found};
+use crate::state::Core;
+
+impl Core {
+    pub(crate) fn check_disks(&self) {
+        let (mut writes, mut drops) = (BTreeMap::new(), BTreeMap::new());
+        let mut reads = 0;
+        for doing in self.disks.doing.values() {
+            match doing {
+                Doing::Write { store, entry, .. } => {
+                    *writes.entry(*store).or_insert(0) += 1;
+                    let entry = &self.disks.all[*store].index.entries.hot[*entry];
+                    assert_eq!(entry.state, EntryState::Filling, "a block is written twice");
+                }
+                Doing::Drop { store, .. } => *drops.entry(*store).or_insert(0u32) += 1,
+                Doing::Read { host } => {
+                    assert!(self.disks.fetches.contains_key(host), "a read for nobody");
+                    reads += 1;
+                }
+            }
+        }
+        assert_eq!(self.disks.fetches.len(), reads, "fetches and reads");
+        for (at, disk) in self.disks.all.iter().enumerate() {
+            assert_eq!(disk.writes, writes.get(&at).copied().unwrap_or(0));
+            assert_eq!(disk.drops, drops.get(&at).copied().unwrap_or(0));
+            let reads = self.disks.fetches.values().filter(|f| f.store == at);
+            assert_eq!(disk.reads as usize, reads.count());
+            self.check_disk(at, disk);
+        }
+        self.check_waits();
+    }
+
+    fn check_disk(&self, at: usize, disk: &Disk) {
+        disk.places.check();
+        disk.index.check();
+        let mut spaces: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
+        for id in disk.index.entries.hot.range() {
+            let entry = &disk.index.entries.hot[id];
+            if entry.state == EntryState::Vacant {
+                continue;
+            }
+            let leaf = entry.state == EntryState::Resident && entry.children == 0;
+            assert_eq!(listed(entry), leaf, "a stored leaf is no candidate");
+            let place = disk.places.place(entry.slot);
+            assert!(disk.places.owners(place.segment).contains(&id));
+            let sum = spaces.entry(entry.space).or_default();
+            *sum = (sum.0 + 1, sum.1 + place.stride);
+            let reads = self.disks.fetches.values();
+            let reads = reads.filter(|f| (f.store, f.entry) == (at, id)).count();
+            assert_eq!(entry.pins as usize, reads, "pins of a stored block");
+        }
+        for (number, space) in &disk.spaces {
+            let counted = spaces.get(number).copied().unwrap_or_default();
+            assert_eq!(
+                (space.blocks, space.bytes),
+                counted,
+                "blocks of a namespace"
+            );
+        }
+        let (places, _) = disk.places.used();
+        let dead = disk.places.lost + u64::from(disk.drops);
+        assert_eq!(places, disk.index.len() as u64 + dead, "places and blocks");
+    }
+
+    /// Bounds of waiting loads (invariant 8), and that each waits for something.
+    fn check_waits(&self) {
+        let mut by_session: BTreeMap<u32, u32> = BTreeMap::new();
+        let mut hashes = 0;
+        for (number, waiting) in &self.disks.waiting {
+            *by_session.entry(waiting.session).or_default() += 1;
+            hashes += waiting.hashes.len();
+            let for_it = self.disks.fetches.values();
+            let for_it = for_it.filter(|f| f.waiters.contains(number)).count();
+            assert_eq!(waiting.left as usize, for_it, "blocks a load waits for");
+            assert!(waiting.left > 0, "a load waits for nothing");
+        }
+        assert_eq!(self.disks.waiting_hashes, hashes);
+        assert_eq!(self.disks.by_deadline.len(), self.disks.waiting.len());
+        for session in self.sessions.range() {
+            let counted = by_session.get(&session).copied().unwrap_or(0);
+            assert_eq!(self.sessions[session].waits, counted, "loads of a session");
+        }
+    }
+
+    /// Pins of host entries by writes and waiting loads.
+    pub(crate) fn tier_pins(&self, pins: &mut BTreeMap<u32, u32>) {
+        for doing in self.disks.doing.values() {
+            if let Doing::Write { host, serial, .. } = doing
+                && self.index.entries.side[*host].serial == *serial
+            {
+                *pins.entry(*host).or_default() += 1;
+            }
+        }
+        for waiting in self.disks.waiting.values() {
+            for (id, serial) in &waiting.pins {
+                if self.index.entries.side[*id].serial == *serial {
+                    *pins.entry(*id).or_default() += 1;
+                }
+            }
+        }
+    }
+
+    /// Whether a slot in this tenant's pool that nobody fills has a block coming up into it.
+    pub(crate) fn check_coming(&self, t: usize, slot: u32) {
+        let mut fetches = self.disks.fetches.iter();
+        let found = fetches.find(|(host, _)| self.index.entries.hot[**host].slot == slot);
+        let Some((host, fetch)) = found else {
+            panic!("slot {slot} is kept for nobody");
+        };
+        let entry = &self.index.entries.hot[*host];
+        assert_eq!((fetch.t, entry.state), (t, EntryState::Filling));
+        let found = self.index.find(entry.space, entry.group, &entry.hash);
+        assert_eq!(found, Found::Entry(*host));
+    }
+}

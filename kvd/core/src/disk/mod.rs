@@ -1,0 +1,308 @@
+//! The slower tier: which blocks a store holds and where, and what is under way between it and host memory.
+//!
+//! A store has an index of its own beside the host's: a block may be in one, in the other, or in both. Blocks go down when they
+//! become visible or are used again (`offload`), and come up when an engine wants to load them (`fetch`). Nothing here waits:
+//! plans go out as [`crate::tier::StoreOp`], and what became of them comes back as an input. Deliberately absent: bytes, journals,
+//! deadlines of devices.
+
+mod check;
+mod fetch;
+mod offload;
+mod places;
+mod recover;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crate::api::{NIL, Output};
+use crate::evict::{Eviction, chain, policy};
+use crate::ids::{BlockHash, NamespaceId, RequestId, SessionId, StoreId, TenantId, low64};
+use crate::index::{EntryState, Found, Index};
+use crate::log::{Change, ChangeKind, Tier};
+use crate::state::Core;
+use crate::tier::{BlockKey, OpId, StoreOp, StoreShape};
+pub(crate) use fetch::Asked;
+use places::Places;
+
+/// A namespace that a store has blocks of. It needs no session.
+#[derive(Debug)]
+pub(crate) struct StoredSpace {
+    pub(crate) id: NamespaceId,
+    pub(crate) tenant: TenantId,
+    pub(crate) record: Arc<[u8]>,
+    /// Blocks, those being written included.
+    pub(crate) blocks: u64,
+    pub(crate) bytes: u64,
+}
+
+/// Bytes that may be written yet: fills up by the clock, up to an hour's worth.
+#[derive(Debug, Default)]
+pub(crate) struct Budget {
+    level: u64,
+    filled: u64,
+}
+
+/// One store.
+pub(crate) struct Disk {
+    pub(crate) places: Places,
+    pub(crate) index: Index,
+    /// By stride.
+    policies: BTreeMap<u64, Box<dyn Eviction>>,
+    pub(crate) spaces: BTreeMap<u32, StoredSpace>,
+    by_id: BTreeMap<NamespaceId, u32>,
+    next_space: u32,
+    /// It takes operations.
+    pub(crate) on: bool,
+    pub(crate) writes: u32,
+    pub(crate) reads: u32,
+    pub(crate) drops: u32,
+    budget: Budget,
+}
+
+/// What is under way.
+#[derive(Debug)]
+pub(crate) enum Doing {
+    /// A block goes down. `host` and its serial: where from, pinned.
+    Write {
+        store: usize,
+        entry: u32,
+        host: u32,
+        serial: u32,
+        t: usize,
+    },
+    /// A block comes up into this entry of the host's index.
+    Read { host: u32 },
+    /// A place is to become free.
+    Drop { store: usize, slot: u32 },
+}
+
+/// A block that comes up. Its entry in the host's index is Filling and has no checksums yet.
+#[derive(Debug)]
+pub(crate) struct Fetch {
+    store: usize,
+    /// Its entry in the store's index, pinned.
+    entry: u32,
+    t: usize,
+    /// Loads that wait for it.
+    waiters: Vec<u64>,
+}
+
+/// A load some of whose blocks are coming up.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    session: u32,
+    token: SessionId,
+    id: RequestId,
+    namespace: u32,
+    group: u32,
+    hashes: Vec<[u8; 32]>,
+    /// Blocks that have not come.
+    left: u32,
+    /// Positions whose blocks are held, but could not be had.
+    failed: BTreeSet<u32>,
+    /// Host entries and their serials, pinned until the answer.
+    pins: Vec<(u32, u32)>,
+    deadline: u64,
+}
+
+/// All stores, and what is under way.
+#[derive(Default)]
+pub(crate) struct Disks {
+    pub(crate) all: Vec<Disk>,
+    doing: BTreeMap<OpId, Doing>,
+    last_op: u64,
+    /// By host entry.
+    pub(crate) fetches: BTreeMap<u32, Fetch>,
+    waiting: BTreeMap<u64, Waiting>,
+    last_wait: u64,
+    by_deadline: BTreeSet<(u64, u64)>,
+    /// Hashes in all waiting loads.
+    waiting_hashes: usize,
+}
+
+impl Disks {
+    pub(crate) fn next_deadline(&self) -> Option<u64> {
+        self.by_deadline.first().map(|(deadline, _)| *deadline)
+    }
+
+    /// Which store a block belongs in: always the same one.
+    pub(crate) fn store_of(&self, hash: &[u8; 32]) -> Option<usize> {
+        let count = self.all.len() as u64;
+        (count > 0).then(|| ((low64(hash) >> 8) % count) as usize)
+    }
+
+    /// Whether a block could come up from a store, which counts as a touch.
+    pub(crate) fn look(&mut self, id: NamespaceId, group: u8, hash: &[u8; 32], stamp: u32) -> bool {
+        let Some(store) = self.store_of(hash) else {
+            return false;
+        };
+        let disk = &mut self.all[store];
+        let found = disk.space(id).filter(|_| disk.on);
+        let Some(entry) = found.and_then(|space| disk.readable(space, group, hash)) else {
+            return false;
+        };
+        let slot = disk.index.entries.hot[entry].slot;
+        disk.places.touch(slot, stamp);
+        let stride = disk.places.place(slot).stride;
+        if let Some(policy) = disk.policies.get_mut(&stride) {
+            chain::touch(&mut **policy, &mut disk.index.entries, entry, stamp, false);
+        }
+        true
+    }
+
+    fn begin(&mut self, doing: Doing) -> OpId {
+        self.last_op += 1;
+        let op = OpId(self.last_op);
+        self.doing.insert(op, doing);
+        op
+    }
+}
+
+impl Disk {
+    fn new(places: Places, seed: u64) -> Self {
+        Disk {
+            places,
+            index: Index::new(seed),
+            policies: BTreeMap::new(),
+            spaces: BTreeMap::new(),
+            by_id: BTreeMap::new(),
+            next_space: 0,
+            on: true,
+            writes: 0,
+            reads: 0,
+            drops: 0,
+            budget: Budget::default(),
+        }
+    }
+
+    /// The number of a namespace, if the store has blocks of it.
+    pub(crate) fn space(&self, id: NamespaceId) -> Option<u32> {
+        self.by_id.get(&id).copied()
+    }
+
+    fn add_space(&mut self, id: NamespaceId, tenant: TenantId, record: Arc<[u8]>) -> u32 {
+        if let Some(number) = self.space(id) {
+            return number;
+        }
+        while self.next_space == NIL || self.spaces.contains_key(&self.next_space) {
+            self.next_space = self.next_space.wrapping_add(1);
+        }
+        let number = self.next_space;
+        self.next_space = number.wrapping_add(1);
+        let (blocks, bytes) = (0, 0);
+        self.by_id.insert(id, number);
+        self.spaces.insert(
+            number,
+            StoredSpace {
+                id,
+                tenant,
+                record,
+                blocks,
+                bytes,
+            },
+        );
+        number
+    }
+
+    fn space_gains(&mut self, number: u32, stride: u64) {
+        if let Some(space) = self.spaces.get_mut(&number) {
+            space.blocks += 1;
+            space.bytes += stride;
+        }
+    }
+
+    fn space_loses(&mut self, number: u32, stride: u64) {
+        let Some(space) = self.spaces.get_mut(&number) else {
+            return;
+        };
+        space.blocks -= 1;
+        space.bytes -= stride;
+        if space.blocks == 0 {
+            self.by_id.remove(&space.id);
+            self.spaces.remove(&number);
+        }
+    }
+
+    /// The policy of a stride, and the entries it orders.
+    fn policy(
+        &mut self,
+        stride: u64,
+        kind: crate::settings::EvictionPolicy,
+    ) -> (&mut dyn Eviction, &mut Index) {
+        let policy = self.policies.entry(stride).or_insert_with(|| policy(kind));
+        (&mut **policy, &mut self.index)
+    }
+
+    fn key(&self, entry: u32) -> BlockKey {
+        let entry = &self.index.entries.hot[entry];
+        BlockKey {
+            namespace: self.spaces[&entry.space].id,
+            group: entry.group,
+            hash: BlockHash(entry.hash),
+        }
+    }
+
+    /// The block's entry if it can be read.
+    pub(crate) fn readable(&self, space: u32, group: u8, hash: &[u8; 32]) -> Option<u32> {
+        match self.index.find(space, group, hash) {
+            Found::Entry(id) if self.index.entries.hot[id].state == EntryState::Resident => {
+                Some(id)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Core {
+    /// A store can be used from now on. What it holds comes by `store_found`.
+    pub(crate) fn store_opened(&mut self, store: StoreId, shape: StoreShape) {
+        if usize::from(store.0) != self.disks.all.len() {
+            return;
+        }
+        if let Some(places) = Places::new(shape) {
+            let seed = self.settings.index_seed;
+            self.disks.all.push(Disk::new(places, seed));
+        }
+    }
+
+    /// Writes a change of a store to the change log.
+    fn announce_stored(&mut self, store: usize, entry: u32, kind: ChangeKind) {
+        let disk = &self.disks.all[store];
+        let key = disk.key(entry);
+        let space = &disk.spaces[&disk.index.entries.hot[entry].space];
+        self.log.push(Change {
+            kind,
+            tier: Tier::Nvme,
+            tenant: space.tenant,
+            namespace: key.namespace,
+            group: key.group.into(),
+            hash: key.hash,
+        });
+    }
+
+    /// Drops a block from a store: at once for whoever looks, its place once the store has forgotten it too.
+    fn drop_stored(&mut self, store: usize, entry: u32, cold: bool, out: &mut Vec<Output>) {
+        if self.disks.all[store].index.entries.hot[entry].state == EntryState::Resident {
+            self.announce_stored(store, entry, ChangeKind::Removed);
+        }
+        let kind = self.settings.eviction;
+        let disk = &mut self.disks.all[store];
+        let key = disk.key(entry);
+        let (slot, space) = {
+            let found = &disk.index.entries.hot[entry];
+            (found.slot, found.space)
+        };
+        let place = disk.places.place(slot);
+        let (policy, index) = disk.policy(place.stride, kind);
+        chain::leaves(policy, &mut index.entries, entry, cold);
+        disk.index.remove(entry);
+        disk.space_loses(space, place.stride);
+        disk.places.set_owner(slot, NIL);
+        disk.drops += 1;
+        let op = self.disks.begin(Doing::Drop { store, slot });
+        out.push(Output::Store {
+            store: StoreId(store as u8),
+            op: StoreOp::Drop { op, place, key },
+        });
+    }
+}

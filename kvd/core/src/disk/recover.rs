@@ -1,0 +1,138 @@
+//! What a store found when it was opened, and what it says of its operations. Deliberately absent: trust in the bytes; they are
+//! checked when they are first read.
+
+use std::sync::Arc;
+
+use super::Doing;
+use crate::api::{NIL, Output};
+use crate::evict::chain;
+use crate::ids::StoreId;
+use crate::index::{Entry, EntryState, Found};
+use crate::log::ChangeKind;
+use crate::record::NamespaceRecord;
+use crate::state::Core;
+use crate::tier::{Recovered, StoreDone, StoreOp};
+
+impl Core {
+    /// A namespace of which a store holds blocks. One of a tenant that is not served here is not taken, nor are its blocks.
+    pub(crate) fn store_has_namespace(&mut self, store: StoreId, record: &[u8]) {
+        let at = usize::from(store.0);
+        let Ok(parsed) = NamespaceRecord::parse(record) else {
+            return;
+        };
+        let name = parsed.get("tenant").unwrap_or_default();
+        let tenant = self.tenants.iter().find(|tenant| tenant.name == name);
+        if let (Some(tenant), Some(disk)) = (tenant, self.disks.all.get_mut(at)) {
+            disk.add_space(parsed.id(), tenant.id, Arc::from(record));
+        }
+    }
+
+    /// Blocks that a store holds. Those that can't be used here are dropped from it.
+    pub(crate) fn store_has_blocks(
+        &mut self,
+        store: StoreId,
+        blocks: &[Recovered],
+        out: &mut Vec<Output>,
+    ) {
+        let at = usize::from(store.0);
+        if at >= self.disks.all.len() {
+            return;
+        }
+        for block in blocks {
+            if !self.recover_one(at, block) {
+                self.drop_unknown(at, block, out);
+            }
+        }
+    }
+
+    fn recover_one(&mut self, at: usize, block: &Recovered) -> bool {
+        let kind = self.settings.eviction;
+        let most = self.settings.tiers.max_entries as usize;
+        let disk = &mut self.disks.all[at];
+        let (group, hash) = (block.key.group, block.key.hash.0);
+        let Some(space) = disk.space(block.key.namespace) else {
+            return false;
+        };
+        if disk.index.len() >= most || disk.index.find(space, group, &hash) != Found::Absent {
+            return false;
+        }
+        let Some(slot) = disk.places.claim(block.place) else {
+            return false;
+        };
+        let entry = disk.index.insert(
+            Entry {
+                hash,
+                space,
+                slot,
+                parent: NIL,
+                stamp: self.stamp,
+                crcs: NIL,
+                group,
+                state: EntryState::Filling,
+                ..Entry::default()
+            },
+            0,
+        );
+        disk.space_gains(space, block.place.stride);
+        disk.places.set_owner(slot, entry);
+        let parent = block
+            .parent
+            .map(|parent| disk.index.find(space, group, &parent.0));
+        let (policy, index) = disk.policy(block.place.stride, kind);
+        if let Some(Found::Entry(parent)) = parent {
+            chain::gains_child(policy, &mut index.entries, parent);
+            index.entries.adopt(entry, parent);
+        }
+        chain::visible(policy, &mut index.entries, entry);
+        self.tier_counters.recovered += 1;
+        self.announce_stored(at, entry, ChangeKind::Stored);
+        true
+    }
+
+    /// A block that is of no use here: its place becomes free once the store has forgotten it.
+    fn drop_unknown(&mut self, at: usize, block: &Recovered, out: &mut Vec<Output>) {
+        let disk = &mut self.disks.all[at];
+        let Some(slot) = disk.places.claim(block.place) else {
+            return;
+        };
+        self.tier_counters.not_recovered += 1;
+        disk.drops += 1;
+        let op = self.disks.begin(Doing::Drop { store: at, slot });
+        out.push(Output::Store {
+            store: StoreId(at as u8),
+            op: StoreOp::Drop {
+                op,
+                place: block.place,
+                key: block.key,
+            },
+        });
+    }
+
+    /// A store is off, or on again. What it holds is not looked for while it is off, and not forgotten.
+    pub(crate) fn store_switched(&mut self, store: StoreId, on: bool) {
+        if let Some(disk) = self.disks.all.get_mut(usize::from(store.0)) {
+            disk.on = on;
+        }
+    }
+
+    /// An operation is over.
+    pub(crate) fn store_done(&mut self, done: StoreDone, out: &mut Vec<Output>) {
+        match done {
+            StoreDone::Written { op, result } => {
+                if let Some(doing @ Doing::Write { .. }) = self.over(op) {
+                    self.written(doing, result, out);
+                }
+            }
+            StoreDone::Read { op, result } => {
+                if let Some(Doing::Read { host }) = self.over(op) {
+                    self.read_over(host, result, out);
+                }
+            }
+            StoreDone::Dropped { op, result } => {
+                if let Some(doing @ Doing::Drop { .. }) = self.over(op) {
+                    self.dropped(doing, result);
+                }
+            }
+        }
+    }
+}
