@@ -124,6 +124,24 @@ impl StoreOp {
             StoreOp::Write { op, .. } | StoreOp::Read { op, .. } | StoreOp::Drop { op, .. } => *op,
         }
     }
+
+    /// That it failed so.
+    pub fn refused(&self, error: StoreError) -> StoreDone {
+        match *self {
+            StoreOp::Write { op, .. } => StoreDone::Written {
+                op,
+                result: Err(error),
+            },
+            StoreOp::Read { op, .. } => StoreDone::Read {
+                op,
+                result: Err(error),
+            },
+            StoreOp::Drop { op, .. } => StoreDone::Dropped {
+                op,
+                result: Err(error),
+            },
+        }
+    }
 }
 
 /// Why an operation failed. Never the same as absence.

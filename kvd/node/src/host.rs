@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use kvd_arena::{Arena, HugePages};
+use kvd_core::tier::HostRange;
 use kvd_core::{ArenaShape, TenantId};
 
 use crate::ports::{AdoptedArena, ArenaPort, Pages, PortError};
@@ -42,6 +43,17 @@ pub struct Descriptors {
     pub arena: OwnedFd,
     /// The generation table, which can't be written by who gets it.
     pub generations: OwnedFd,
+}
+
+/// A part of an arena.
+#[derive(Debug, Clone)]
+pub struct HostSpan {
+    /// Which arena.
+    pub arena: Arc<Arena>,
+    /// From its start, in bytes.
+    pub offset: u64,
+    /// How many.
+    pub bytes: u64,
 }
 
 /// An extent has been faulted in, or not.
@@ -154,6 +166,7 @@ fn populate_all(jobs: &Receiver<Job>, done: impl Fn(Populated)) {
 
 impl ArenaPort for HostArenas {
     type Offer = Offer;
+    type Span = HostSpan;
 
     fn create(&mut self, tenant: TenantId) -> Result<ArenaShape, PortError> {
         let spec = self.spec(tenant);
@@ -208,6 +221,16 @@ impl ArenaPort for HostArenas {
         }
     }
 
+    fn span(&self, range: HostRange) -> Option<HostSpan> {
+        let arena = self.get(range.tenant)?.clone();
+        let end = range.offset.checked_add(range.bytes)?;
+        (end <= arena.shape().bytes).then_some(HostSpan {
+            arena,
+            offset: range.offset,
+            bytes: range.bytes,
+        })
+    }
+
     fn page_probe(&self, tenant: TenantId) -> Option<Box<dyn FnOnce() -> Pages + Send>> {
         let arena = self.get(tenant).cloned()?;
         Some(Box::new(move || {
@@ -235,6 +258,7 @@ mod tests {
 
     impl ArenaPort for Tested {
         type Offer = Offer;
+        type Span = HostSpan;
 
         fn create(&mut self, tenant: TenantId) -> Result<ArenaShape, PortError> {
             self.0.create(tenant)
@@ -254,6 +278,10 @@ mod tests {
 
         fn populate(&mut self, tenant: TenantId, extent: u32) {
             self.0.populate(tenant, extent);
+        }
+
+        fn span(&self, range: HostRange) -> Option<HostSpan> {
+            self.0.span(range)
         }
 
         fn page_probe(&self, tenant: TenantId) -> Option<Box<dyn FnOnce() -> Pages + Send>> {

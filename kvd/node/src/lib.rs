@@ -17,9 +17,9 @@ mod tenant;
 mod tests;
 
 pub use counts::{COUNT_NAMES, Counts};
-pub use host::{Descriptors, HostArenas, HostSpec, Offer, Populated};
+pub use host::{Descriptors, HostArenas, HostSpan, HostSpec, Offer, Populated};
 pub use node::{Effect, Node, NodeSettings, Opening};
-pub use ports::{AdoptedArena, ArenaPort, Clock, Entropy, Pages, PortError};
+pub use ports::{AdoptedArena, ArenaPort, Clock, Entropy, NoStores, Pages, PortError, StorePort};
 pub use status::{
     ClassStatus, Difference, Differs, ExtentStatus, HostTier, Loads, Lookups, NamespaceStatus,
     SessionStatus, SlotStatus, Status, Stores, TenantStatus, Tiers,

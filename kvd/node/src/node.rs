@@ -5,13 +5,14 @@
 
 use std::collections::VecDeque;
 
+use kvd_core::tier::{Recovered, StoreDone, StoreError, StoreOp, StoreShape};
 use kvd_core::{
     Adopted, Core, Failure, Input, InstanceId, Now, Output, Reply, Request, RequestId, Role,
-    SessionId, Settings, TenantId,
+    SessionId, Settings, StoreId, TenantId,
 };
 
 use crate::counts::Counts;
-use crate::ports::{ArenaPort, Clock, Entropy};
+use crate::ports::{ArenaPort, Clock, Entropy, NoStores, StorePort};
 use crate::tenant::{ArenaState, Made, Tenant, TenantSnapshot, TenantSpec};
 
 /// What the node is told beside its tenants.
@@ -64,11 +65,14 @@ pub enum Effect {
 }
 
 /// Core and its ports.
-pub struct Node<C, E, A> {
+pub struct Node<C, E, A, S = NoStores> {
     core: Core,
     clock: C,
     entropy: E,
     arenas: A,
+    stores: S,
+    /// Operations that could not be begun, to be told to core.
+    unbegun: VecDeque<(StoreId, StoreDone)>,
     settings: NodeSettings,
     tenants: Vec<Tenant>,
     out: Vec<Output>,
@@ -81,8 +85,21 @@ pub struct Node<C, E, A> {
 }
 
 impl<C: Clock, E: Entropy, A: ArenaPort> Node<C, E, A> {
-    /// A node without tenants.
-    pub fn new(mut settings: NodeSettings, clock: C, mut entropy: E, arenas: A) -> Self {
+    /// A node without tenants, and without a slower tier.
+    pub fn new(settings: NodeSettings, clock: C, entropy: E, arenas: A) -> Self {
+        Self::with_stores(settings, clock, entropy, arenas, NoStores)
+    }
+}
+
+impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S> {
+    /// A node without tenants. Stores are opened later, after all tenants have been added.
+    pub fn with_stores(
+        mut settings: NodeSettings,
+        clock: C,
+        mut entropy: E,
+        arenas: A,
+        stores: S,
+    ) -> Self {
         entropy.fill(&mut settings.core.incarnation);
         let mut seed = [0; 8];
         entropy.fill(&mut seed);
@@ -92,6 +109,8 @@ impl<C: Clock, E: Entropy, A: ArenaPort> Node<C, E, A> {
             clock,
             entropy,
             arenas,
+            stores,
+            unbegun: VecDeque::new(),
             settings,
             tenants: Vec::new(),
             out: Vec::new(),
@@ -262,6 +281,36 @@ impl<C: Clock, E: Entropy, A: ArenaPort> Node<C, E, A> {
         self.populate_next();
     }
 
+    /// A store can be used. They are numbered from 0 on.
+    pub fn store_opened(&mut self, store: StoreId, shape: StoreShape) {
+        self.step(None, Input::StoreOpened { store, shape });
+    }
+
+    /// A store holds blocks of this namespace.
+    pub fn store_has_namespace(&mut self, store: StoreId, record: &[u8]) {
+        self.step(None, Input::StoreNamespace { store, record });
+    }
+
+    /// A store holds these blocks.
+    pub fn store_has_blocks(&mut self, store: StoreId, blocks: &[Recovered]) {
+        self.step(None, Input::StoreBlocks { store, blocks });
+    }
+
+    /// A store was switched off because its device fails, or on again.
+    pub fn store_switched(&mut self, store: StoreId, on: bool) {
+        self.step(None, Input::StoreSwitched { store, on });
+    }
+
+    /// One of a store's operations is over.
+    pub fn store_done(&mut self, store: StoreId, done: StoreDone) {
+        self.step(None, Input::StoreDone { store, done });
+    }
+
+    /// The stores, for what only the adapter knows.
+    pub fn stores(&self) -> &S {
+        &self.stores
+    }
+
     /// Time has passed.
     pub fn tick(&mut self) {
         let now = self.clock.now();
@@ -398,6 +447,26 @@ impl<C: Clock, E: Entropy, A: ArenaPort> Node<C, E, A> {
             self.carry_out(output);
         }
         self.out = out;
+        while let Some((store, done)) = self.unbegun.pop_front() {
+            self.step(None, Input::StoreDone { store, done });
+        }
+    }
+
+    /// Hands an operation to its store, with the memory that it is about.
+    fn begin(&mut self, store: StoreId, op: StoreOp) {
+        let range = match &op {
+            StoreOp::Write { from, .. } => Some(*from),
+            StoreOp::Read { into, .. } => Some(*into),
+            StoreOp::Drop { .. } => None,
+        };
+        let span = range.and_then(|range| self.arenas.span(range));
+        if span.is_some() == range.is_some() {
+            self.stores.begin(store, op, span);
+            return;
+        }
+        tracing::error!(?range, "there is no such memory; a store was not asked");
+        let done = op.refused(StoreError::Off);
+        self.unbegun.push_back((store, done));
     }
 
     fn carry_out(&mut self, output: Output) {
@@ -420,6 +489,7 @@ impl<C: Clock, E: Entropy, A: ArenaPort> Node<C, E, A> {
                 self.to_populate.push_back((tenant, extent));
                 self.populate_next();
             }
+            Output::Store { store, op } => self.begin(store, op),
             Output::ArenaRefused { tenant, failure } => {
                 let held = &mut self.tenants[usize::from(tenant.0)];
                 tracing::error!(tenant = %held.spec.name, reason = failure.text, "the arena was refused");

@@ -1,6 +1,7 @@
 //! What the node needs of the world. Each port has a real adapter and a simulated one.
 
-use kvd_core::{ArenaShape, Now, TenantId};
+use kvd_core::tier::{HostRange, StoreOp};
+use kvd_core::{ArenaShape, Now, StoreId, TenantId};
 
 /// A port could not do what it was asked. The text is lower case and says what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +50,9 @@ pub trait ArenaPort {
     /// What a reconnecting client brings.
     type Offer;
 
+    /// A part of an arena, for a store to read or write. Keeps the memory from going away.
+    type Span;
+
     /// Makes the tenant's arena. Replaces the one there was.
     ///
     /// # Errors
@@ -70,6 +74,34 @@ pub trait ArenaPort {
     /// Asks for an extent to be faulted in, or again after holes were punched.
     fn populate(&mut self, tenant: TenantId, extent: u32);
 
+    /// This part of a tenant's arena; `None` when there is no such memory.
+    fn span(&self, range: HostRange) -> Option<Self::Span>;
+
     /// Something that finds out what pages the tenant's arena got, to be called on another thread: it takes a while.
     fn page_probe(&self, tenant: TenantId) -> Option<Box<dyn FnOnce() -> Pages + Send>>;
+}
+
+/// The stores of the slower tier.
+///
+/// An operation only asks. Its outcome comes back through [`crate::Node::store_done`], exactly once for each operation, from
+/// whatever thread the daemon takes it.
+pub trait StorePort<Span> {
+    /// Begins an operation; `span` is its host memory, if it has any. Never waits: what can't be begun is answered `Off`.
+    fn begin(&mut self, store: StoreId, op: StoreOp, span: Option<Span>);
+}
+
+impl<Span, S: StorePort<Span> + ?Sized> StorePort<Span> for Box<S> {
+    fn begin(&mut self, store: StoreId, op: StoreOp, span: Option<Span>) {
+        (**self).begin(store, op, span);
+    }
+}
+
+/// No store: core never asks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoStores;
+
+impl<Span> StorePort<Span> for NoStores {
+    fn begin(&mut self, store: StoreId, op: StoreOp, _: Option<Span>) {
+        tracing::error!(?store, ?op, "a store was asked for, and there is none");
+    }
 }

@@ -60,6 +60,7 @@ fn shape(id: u8) -> ArenaShape {
 
 impl ArenaPort for Numbers {
     type Offer = bool;
+    type Span = ();
 
     fn create(&mut self, _: TenantId) -> Result<ArenaShape, PortError> {
         if self.broken.get() {
@@ -91,6 +92,10 @@ impl ArenaPort for Numbers {
 
     fn populate(&mut self, _: TenantId, extent: u32) {
         self.done.borrow_mut().push(Done::Populate(extent));
+    }
+
+    fn span(&self, _: kvd_core::tier::HostRange) -> Option<()> {
+        Some(())
     }
 
     fn page_probe(&self, _: TenantId) -> Option<Box<dyn FnOnce() -> Pages + Send>> {

@@ -311,6 +311,7 @@ impl SimArena {
 
 impl ArenaPort for SimArena {
     type Offer = Offer;
+    type Span = ();
 
     fn create(&mut self, tenant: TenantId) -> Result<ArenaShape, PortError> {
         let spec = self.0.specs[usize::from(tenant.0)];
@@ -425,6 +426,10 @@ impl ArenaPort for SimArena {
             again,
         };
         state.events.push(Event::Populate(job));
+    }
+
+    fn span(&self, _: kvd_core::tier::HostRange) -> Option<()> {
+        None
     }
 
     fn page_probe(&self, _tenant: TenantId) -> Option<Box<dyn FnOnce() -> Pages + Send>> {
