@@ -140,6 +140,31 @@ pub struct TierCounters {
     pub not_recovered: u64,
 }
 
+impl TierCounters {
+    /// Name and count, for metrics and status.
+    pub fn each(&self) -> [(&'static str, u64); 17] {
+        [
+            ("offloaded", self.offloaded),
+            ("offloaded_bytes", self.offloaded_bytes),
+            ("offload_queue_full", self.offload_queue_full),
+            ("offload_budget", self.offload_budget),
+            ("offload_no_place", self.offload_no_place),
+            ("offload_off", self.offload_off),
+            ("offload_failed", self.offload_failed),
+            ("evicted", self.evicted),
+            ("fetched", self.fetched),
+            ("fetched_bytes", self.fetched_bytes),
+            ("fetch_failed_corrupt", self.fetch_failed.corrupt),
+            ("fetch_failed_io", self.fetch_failed.io),
+            ("fetch_failed_off", self.fetch_failed.off),
+            ("fetch_busy", self.fetch_busy),
+            ("fetch_late", self.fetch_late),
+            ("recovered", self.recovered),
+            ("not_recovered", self.not_recovered),
+        ]
+    }
+}
+
 /// Why blocks could not be read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FetchFailures {

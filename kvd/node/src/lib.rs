@@ -22,7 +22,7 @@ pub use node::{Effect, Node, NodeSettings, Opening};
 pub use ports::{AdoptedArena, ArenaPort, Clock, Entropy, NoStores, Pages, PortError, StorePort};
 pub use status::{
     ClassStatus, Difference, Differs, ExtentStatus, HostTier, Loads, Lookups, NamespaceStatus,
-    SessionStatus, SlotStatus, Status, Stores, TenantStatus, Tiers,
+    SessionStatus, SlotStatus, Status, StoreStatus, Stores, TenantStatus, TierStatus, Tiers,
 };
 pub use system::{SystemClock, SystemEntropy};
 pub use tenant::{ArenaState, TenantSnapshot, TenantSpec};

@@ -311,6 +311,11 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
         &self.stores
     }
 
+    /// The same, to be changed.
+    pub fn stores_mut(&mut self) -> &mut S {
+        &mut self.stores
+    }
+
     /// Time has passed.
     pub fn tick(&mut self) {
         let now = self.clock.now();
@@ -460,13 +465,13 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
             StoreOp::Drop { .. } => None,
         };
         let span = range.and_then(|range| self.arenas.span(range));
-        if span.is_some() == range.is_some() {
-            self.stores.begin(store, op, span);
-            return;
-        }
-        tracing::error!(?range, "there is no such memory; a store was not asked");
-        let done = op.refused(StoreError::Off);
-        self.unbegun.push_back((store, done));
+        let refused = if span.is_some() == range.is_some() {
+            self.stores.begin(store, op, span)
+        } else {
+            tracing::error!(?range, "there is no such memory; a store was not asked");
+            Some(op.refused(StoreError::Off))
+        };
+        self.unbegun.extend(refused.map(|done| (store, done)));
     }
 
     fn carry_out(&mut self, output: Output) {

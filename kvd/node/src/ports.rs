@@ -1,6 +1,6 @@
 //! What the node needs of the world. Each port has a real adapter and a simulated one.
 
-use kvd_core::tier::{HostRange, StoreOp};
+use kvd_core::tier::{HostRange, StoreDone, StoreError, StoreOp};
 use kvd_core::{ArenaShape, Now, StoreId, TenantId};
 
 /// A port could not do what it was asked. The text is lower case and says what to do.
@@ -86,13 +86,13 @@ pub trait ArenaPort {
 /// An operation only asks. Its outcome comes back through [`crate::Node::store_done`], exactly once for each operation, from
 /// whatever thread the daemon takes it.
 pub trait StorePort<Span> {
-    /// Begins an operation; `span` is its host memory, if it has any. Never waits: what can't be begun is answered `Off`.
-    fn begin(&mut self, store: StoreId, op: StoreOp, span: Option<Span>);
+    /// Begins an operation; `span` is its host memory, if it has any. Never waits: what can't be begun is answered at once.
+    fn begin(&mut self, store: StoreId, op: StoreOp, span: Option<Span>) -> Option<StoreDone>;
 }
 
 impl<Span, S: StorePort<Span> + ?Sized> StorePort<Span> for Box<S> {
-    fn begin(&mut self, store: StoreId, op: StoreOp, span: Option<Span>) {
-        (**self).begin(store, op, span);
+    fn begin(&mut self, store: StoreId, op: StoreOp, span: Option<Span>) -> Option<StoreDone> {
+        (**self).begin(store, op, span)
     }
 }
 
@@ -101,7 +101,7 @@ impl<Span, S: StorePort<Span> + ?Sized> StorePort<Span> for Box<S> {
 pub struct NoStores;
 
 impl<Span> StorePort<Span> for NoStores {
-    fn begin(&mut self, store: StoreId, op: StoreOp, _: Option<Span>) {
-        tracing::error!(?store, ?op, "a store was asked for, and there is none");
+    fn begin(&mut self, _: StoreId, op: StoreOp, _: Option<Span>) -> Option<StoreDone> {
+        Some(op.refused(StoreError::Off))
     }
 }

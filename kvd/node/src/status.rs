@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use kvd_core::record::{NamespaceRecord, diff};
 use kvd_core::status::{SessionView, SlotCounts};
-use kvd_core::{EvictionPolicy, NamespaceId, Role, SessionId};
+use kvd_core::{EvictionPolicy, NamespaceId, Role, SessionId, TierCounters};
 use serde::{Deserialize, Serialize};
 
 use crate::counts::Counts;
@@ -29,6 +29,56 @@ pub struct Status {
     pub uptime_s: f64,
     /// Over a session: only the asker's. Over HTTP: all.
     pub tenants: Vec<TenantStatus>,
+    /// The stores of the slower tier, of all tenants together.
+    #[serde(default)]
+    pub stores: Vec<StoreStatus>,
+    /// What went to them and came from them since the start.
+    #[serde(default)]
+    pub tier: TierStatus,
+}
+
+/// A store of the slower tier.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct StoreStatus {
+    /// Its directory or device.
+    pub path: String,
+    /// `on`, or `off` because its device fails.
+    pub state: String,
+    /// How bytes get there: `io_uring` or `threads`.
+    pub io: String,
+    /// Why not what is faster, if so.
+    pub io_reason: Option<String>,
+    /// Size of the store.
+    pub bytes: u64,
+    /// Blocks that a restart would find.
+    pub blocks: u64,
+    /// Whether it was empty when it was opened.
+    pub formatted: bool,
+    /// Blocks that were there when it was opened.
+    pub recovered: u64,
+    /// How long opening it took, seconds.
+    pub open_s: f64,
+    /// Everything that it counts, by name.
+    pub counts: BTreeMap<String, u64>,
+}
+
+/// Blocks between host memory and the stores.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TierStatus {
+    /// Every count there is, by name.
+    pub counts: BTreeMap<String, u64>,
+}
+
+impl TierStatus {
+    /// From core's counters.
+    pub fn of(counters: &TierCounters) -> Self {
+        let counts = counters
+            .each()
+            .map(|(name, value)| (name.to_owned(), value));
+        TierStatus {
+            counts: counts.into(),
+        }
+    }
 }
 
 /// A tenant.

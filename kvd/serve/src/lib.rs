@@ -19,9 +19,11 @@ mod reactor;
 mod report;
 mod requests;
 mod server;
+mod stores;
 mod stream;
 mod translate;
 
 pub use config::{ServeConfig, SessionLimits, TenantConfig};
 pub use listen::ListenError;
 pub use server::{ServeError, Server};
+pub use stores::{RunningStore, StoreFound, StoreNews, StoreOpener, TellNews};

@@ -1,9 +1,11 @@
 //! What other threads say to the node's thread.
 
+use kvd_core::StoreId;
 use kvd_node::Populated;
 use tokio::sync::oneshot;
 
 use crate::metrics::Snapshot;
+use crate::stores::StoreNews;
 
 /// One message through the doorbell.
 #[derive(Debug)]
@@ -16,6 +18,8 @@ pub(crate) enum Message {
     Metrics(oneshot::Sender<Box<Snapshot>>),
     /// An extent has been faulted in, or not.
     Populated(Populated),
+    /// A store has something to say.
+    Store(StoreId, StoreNews),
     /// The status text that a session asked for.
     StatusMade {
         /// The connection.

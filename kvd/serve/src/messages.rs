@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kvd_core::TenantId;
-use kvd_node::{ArenaState, Populated, TenantSnapshot};
+use kvd_node::{ArenaState, Populated, TenantSnapshot, TierStatus};
 use kvd_wire::session::{self as wire, reply};
 
 use crate::connection::{Connection, Stage};
@@ -12,6 +12,7 @@ use crate::message::Message;
 use crate::metrics::{Snapshot, TenantMetrics};
 use crate::reactor::Reactor;
 use crate::report::{Asker, Report};
+use crate::stores::StoreNews;
 
 impl Reactor {
     /// Takes what came through the doorbell.
@@ -34,6 +35,15 @@ impl Reactor {
                     self.node
                         .populated(tenant, arena, extent, failed.as_deref());
                     self.deliver(None);
+                }
+                Message::Store(store, StoreNews::Done(all)) => {
+                    for done in all {
+                        self.node.store_done(store, done);
+                    }
+                    self.deliver(None);
+                }
+                Message::Store(store, StoreNews::Switched(on)) => {
+                    self.node.store_switched(store, on);
                 }
                 Message::StatusMade { key, id, json } => {
                     let Some(mut connection) = self.connections.remove(&key) else {
@@ -76,6 +86,8 @@ impl Reactor {
             // The clock begins at one second.
             uptime: Duration::from_micros(self.node.now().0.saturating_sub(1_000_000)),
             tenants,
+            stores: self.node.stores().all.iter().map(|s| s.status()).collect(),
+            tier: TierStatus::of(self.node.core().tier_counters()),
             pids,
             asker,
         })

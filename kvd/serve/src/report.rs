@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use kvd_core::SessionId;
-use kvd_node::{Status, TenantSnapshot};
+use kvd_node::{Status, StoreStatus, TenantSnapshot, TierStatus};
 use tokio::sync::oneshot;
 
 use crate::doorbell::Doorbell;
@@ -34,6 +34,8 @@ pub(crate) struct Report {
     pub(crate) uptime: Duration,
     /// Snapshots and where those tenants are served.
     pub(crate) tenants: Vec<(TenantSnapshot, String)>,
+    pub(crate) stores: Vec<StoreStatus>,
+    pub(crate) tier: TierStatus,
     pub(crate) pids: HashMap<SessionId, u32>,
     pub(crate) asker: Asker,
 }
@@ -79,6 +81,8 @@ fn text(report: Report) -> (Vec<u8>, Asker) {
         incarnation,
         uptime,
         tenants,
+        stores,
+        tier,
         pids,
         asker,
     } = report;
@@ -94,6 +98,8 @@ fn text(report: Report) -> (Vec<u8>, Asker) {
         pid: std::process::id(),
         uptime_s: uptime.as_secs_f64(),
         tenants,
+        stores,
+        tier,
     };
     (
         serde_json::to_vec(&status).expect("plain data has a text"),

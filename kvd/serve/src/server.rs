@@ -19,6 +19,7 @@ use crate::listen::{ListenError, Listener};
 use crate::message::Message;
 use crate::reactor::{Parts, Reactor};
 use crate::report::Reporter;
+use crate::stores::{self, StoreOpener, StoreSet};
 
 /// Most messages of other threads that wait for the node's.
 const DOORBELL: usize = 64;
@@ -44,6 +45,9 @@ pub enum ServeError {
         /// What the system said.
         source: io::Error,
     },
+    /// A store can't be used.
+    #[error("{0}")]
+    Store(String),
     /// The node's thread ended by a bug.
     #[error("the node has failed; see the log")]
     Failed,
@@ -61,7 +65,10 @@ impl Server {
     ///
     /// # Errors
     /// When a socket, a port or a thread can't be had.
-    pub fn bind(config: ServeConfig) -> Result<Self, ServeError> {
+    pub fn bind(
+        config: ServeConfig,
+        openers: Vec<Box<dyn StoreOpener>>,
+    ) -> Result<Self, ServeError> {
         let system = |what| move |source: io::Error| ServeError::System { what, source };
         raise_descriptor_limit();
         let signals = stop_signals().map_err(|e| system("take signals")(e.into()))?;
@@ -81,11 +88,12 @@ impl Server {
             let _ = populated.ring(Message::Populated(done));
         })
         .map_err(system("start a thread"))?;
-        let mut node = Node::new(
+        let mut node = Node::with_stores(
             config.node.clone(),
             SystemClock::new(),
             SystemEntropy,
             arenas,
+            StoreSet::default(),
         );
         let mut given = Vec::new();
         for tenant in &config.tenants {
@@ -96,6 +104,9 @@ impl Server {
                 limits: tenant.limits,
                 expect_offers: former.is_some(),
             });
+        }
+        for opener in openers {
+            stores::open(&mut node, opener, bell.clone()).map_err(ServeError::Store)?;
         }
         let reporter = Reporter::start(bell.clone()).map_err(system("start a thread"))?;
         let ready = Arc::new(AtomicBool::new(false));

@@ -28,6 +28,7 @@ use crate::listen::Listener;
 use crate::message::Message;
 use crate::metrics::{KINDS, Latency};
 use crate::report::Reporter;
+use crate::stores::StoreSet;
 use crate::stream::{Outbox, Received, receive};
 
 /// How often deadlines of connections are looked at while there are any.
@@ -46,7 +47,7 @@ const SIGNAL: u64 = 5 << 56;
 const NUMBER: u64 = (1 << 56) - 1;
 
 /// The real node.
-pub(crate) type HostNode = Node<SystemClock, SystemEntropy, HostArenas>;
+pub(crate) type HostNode = Node<SystemClock, SystemEntropy, HostArenas, StoreSet>;
 
 /// A session whose socket has closed while its process lives: it may still copy.
 #[derive(Debug)]
@@ -59,10 +60,11 @@ pub(crate) struct Ghost {
 
 /// The thread's state.
 pub(crate) struct Reactor {
+    /// Goes first: threads of stores that wait to tell something must not be waited for.
+    pub(crate) door: Door<Message>,
     pub(crate) config: ServeConfig,
     pub(crate) node: HostNode,
     pub(crate) reporter: Reporter,
-    pub(crate) door: Door<Message>,
     pub(crate) ready: Arc<AtomicBool>,
     epoll: OwnedFd,
     signals: SignalFd,
