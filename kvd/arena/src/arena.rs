@@ -247,6 +247,44 @@ impl Arena {
         }
     }
 
+    /// Address of `len` bytes at `offset`, for adapters that tell a kernel or a driver where to copy; `None` when they are not
+    /// all inside. Valid while this arena lives. Engines may write there at any time, so there is never a reference.
+    pub fn range(&self, offset: u64, len: usize) -> Option<*mut u8> {
+        self.map.range(offset, len)
+    }
+
+    /// Fills `to` with a copy of the bytes from `offset` on. Goes by the file, not by the mapping, so that a page which a
+    /// client has punched out and the machine can't replace reads as zeros instead of raising a signal.
+    ///
+    /// # Errors
+    /// `Invalid` when they are not all inside; else what the kernel said.
+    pub fn read(&self, offset: u64, mut to: &mut [u8]) -> Result<(), Error> {
+        if self.map.range(offset, to.len()).is_none() {
+            return Err(Error::invalid(format!(
+                "{} bytes at {offset} of an arena of {}",
+                to.len(),
+                self.shape.bytes
+            )));
+        }
+        let mut at = offset;
+        while !to.is_empty() {
+            match rustix::io::pread(&self.fd, &mut *to, at) {
+                Ok(0) => {
+                    return Err(Error::invalid(
+                        "the arena's file is shorter than its seals allow",
+                    ));
+                }
+                Ok(got) => {
+                    at += got as u64;
+                    to = &mut to[got..];
+                }
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(Error::os("cannot read the arena", e)),
+            }
+        }
+        Ok(())
+    }
+
     /// What smaps says of the pages behind this mapping.
     ///
     /// # Errors

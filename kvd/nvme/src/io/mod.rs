@@ -1,14 +1,50 @@
 //! How bytes get to a device and back. An adapter moves whole pages, takes buffers by ownership and gives them back with the
 //! completion, and looks at the length of every completion. Deliberately absent: what the bytes mean; deadlines.
+//!
+//! [`Backing`] is the file or block device; [`UringIo`] and [`ThreadsIo`] move pages to and from it, [`DiskIo`] is whichever works
+//! here, and [`Faulty`] puts faults in front of any. [`conformance`] holds what every adapter must show, the simulator's included.
+
+mod arena;
+mod bell;
+mod choose;
+pub mod conformance;
+mod error;
+mod faulty;
+mod file;
+mod fixed;
+mod job;
+mod raw;
+mod ring;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod threads;
+mod uring;
 
 use std::time::Duration;
+
+use rustix::io::Errno;
+
+pub use arena::ArenaRange;
+pub use choose::{Choice, Chosen, DiskIo, IoOptions};
+pub use error::{OpenError, OpenErrorKind};
+pub use faulty::{Fault, Faults, Faulty, Rules};
+pub use file::{Backing, FILE_NAME, Found};
+pub use fixed::FixedReport;
+pub use raw::{RawReport, RawRun, raw};
+pub use threads::{THREADS_MAX, ThreadsIo};
+pub use uring::UringIo;
+
+/// Most operations that any adapter has under way at once.
+pub const DEPTH_MAX: usize = 4096;
 
 /// Offsets and lengths are multiples of this, and so are the addresses of buffers.
 pub const PAGE: usize = 4096;
 
 /// Memory that belongs to somebody else, such as an arena, and stays there while an operation uses it.
 pub trait HostBytes: Send + 'static {
-    /// How many bytes. A multiple of [`PAGE`], or the last page is shared with nobody.
+    /// How many bytes. A multiple of [`PAGE`], or the last page is shared with nobody: whole pages are moved.
     fn len(&self) -> usize;
 
     /// Whether there are none.
@@ -71,7 +107,7 @@ pub struct Done<H> {
 pub enum IoError {
     /// An error of the system.
     #[error("{0}")]
-    Os(rustix::io::Errno),
+    Os(Errno),
     /// Fewer bytes than asked.
     #[error("{got} bytes of {wanted}")]
     Short {
@@ -87,11 +123,13 @@ pub trait BlockIo {
     /// Host memory that it can reach.
     type Host: HostBytes;
 
-    /// Starts an operation. Never waits. The caller keeps to [`BlockIo::depth`].
+    /// Starts an operation. Never waits; the device may hear of it only in the next [`BlockIo::poll`]. The caller keeps to
+    /// [`BlockIo::depth`]: what is beyond comes back with [`Errno::BUSY`], and what does not lie in the device, begins between
+    /// pages or has no bytes, with [`Errno::INVAL`].
     fn start(&mut self, op: Op<Self::Host>);
 
     /// Appends what is over to `done`. With nothing over yet, waits for at most `wait`, or until [`BlockIo::waker`] is rung; not at
-    /// all when `wait` is zero.
+    /// all when `wait` is zero. Rung since the last wait ended, it does not wait. May return early with nothing.
     fn poll(&mut self, wait: Duration, done: &mut Vec<Done<Self::Host>>);
 
     /// Most operations under way at once.
@@ -128,7 +166,9 @@ impl Aligned {
     /// So many pages.
     pub fn new(pages: usize) -> Self {
         Self {
-            pages: vec![AlignedPage([0; PAGE]); pages].into_boxed_slice(),
+            pages: <AlignedPage as zerocopy::FromZeros>::new_vec_zeroed(pages)
+                .expect("memory for some pages")
+                .into_boxed_slice(),
         }
     }
 

@@ -1,0 +1,436 @@
+//! The io_uring adapter: one ring, one registered file, direct I/O, arenas as fixed buffers.
+//!
+//! The ring belongs to the first thread that starts or polls. Operations are handed to the kernel together, in the next poll. What
+//! they read or write is kept here until the kernel says that it is over, also when the adapter is dropped: a kernel must never
+//! write into freed memory. Deliberately absent: polling threads of the kernel (they burn a core for nothing gained) and polled
+//! completions (a device may take them at setup and refuse them at the first read).
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::{IoUring, opcode, squeue, types};
+use kvd_arena::Arena;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+
+use super::bell::Bell;
+use super::fixed::FixedTable;
+use super::job::{Job, Verb};
+use super::ring::{answer, begin, build, errno, probe};
+use super::{ArenaRange, Backing, BlockIo, Buffer, DEPTH_MAX, Done, FixedReport, Op, Waker};
+
+const FILE: types::Fixed = types::Fixed(0);
+const DOORBELL: u64 = u64::MAX;
+/// Longest wait in one call; a caller that wants more calls again.
+const WAIT_MAX: Duration = Duration::from_secs(3600);
+/// How many seconds a drop waits for operations before it gives their memory up for lost.
+const PATIENCE: u32 = 30;
+
+/// Moves pages by io_uring.
+pub struct UringIo {
+    // Always there, except while it is dropped.
+    core: Option<Core>,
+    patience: u32,
+}
+
+/// All that the kernel may still use. Fields are dropped in this order, the ring first.
+struct Core {
+    ring: IoUring,
+    jobs: Vec<Option<Job<ArenaRange>>>,
+    free: Vec<u32>,
+    refused: Vec<Done<ArenaRange>>,
+    fixed: FixedTable,
+    bell: Arc<Bell>,
+    /// What is read from the bell.
+    count: Box<[u8; 8]>,
+    armed: bool,
+    begun: bool,
+    broken: Option<Errno>,
+    backing: Arc<Backing>,
+}
+
+impl UringIo {
+    /// A ring for at most `depth` operations on this device, after one that has read from it.
+    ///
+    /// # Errors
+    /// With the reason why there is none, and what to do.
+    pub fn open(backing: Arc<Backing>, depth: usize) -> Result<Self, String> {
+        probe(&backing)?;
+        let depth = depth.clamp(1, DEPTH_MAX) as u32;
+        // One more for the bell.
+        let ring = build((depth + 1).next_power_of_two())?;
+        let submitter = ring.submitter();
+        submitter
+            .register_files(&[backing.as_fd().as_raw_fd()])
+            .map_err(|e| format!("io_uring takes no file: {}", errno(&e)))?;
+        let fixed = FixedTable::new(&submitter);
+        let bell = Bell::new().map_err(|e| format!("no eventfd for a doorbell: {e}"))?;
+        let core = Core {
+            jobs: (0..depth).map(|_| None).collect(),
+            free: (0..depth).rev().collect(),
+            refused: Vec::new(),
+            fixed,
+            bell: Arc::new(bell),
+            count: Box::new([0; 8]),
+            armed: false,
+            begun: false,
+            broken: None,
+            backing,
+            ring,
+        };
+        Ok(Self {
+            core: Some(core),
+            patience: PATIENCE,
+        })
+    }
+
+    /// How much of the arenas is pinned, and why not more.
+    pub fn fixed(&self) -> &FixedReport {
+        self.core().fixed.report()
+    }
+
+    /// Unpins an arena; what is used of it again is pinned again. For a region whose checksums keep failing: after a hole was
+    /// punched, what is mapped and what is pinned are different pages.
+    pub fn forget(&mut self, arena: &Arc<Arena>) {
+        let core = self.core_mut();
+        core.begin();
+        core.fixed.forget(&core.ring.submitter(), arena);
+    }
+
+    fn core(&self) -> &Core {
+        self.core.as_ref().expect("not dropped")
+    }
+
+    fn core_mut(&mut self) -> &mut Core {
+        self.core.as_mut().expect("not dropped")
+    }
+}
+
+impl Core {
+    /// Makes the calling thread the ring's own, once.
+    fn begin(&mut self) {
+        if !self.begun {
+            self.begun = true;
+            if let Err(errno) = begin(&self.ring) {
+                self.fail(errno);
+            }
+            self.arm();
+        }
+    }
+
+    fn fail(&mut self, errno: Errno) {
+        tracing::error!(%errno, device = %self.backing.path().display(), "the ring is broken");
+        self.broken = Some(errno);
+    }
+
+    fn start(&mut self, op: Op<ArenaRange>) {
+        self.begin();
+        let job = Job::from(op);
+        let refused = self
+            .broken
+            .map_or_else(|| job.check(self.backing.bytes()), Err);
+        if let Err(errno) = refused {
+            self.refused.push(job.refused(errno));
+            return;
+        }
+        let Some(place) = self.free.pop() else {
+            self.refused.push(job.refused(Errno::BUSY));
+            return;
+        };
+        let fixed = match &job.buffer {
+            Some(Buffer::Host(range)) => self.fixed.index(&self.ring.submitter(), range),
+            _ => None,
+        };
+        let len = job.len() as u32;
+        let job = self.jobs[place as usize].insert(job);
+        let (address, offset) = (job.address(), job.offset);
+        let entry = match (job.verb, fixed) {
+            (Verb::Read, Some(index)) => opcode::ReadFixed::new(FILE, address, len, index)
+                .offset(offset)
+                .build(),
+            (Verb::Read, None) => opcode::Read::new(FILE, address, len).offset(offset).build(),
+            (Verb::Write, Some(index)) => opcode::WriteFixed::new(FILE, address, len, index)
+                .offset(offset)
+                .build(),
+            (Verb::Write, None) => opcode::Write::new(FILE, address, len)
+                .offset(offset)
+                .build(),
+            (Verb::Flush, _) => opcode::Fsync::new(FILE)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+        };
+        // SAFETY: the address is of a buffer that `jobs` owns and nobody touches until its completion has been seen; `jobs` is
+        // dropped only when nothing is under way (see `Drop`).
+        unsafe { self.push(&entry.user_data(u64::from(place))) };
+    }
+
+    /// Has the bell wait in the ring.
+    fn arm(&mut self) {
+        if self.broken.is_some() {
+            return;
+        }
+        let fd = types::Fd(self.bell.as_fd().as_raw_fd());
+        let read = opcode::Read::new(fd, self.count.as_mut_ptr(), 8).build();
+        // SAFETY: as for every operation; `count` lives in a box of its own, as long as `jobs`.
+        unsafe { self.push(&read.user_data(DOORBELL)) };
+        self.armed = true;
+    }
+
+    /// # Safety
+    /// What the entry points to stays until its completion.
+    unsafe fn push(&mut self, entry: &squeue::Entry) {
+        // SAFETY: promised by the caller.
+        let pushed = unsafe { self.ring.submission().push(entry) };
+        pushed.expect("the queue has a place for each operation and the bell");
+    }
+
+    /// Takes what has completed. Whether there was anything, the bell included.
+    fn reap(&mut self, mut over: impl FnMut(Done<ArenaRange>)) {
+        let mut rung = false;
+        for entry in self.ring.completion() {
+            if entry.user_data() == DOORBELL {
+                rung = true;
+                continue;
+            }
+            let place = entry.user_data() as u32;
+            let job = self.jobs[place as usize]
+                .take()
+                .expect("one completion for each operation");
+            let result = job.judge(answer(entry.result()));
+            self.free.push(place);
+            over(job.done(result));
+        }
+        if rung {
+            self.armed = false;
+        }
+    }
+
+    /// Hands over what was started, and lets the kernel complete what it can. Waits for one completion if told to.
+    fn enter(&mut self, wait: Option<Duration>) -> Result<(), Errno> {
+        if self.broken.is_some() {
+            return Ok(());
+        }
+        let entered = match wait {
+            Some(wait) => {
+                let wait = wait.min(WAIT_MAX);
+                let limit = types::Timespec::new()
+                    .sec(wait.as_secs())
+                    .nsec(wait.subsec_nanos());
+                let args = types::SubmitArgs::new().timespec(&limit);
+                self.ring.submitter().submit_with_args(1, &args)
+            }
+            None => {
+                let queue = self.ring.submission();
+                if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
+                    return Ok(());
+                }
+                drop(queue);
+                self.ring.submit()
+            }
+        };
+        match entered.map_err(|e| errno(&e)) {
+            Ok(_) => Ok(()),
+            Err(e @ (Errno::INTR | Errno::TIME | Errno::AGAIN | Errno::BUSY)) => Err(e),
+            Err(e) => {
+                self.fail(e);
+                Err(e)
+            }
+        }
+    }
+
+    /// Sleeps on the bell alone, for a ring that does not work.
+    fn sleep_broken(&self, wait: Duration) {
+        let wait = wait.min(WAIT_MAX);
+        let limit = rustix::time::Timespec {
+            tv_sec: wait.as_secs() as i64,
+            tv_nsec: i64::from(wait.subsec_nanos()),
+        };
+        let mut bell = [PollFd::new(&*self.bell, PollFlags::IN)];
+        if let Ok(1..) = rustix::event::poll(&mut bell, Some(&limit)) {
+            let _ = rustix::io::read(&*self.bell, &mut [0; 8]);
+        }
+    }
+
+    fn poll(&mut self, wait: Duration, done: &mut Vec<Done<ArenaRange>>) {
+        self.begin();
+        self.fixed.sweep(&self.ring.submitter());
+        let before = done.len();
+        done.append(&mut self.refused);
+        self.reap(|over| done.push(over));
+        if !self.armed {
+            self.arm();
+        }
+        // What is started while something is over, and before a sleep, goes to the kernel in one call.
+        if wait.is_zero() || done.len() > before || !self.bell.sleep() {
+            let _ = self.enter(None);
+            self.reap(|over| done.push(over));
+            return;
+        }
+        if self.broken.is_some() {
+            self.sleep_broken(wait);
+        } else {
+            let _ = self.enter(Some(wait));
+        }
+        self.bell.woke();
+        self.reap(|over| done.push(over));
+    }
+
+    /// Waits until nothing is under way, for so many seconds at most. `false`: something still is.
+    fn drain(&mut self, mut patience: u32) -> bool {
+        if !self.begun {
+            return true;
+        }
+        self.bell.force();
+        loop {
+            self.reap(drop);
+            if self.free.len() == self.jobs.len() && !self.armed {
+                return true;
+            }
+            if self.broken.is_some() || patience == 0 {
+                return false;
+            }
+            if self.enter(Some(Duration::from_secs(1))) == Err(Errno::TIME) {
+                patience -= 1;
+            }
+        }
+    }
+}
+
+impl BlockIo for UringIo {
+    type Host = ArenaRange;
+
+    fn start(&mut self, op: Op<ArenaRange>) {
+        self.core_mut().start(op);
+    }
+
+    fn poll(&mut self, wait: Duration, done: &mut Vec<Done<ArenaRange>>) {
+        self.core_mut().poll(wait, done);
+    }
+
+    fn depth(&self) -> usize {
+        self.core().jobs.len()
+    }
+
+    fn waker(&self) -> Option<Waker> {
+        let bell = Arc::clone(&self.core().bell);
+        Some(Waker(Arc::new(move || bell.ring())))
+    }
+}
+
+impl Drop for UringIo {
+    fn drop(&mut self) {
+        let Some(mut core) = self.core.take() else {
+            return;
+        };
+        if !core.drain(self.patience) {
+            tracing::error!(
+                operations = core.jobs.len() - core.free.len(),
+                device = %core.backing.path().display(),
+                "operations are not over; their memory is given up, because the device may still write it"
+            );
+            std::mem::forget(core);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::testing::{arena, fill, scratch};
+    use crate::io::{Aligned, IoError};
+
+    fn open(backing: &Arc<Backing>, depth: usize) -> UringIo {
+        UringIo::open(Arc::clone(backing), depth).expect("io_uring works here")
+    }
+
+    fn write(offset: u64, buffer: Buffer<ArenaRange>) -> Op<ArenaRange> {
+        Op::Write {
+            token: offset,
+            offset,
+            buffer,
+        }
+    }
+
+    fn wait(io: &mut UringIo, wanted: usize) -> Vec<Done<ArenaRange>> {
+        let mut done = Vec::new();
+        while done.len() < wanted {
+            io.poll(Duration::from_secs(10), &mut done);
+        }
+        done
+    }
+
+    #[test]
+    fn arenas_are_pinned_as_they_are_used_and_let_go_when_they_are_gone() {
+        let scratch = scratch();
+        let backing = Arc::new(Backing::open(scratch.path(), Some(1 << 20)).expect("made"));
+        let mut io = open(&backing, 4);
+        let arena = arena(4 << 20);
+        let range = |offset, len| {
+            let range = ArenaRange::new(Arc::clone(&arena), offset, len).expect("inside");
+            fill(&range, &vec![7; len]);
+            Buffer::Host(range)
+        };
+        io.start(write(0, range(0, 8192)));
+        io.start(write(8192, range((1 << 20) - 4096, 8192)));
+        let done = wait(&mut io, 2);
+        assert!(
+            done.iter().all(|d| d.result.is_ok()),
+            "one across two pieces is plain"
+        );
+        drop(done);
+        let report = io.fixed().clone();
+        if report.refused.is_none() {
+            assert_eq!(report.bytes, 1 << 20, "one extent");
+            io.forget(&arena);
+            assert_eq!(io.fixed().bytes, 0);
+            io.start(write(0, range(2 << 20, 4096)));
+            drop(wait(&mut io, 1));
+            assert_eq!(io.fixed().bytes, 1 << 20, "and again");
+        }
+        drop(arena);
+        io.poll(Duration::ZERO, &mut Vec::new());
+        assert_eq!(io.fixed().bytes, 0);
+    }
+
+    #[test]
+    fn a_drop_without_patience_leaves_the_memory_to_the_kernel() {
+        let scratch = scratch();
+        let backing = Arc::new(Backing::open(scratch.path(), Some(8 << 20)).expect("made"));
+        let mut io = open(&backing, 8);
+        io.patience = 0;
+        for at in 0..8 {
+            io.start(write(at << 20, Buffer::Own(Aligned::new(256))));
+        }
+        drop(io);
+        assert!(Arc::strong_count(&backing) >= 1);
+    }
+
+    #[test]
+    fn a_ring_that_belongs_to_another_thread_refuses_and_does_not_spin() {
+        let scratch = scratch();
+        let backing = Arc::new(Backing::open(scratch.path(), Some(1 << 20)).expect("made"));
+        let mut io = open(&backing, 2);
+        io.poll(Duration::ZERO, &mut Vec::new());
+        let waker = io.waker().expect("one");
+        let thread = std::thread::Builder::new().name("kvd-test-other".to_owned());
+        let other = thread.spawn(move || {
+            io.start(write(0, Buffer::Own(Aligned::new(1))));
+            let mut done = Vec::new();
+            io.poll(Duration::ZERO, &mut done);
+            io.start(write(0, Buffer::Own(Aligned::new(1))));
+            io.poll(Duration::ZERO, &mut done);
+            waker.0();
+            io.poll(Duration::from_secs(60), &mut Vec::new());
+            done.into_iter().map(|d| d.result).collect::<Vec<_>>()
+        });
+        let results = other.expect("a thread").join().expect("no panic");
+        assert!(
+            matches!(
+                results[..],
+                [] | [Err(IoError::Os(Errno::EXIST))] | [Ok(()), ..]
+            ),
+            "{results:?}"
+        );
+    }
+}
