@@ -18,10 +18,10 @@ pub(super) struct Bell {
 }
 
 impl Bell {
-    /// Not rung, nobody asleep. Reads of it block: a ring waits for them without a thread.
+    /// Not rung, nobody asleep.
     pub(super) fn new() -> Result<Self, Errno> {
         Ok(Self {
-            event: eventfd(0, EventfdFlags::CLOEXEC)?,
+            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             rung: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
         })
@@ -32,13 +32,14 @@ impl Bell {
         // One order for all four accesses: either this sees `asleep`, or the sleeper sees `rung`.
         self.rung.store(true, Ordering::SeqCst);
         if self.asleep.swap(false, Ordering::SeqCst) {
-            self.force();
+            // Full means that it was woken and has not looked yet.
+            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
         }
     }
 
-    /// Writes the eventfd whatever the sleeper does.
-    pub(super) fn force(&self) {
-        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    /// Makes the eventfd wait for the next ring.
+    pub(super) fn quiet(&self) {
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
     }
 
     /// Called before sleeping. `false`: it was rung meanwhile; don't.
@@ -61,5 +62,31 @@ impl Bell {
 impl AsFd for Bell {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(bell: &Bell) -> bool {
+        rustix::io::read(bell, &mut [0; 8]).is_ok()
+    }
+
+    #[test]
+    fn it_is_written_only_for_a_sleeper_and_a_ring_before_the_sleep_is_heard() {
+        let bell = Bell::new().expect("an eventfd");
+        bell.ring();
+        bell.ring();
+        assert!(!written(&bell), "nobody sleeps");
+        assert!(!bell.sleep(), "it was rung");
+        assert!(bell.sleep(), "once");
+        bell.ring();
+        bell.ring();
+        let mut count = [0; 8];
+        rustix::io::read(&bell, &mut count).expect("written");
+        assert_eq!(u64::from_ne_bytes(count), 1, "one write ends a sleep");
+        bell.woke();
+        assert!(bell.sleep());
     }
 }

@@ -16,6 +16,8 @@ mod job;
 mod raw;
 mod ring;
 #[cfg(test)]
+mod speed;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

@@ -269,25 +269,4 @@ mod tests {
         let refused = raw(&path, &run).expect_err("no page");
         assert_eq!(refused.kind(), OpenErrorKind::Invalid);
     }
-
-    /// Prints what the README of a bench would: `cargo test --release -p kvd-nvme raw_speeds -- --ignored --nocapture`.
-    #[test]
-    #[ignore = "a measurement"]
-    #[expect(clippy::disallowed_macros, reason = "a measurement is to be seen")]
-    fn raw_speeds() {
-        let scratch = scratch();
-        let path = scratch.path().join("raw");
-        for block in [2 << 20, 64 << 10] {
-            for (write, random) in [(true, false), (true, true), (false, false), (false, true)] {
-                let run = RawRun {
-                    bytes: 2 << 30,
-                    block,
-                    depth: 16,
-                    write,
-                    random,
-                };
-                println!("{run:?} {:?}", raw(&path, &run).expect("measured"));
-            }
-        }
-    }
 }

@@ -129,6 +129,41 @@ fn a_fault_adapter_without_faults_conforms() {
     }
 }
 
+/// Memory outlives an adapter here, so it can be seen that nobody writes it any more.
+#[test]
+fn after_a_drop_nothing_is_half_done() {
+    const MIB: usize = 1 << 20;
+    for choice in [Choice::Uring, Choice::Threads] {
+        let mut files = Files::new(|backing| open(backing, choice));
+        let mut io = files.open((16 * MIB / PAGE) as u64);
+        let filled = vec![9; 16 * MIB];
+        let full = Buffer::Host(files.host(&filled));
+        io.start(Op::Write {
+            token: 0,
+            offset: 0,
+            buffer: full,
+        });
+        assert_eq!(next(&mut io), (0, Ok(())));
+        let ranges: Vec<_> = (0..16).map(|_| files.host(&vec![1; MIB])).collect();
+        for (token, range) in (0..).zip(&ranges) {
+            io.start(Op::Read {
+                token,
+                offset: token * MIB as u64,
+                buffer: Buffer::Host(range.clone()),
+            });
+        }
+        io.poll(Duration::ZERO, &mut Vec::new());
+        drop(io);
+        for range in ranges {
+            let mut seen = Vec::new();
+            range.read(0, MIB, &mut |bytes| seen.extend_from_slice(bytes));
+            let first = seen[0];
+            assert!(seen.iter().all(|b| *b == first), "all or nothing");
+            assert!(first == 9 || choice == Choice::Threads, "the ring waits");
+        }
+    }
+}
+
 fn page(byte: u8) -> Buffer<ArenaRange> {
     let mut memory = Aligned::new(2);
     memory.bytes_mut().fill(byte);

@@ -24,6 +24,8 @@ const FILE: types::Fixed = types::Fixed(0);
 const DOORBELL: u64 = u64::MAX;
 /// Longest wait in one call; a caller that wants more calls again.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
+/// How long the next try is put off when the kernel takes nothing.
+const RETRY: Duration = Duration::from_millis(10);
 /// How many seconds a drop waits for operations before it gives their memory up for lost.
 const PATIENCE: u32 = 30;
 
@@ -42,8 +44,7 @@ struct Core {
     refused: Vec<Done<ArenaRange>>,
     fixed: FixedTable,
     bell: Arc<Bell>,
-    /// What is read from the bell.
-    count: Box<[u8; 8]>,
+    /// Whether the ring listens to the bell.
     armed: bool,
     begun: bool,
     broken: Option<Errno>,
@@ -72,7 +73,6 @@ impl UringIo {
             refused: Vec::new(),
             fixed,
             bell: Arc::new(bell),
-            count: Box::new([0; 8]),
             armed: false,
             begun: false,
             broken: None,
@@ -171,9 +171,10 @@ impl Core {
             return;
         }
         let fd = types::Fd(self.bell.as_fd().as_raw_fd());
-        let read = opcode::Read::new(fd, self.count.as_mut_ptr(), 8).build();
-        // SAFETY: as for every operation; `count` lives in a box of its own, as long as `jobs`.
-        unsafe { self.push(&read.user_data(DOORBELL)) };
+        // One shot: an eventfd that doesn't block can't be read through a ring that is to wait for it.
+        let listen = opcode::PollAdd::new(fd, u32::from(PollFlags::IN.bits())).build();
+        // SAFETY: points to nothing.
+        unsafe { self.push(&listen.user_data(DOORBELL)) };
         self.armed = true;
     }
 
@@ -202,6 +203,7 @@ impl Core {
             over(job.done(result));
         }
         if rung {
+            self.bell.quiet();
             self.armed = false;
         }
     }
@@ -240,7 +242,7 @@ impl Core {
     }
 
     /// Sleeps on the bell alone, for a ring that does not work.
-    fn sleep_broken(&self, wait: Duration) {
+    fn sleep_outside(&self, wait: Duration) {
         let wait = wait.min(WAIT_MAX);
         let limit = rustix::time::Timespec {
             tv_sec: wait.as_secs() as i64,
@@ -248,7 +250,7 @@ impl Core {
         };
         let mut bell = [PollFd::new(&*self.bell, PollFlags::IN)];
         if let Ok(1..) = rustix::event::poll(&mut bell, Some(&limit)) {
-            let _ = rustix::io::read(&*self.bell, &mut [0; 8]);
+            self.bell.quiet();
         }
     }
 
@@ -267,10 +269,12 @@ impl Core {
             self.reap(|over| done.push(over));
             return;
         }
+        let entered = self.enter(Some(wait));
         if self.broken.is_some() {
-            self.sleep_broken(wait);
-        } else {
-            let _ = self.enter(Some(wait));
+            self.sleep_outside(wait);
+        } else if let Err(Errno::AGAIN | Errno::BUSY) = entered {
+            // The kernel has no memory for it just now, and has not waited.
+            self.sleep_outside(wait.min(RETRY));
         }
         self.bell.woke();
         self.reap(|over| done.push(over));
@@ -278,20 +282,21 @@ impl Core {
 
     /// Waits until nothing is under way, for so many seconds at most. `false`: something still is.
     fn drain(&mut self, mut patience: u32) -> bool {
-        if !self.begun {
-            return true;
-        }
-        self.bell.force();
         loop {
             self.reap(drop);
-            if self.free.len() == self.jobs.len() && !self.armed {
+            if self.free.len() == self.jobs.len() {
                 return true;
             }
             if self.broken.is_some() || patience == 0 {
                 return false;
             }
-            if self.enter(Some(Duration::from_secs(1))) == Err(Errno::TIME) {
-                patience -= 1;
+            match self.enter(Some(Duration::from_secs(1))) {
+                Ok(()) | Err(Errno::INTR) => {}
+                Err(Errno::TIME) => patience -= 1,
+                Err(_) => {
+                    self.sleep_outside(Duration::from_secs(1));
+                    patience -= 1;
+                }
             }
         }
     }
