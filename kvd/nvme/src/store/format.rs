@@ -1,0 +1,514 @@
+//! The bytes of a store: superblocks, namespace slots, pages of records, headers of blocks. `docs/formats.md` says the same in a
+//! table. Every piece has a CRC-64/NVME of its own, so that damage stays where it is. Deliberately absent: when what is written.
+
+use kvd_core::tier::{BlockHeader, BlockKey, Place, STORE_PAGE};
+use kvd_core::{BlockHash, Cut, GroupGeometry, GroupKind, NamespaceId};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::io::PAGE;
+
+/// The format that this build writes and reads.
+pub const VERSION: u32 = 1;
+
+pub(crate) const SUPER_MAGIC: [u8; 8] = *b"KVDNVME\0";
+pub(crate) const NAME_MAGIC: [u8; 8] = *b"KVDNAME1";
+pub(crate) const PAGE_MAGIC: [u8; 8] = *b"KVDPAGE1";
+pub(crate) const BLOCK_MAGIC: [u8; 8] = *b"KVDBLK01";
+
+/// Records of one page, after its header.
+pub(crate) const PER_PAGE: usize = 31;
+/// Bytes of a record, and of the header of a page of them.
+pub(crate) const RECORD: usize = 128;
+
+pub(crate) fn crc(bytes: &[u8]) -> u64 {
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes)
+}
+
+/// The CRC in the last 8 bytes of a piece, over all before it.
+fn tail_crc(bytes: &[u8]) -> u64 {
+    crc(&bytes[..bytes.len() - 8])
+}
+
+fn tail_holds(bytes: &[u8]) -> bool {
+    bytes[bytes.len() - 8..] == tail_crc(bytes).to_le_bytes()
+}
+
+/// What a store is and where its areas lie. One page; two copies.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct Superblock {
+    pub(crate) magic: [u8; 8],
+    pub(crate) version: U32,
+    zero: U32,
+    pub(crate) id: [u8; 16],
+    /// Goes up with every change; of two sound copies the higher counts.
+    pub(crate) generation: U64,
+    pub(crate) capacity: U64,
+    pub(crate) segment_bytes: U64,
+    pub(crate) segments: U32,
+    pub(crate) name_slots: U32,
+    pub(crate) names_at: U64,
+    pub(crate) journal_at: U64,
+    pub(crate) half_pages: U64,
+    pub(crate) checkpoints_at: U64,
+    pub(crate) checkpoint_pages: U64,
+    pub(crate) segments_at: U64,
+    /// Number of the current checkpoint; it lies in area `checkpoint % 2`. 0: there is none.
+    pub(crate) checkpoint: U64,
+    pub(crate) checkpoint_used: U64,
+    pub(crate) checkpoint_records: U64,
+    /// Journal pages of lower epochs are in the checkpoint.
+    pub(crate) first_epoch: U64,
+    pub(crate) next_seq: U64,
+    rest: [u8; 3936],
+    crc: U64,
+}
+
+/// What a page where a superblock should be holds.
+pub(crate) enum SuperRead {
+    Sound(Box<Superblock>),
+    /// Of a format that this build does not know.
+    Newer(u32),
+    /// It begins as one does, but is damaged.
+    Damaged,
+    Zero,
+    Foreign,
+}
+
+impl Superblock {
+    pub(crate) fn new() -> Self {
+        let mut head = Self::new_zeroed();
+        head.magic = SUPER_MAGIC;
+        head.version = VERSION.into();
+        head
+    }
+
+    pub(crate) fn encode(&self, page: &mut [u8]) {
+        page.copy_from_slice(self.as_bytes());
+        let sum = tail_crc(page);
+        page[PAGE - 8..].copy_from_slice(&sum.to_le_bytes());
+    }
+
+    pub(crate) fn decode(page: &[u8]) -> SuperRead {
+        let Ok(head) = Self::read_from_bytes(page) else {
+            return SuperRead::Foreign;
+        };
+        if head.magic != SUPER_MAGIC {
+            return match page.iter().all(|byte| *byte == 0) {
+                true => SuperRead::Zero,
+                false => SuperRead::Foreign,
+            };
+        }
+        match (tail_holds(page), head.version.get()) {
+            (false, _) => SuperRead::Damaged,
+            (true, version) if version > VERSION => SuperRead::Newer(version),
+            (true, _) => SuperRead::Sound(Box::new(head)),
+        }
+    }
+}
+
+/// What stands before a namespace record in its slot.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct NameHeader {
+    magic: [u8; 8],
+    store: [u8; 16],
+    id: [u8; 32],
+    slot: U32,
+    length: U32,
+    record_crc: U64,
+    rest: [u8; 48],
+    crc: U64,
+}
+
+/// Bytes of a namespace slot with a record of so many, in whole pages.
+pub(crate) fn name_bytes(record: usize) -> usize {
+    (RECORD + record).next_multiple_of(PAGE)
+}
+
+pub(crate) fn encode_name(
+    out: &mut [u8],
+    store: &[u8; 16],
+    slot: u32,
+    id: NamespaceId,
+    record: &[u8],
+) {
+    let mut head = NameHeader::new_zeroed();
+    head.magic = NAME_MAGIC;
+    head.store = *store;
+    head.id = id.0;
+    head.slot = slot.into();
+    head.length = (record.len() as u32).into();
+    head.record_crc = crc(record).into();
+    head.crc = tail_crc(head.as_bytes()).into();
+    out[..RECORD].copy_from_slice(head.as_bytes());
+    out[RECORD..RECORD + record.len()].copy_from_slice(record);
+}
+
+/// What a namespace slot holds: nothing of this store, something damaged, or a record and its id.
+pub(crate) enum NameRead<'a> {
+    Empty,
+    Damaged,
+    Sound(NamespaceId, &'a [u8]),
+}
+
+pub(crate) fn decode_name<'a>(bytes: &'a [u8], store: &[u8; 16], slot: u32) -> NameRead<'a> {
+    let Ok((head, rest)) = NameHeader::ref_from_prefix(bytes) else {
+        return NameRead::Empty;
+    };
+    if head.magic != NAME_MAGIC || head.store != *store {
+        let blank = head.as_bytes().iter().all(|byte| *byte == 0);
+        return match blank || tail_holds(head.as_bytes()) {
+            true => NameRead::Empty,
+            false => NameRead::Damaged,
+        };
+    }
+    let record = rest.get(..head.length.get() as usize);
+    let sound = tail_holds(head.as_bytes()) && head.slot.get() == slot;
+    match record.filter(|record| sound && crc(record) == head.record_crc.get()) {
+        Some(record) => NameRead::Sound(NamespaceId(head.id), record),
+        None => NameRead::Damaged,
+    }
+}
+
+/// Whether a record says that a block is there, or that it is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Stored,
+    Dropped,
+}
+
+/// One line of the journal or of a checkpoint.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct Record {
+    kind: u8,
+    pub(crate) group: u8,
+    has_parent: u8,
+    zero: u8,
+    /// Slot of its namespace.
+    pub(crate) name: U32,
+    pub(crate) seq: U64,
+    segment: U32,
+    index: U32,
+    stride_pages: U32,
+    zero2: U32,
+    pub(crate) hash: [u8; 32],
+    parent: [u8; 32],
+    /// CRC of the block's header page.
+    pub(crate) header_crc: U64,
+    /// First 8 bytes of the namespace's id: its slot may have been given to another since.
+    pub(crate) name_check: [u8; 8],
+    zero3: U64,
+    crc: U64,
+}
+
+const _: () = assert!(size_of::<Superblock>() == PAGE && STORE_PAGE as usize == PAGE);
+const _: () = assert!(size_of::<NameHeader>() == RECORD && size_of::<Record>() == RECORD);
+const _: () = assert!(size_of::<PageHeader>() == RECORD && RECORD * (PER_PAGE + 1) == PAGE);
+const _: () = assert!(size_of::<BlockHead>() == 160);
+
+impl Record {
+    pub(crate) fn new(kind: Kind, seq: u64, name: u32, key: &BlockKey, place: Place) -> Self {
+        let mut record = Self::new_zeroed();
+        record.kind = match kind {
+            Kind::Stored => 1,
+            Kind::Dropped => 2,
+        };
+        record.group = key.group;
+        record.name = name.into();
+        record.seq = seq.into();
+        record.segment = place.segment.into();
+        record.index = place.index.into();
+        record.stride_pages = ((place.stride / STORE_PAGE) as u32).into();
+        record.hash = key.hash.0;
+        record.name_check.copy_from_slice(&key.namespace.0[..8]);
+        record
+    }
+
+    pub(crate) fn with_block(mut self, parent: Option<BlockHash>, header_crc: u64) -> Self {
+        self.header_crc = header_crc.into();
+        if let Some(parent) = parent {
+            self.has_parent = 1;
+            self.parent = parent.0;
+        }
+        self
+    }
+
+    /// Call last.
+    pub(crate) fn sealed(mut self) -> Self {
+        self.crc = tail_crc(self.as_bytes()).into();
+        self
+    }
+
+    pub(crate) fn sound(&self) -> bool {
+        tail_holds(self.as_bytes())
+    }
+
+    pub(crate) fn kind(&self) -> Option<Kind> {
+        match self.kind {
+            1 => Some(Kind::Stored),
+            2 => Some(Kind::Dropped),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn parent(&self) -> Option<BlockHash> {
+        (self.has_parent == 1).then_some(BlockHash(self.parent))
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        Place {
+            segment: self.segment.get(),
+            index: self.index.get(),
+            stride: u64::from(self.stride_pages.get()) * STORE_PAGE,
+        }
+    }
+}
+
+/// Which list a page of records belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum List {
+    Journal,
+    Checkpoint,
+}
+
+/// What stands before the records of a page.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct PageHeader {
+    magic: [u8; 8],
+    store: [u8; 16],
+    list: U32,
+    pub(crate) count: U32,
+    /// Epoch of the journal, or number of the checkpoint.
+    pub(crate) epoch: U64,
+    /// Which page of its half or area.
+    position: U64,
+    first_seq: U64,
+    records_crc: U64,
+    rest: [u8; 56],
+    crc: U64,
+}
+
+/// Fills a page with at most [`PER_PAGE`] records.
+pub(crate) fn encode_page(
+    page: &mut [u8],
+    store: &[u8; 16],
+    list: List,
+    epoch: u64,
+    position: u64,
+    records: &[Record],
+) {
+    let bytes = records.as_bytes();
+    page[RECORD..RECORD + bytes.len()].copy_from_slice(bytes);
+    page[RECORD + bytes.len()..].fill(0);
+    let mut head = PageHeader::new_zeroed();
+    head.magic = PAGE_MAGIC;
+    head.store = *store;
+    head.list = (list as u32 + 1).into();
+    head.count = (records.len() as u32).into();
+    head.epoch = epoch.into();
+    head.position = position.into();
+    head.first_seq = records.first().map_or(0, |record| record.seq.get()).into();
+    head.records_crc = crc(&page[RECORD..]).into();
+    head.crc = tail_crc(head.as_bytes()).into();
+    page[..RECORD].copy_from_slice(head.as_bytes());
+}
+
+/// The header of a page of this list at this position, if the page has one. Its epoch is for the caller to look at.
+pub(crate) fn page_header<'a>(
+    page: &'a [u8],
+    store: &[u8; 16],
+    list: List,
+    position: u64,
+) -> Option<&'a PageHeader> {
+    let (head, _) = PageHeader::ref_from_prefix(page).ok()?;
+    let mine = head.magic == PAGE_MAGIC && head.store == *store;
+    let here = head.list.get() == list as u32 + 1 && head.position.get() == position;
+    let legal = (1..=PER_PAGE as u32).contains(&head.count.get());
+    (mine && here && legal && tail_holds(head.as_bytes())).then_some(head)
+}
+
+/// Calls `each` with the sound records of a page, in order; gives how many are not sound.
+pub(crate) fn page_records(
+    page: &[u8],
+    head: &PageHeader,
+    list: List,
+    each: &mut dyn FnMut(&Record),
+) -> u64 {
+    let whole = crc(&page[RECORD..]) == head.records_crc.get();
+    let mut bad = 0;
+    for at in 0..head.count.get() as usize {
+        let Ok((record, _)) = Record::ref_from_prefix(&page[RECORD * (at + 1)..]) else {
+            return bad + 1;
+        };
+        // Under a damaged page, a journal record must also be the one that this page was made with: the sectors of a torn page may
+        // be those of an earlier epoch.
+        let its_turn = list == List::Checkpoint
+            || record.seq.get() == head.first_seq.get().wrapping_add(at as u64);
+        if whole || (record.sound() && its_turn) {
+            each(record);
+        } else {
+            bad += 1;
+        }
+    }
+    bad
+}
+
+/// The fixed part of a block's header page. Bounds and checksums follow.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct BlockHead {
+    magic: [u8; 8],
+    store: [u8; 16],
+    namespace: [u8; 32],
+    hash: [u8; 32],
+    parent: [u8; 32],
+    group: u8,
+    has_parent: u8,
+    layer_bounds: U16,
+    head_bounds: U16,
+    crcs: U16,
+    /// Of the block.
+    bytes: U64,
+    /// Where this page lies on the device: a write that went astray is noticed.
+    offset: U64,
+    layers: U32,
+    heads: U32,
+    block_tokens: U32,
+    cell_bytes: U32,
+}
+
+/// Where the checksums begin in the header page of a block with so many bounds.
+fn crcs_at(bounds: usize) -> usize {
+    (size_of::<BlockHead>() + 4 * bounds).next_multiple_of(8)
+}
+
+/// Whether bounds and checksums of a block fit its header page.
+pub(crate) fn block_fits(header: &BlockHeader) -> bool {
+    let bounds = header.cut.layer_bounds().len() + header.cut.head_bounds().len();
+    crcs_at(bounds) + 8 * header.crcs.len() <= PAGE - 8
+}
+
+/// Fills the header page of a block. Gives its CRC, or nothing where bounds and checksums don't fit one page.
+pub(crate) fn encode_block(
+    page: &mut [u8],
+    store: &[u8; 16],
+    header: &BlockHeader,
+    geometry: &GroupGeometry,
+    offset: u64,
+) -> Option<u64> {
+    let (layer_bounds, head_bounds) = (header.cut.layer_bounds(), header.cut.head_bounds());
+    if !block_fits(header) {
+        return None;
+    }
+    let crcs_at = crcs_at(layer_bounds.len() + head_bounds.len());
+    let mut head = BlockHead::new_zeroed();
+    head.magic = BLOCK_MAGIC;
+    head.store = *store;
+    head.namespace = header.key.namespace.0;
+    head.hash = header.key.hash.0;
+    head.group = header.key.group;
+    if let Some(parent) = header.parent {
+        head.has_parent = 1;
+        head.parent = parent.0;
+    }
+    head.layer_bounds = (layer_bounds.len() as u16).into();
+    head.head_bounds = (head_bounds.len() as u16).into();
+    head.crcs = (header.crcs.len() as u16).into();
+    head.bytes = geometry.block_bytes().into();
+    head.offset = offset.into();
+    head.layers = geometry.layers.into();
+    head.heads = geometry.heads.into();
+    head.block_tokens = geometry.block_tokens.into();
+    head.cell_bytes = geometry.cell_bytes.into();
+    page.fill(0);
+    page[..size_of::<BlockHead>()].copy_from_slice(head.as_bytes());
+    let words = layer_bounds.iter().chain(head_bounds);
+    for (word, out) in words.zip(page[size_of::<BlockHead>()..].chunks_exact_mut(4)) {
+        out.copy_from_slice(&word.to_le_bytes());
+    }
+    for (sum, out) in header.crcs.iter().zip(page[crcs_at..].chunks_exact_mut(8)) {
+        out.copy_from_slice(&sum.to_le_bytes());
+    }
+    let sum = tail_crc(page);
+    page[PAGE - 8..].copy_from_slice(&sum.to_le_bytes());
+    Some(sum)
+}
+
+/// What a block's header page says.
+pub(crate) struct BlockPage {
+    pub(crate) header: BlockHeader,
+    /// Of its kind nothing is known; everything that has to do with bytes is right.
+    pub(crate) geometry: GroupGeometry,
+    pub(crate) offset: u64,
+    pub(crate) crc: u64,
+}
+
+/// What is wrong with a block, or with what lies where it should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Flaw {
+    /// There is no sound header of this store.
+    Header,
+    /// The header is of another block, or of another place.
+    OtherBlock,
+    /// The header's sizes are not those of the group.
+    Geometry,
+    /// The bytes are not those that were stored.
+    Payload,
+}
+
+pub(crate) fn decode_block(page: &[u8], store: &[u8; 16]) -> Result<BlockPage, Flaw> {
+    let (head, rest) = BlockHead::ref_from_prefix(page).map_err(|_| Flaw::Header)?;
+    if head.magic != BLOCK_MAGIC || head.store != *store || !tail_holds(page) {
+        return Err(Flaw::Header);
+    }
+    let (layers, heads) = (
+        usize::from(head.layer_bounds.get()),
+        usize::from(head.head_bounds.get()),
+    );
+    let crcs = usize::from(head.crcs.get());
+    let crcs_at = crcs_at(layers + heads);
+    if crcs_at + 8 * crcs > PAGE - 8 {
+        return Err(Flaw::Header);
+    }
+    let word = |bytes: &[u8; 4]| u32::from_le_bytes(*bytes);
+    let bounds: Vec<u32> = rest[..4 * (layers + heads)]
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(word)
+        .collect();
+    let sums = page[crcs_at..crcs_at + 8 * crcs].as_chunks::<8>().0;
+    let geometry = GroupGeometry {
+        kind: GroupKind::Opaque,
+        layers: head.layers.get(),
+        heads: head.heads.get(),
+        block_tokens: head.block_tokens.get(),
+        cell_bytes: head.cell_bytes.get(),
+        window: None,
+    };
+    geometry.validate().map_err(|_| Flaw::Geometry)?;
+    let cut = Cut::new(&bounds[..layers], &bounds[layers..], &geometry);
+    let cut = cut.map_err(|_| Flaw::Geometry)?;
+    if cut.crc_count() as usize != crcs || geometry.block_bytes() != head.bytes.get() {
+        return Err(Flaw::Geometry);
+    }
+    Ok(BlockPage {
+        header: BlockHeader {
+            key: BlockKey {
+                namespace: NamespaceId(head.namespace),
+                group: head.group,
+                hash: BlockHash(head.hash),
+            },
+            parent: (head.has_parent == 1).then_some(BlockHash(head.parent)),
+            cut,
+            crcs: sums.iter().map(|sum| u64::from_le_bytes(*sum)).collect(),
+        },
+        geometry,
+        offset: head.offset.get(),
+        crc: tail_crc(page),
+    })
+}

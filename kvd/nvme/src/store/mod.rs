@@ -1,0 +1,296 @@
+//! What lies where on a device, what is durable when, and what is found after a crash. Sans-IO above [`BlockIo`]: it never waits
+//! but in `poll`, reads no clock, and starts no thread; the same calls give the same operations.
+//!
+//! A write goes: header and bytes to their place (and the namespace's record to its slot, once) - a flush - the journal's record - a
+//! flush - the answer. So the journal is never ahead of the data (invariant 4). One flush serves as the second of one batch and as
+//! the first of the next. When a half of the journal is full, the other is begun, and a checkpoint of all before is written from the
+//! records on the device, piece by piece, between other work; then the superblock names it, and the first half is free again.
+//!
+//! Bytes are checked when they are read, against the header beside them; recovery looks at records alone.
+//! Deliberately absent: which place to take, and what to forget (core); threads and real devices ([`crate::io`]).
+
+mod config;
+mod cycle;
+mod format;
+mod fsck;
+mod jobs;
+mod layout;
+mod merge;
+mod names;
+mod off;
+mod open;
+#[cfg(feature = "planted")]
+mod plant;
+mod read;
+mod recover;
+mod table;
+#[cfg(test)]
+mod tests;
+mod verify;
+mod wire;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use kvd_core::tier::{StoreDone, StoreOp, StoreShape};
+
+pub use self::config::{Counters, OpenError, RecoveryReport, StoreConfig};
+pub use self::format::{Flaw, VERSION};
+pub use self::fsck::{Finding, FsckReport, fsck};
+#[cfg(feature = "planted")]
+pub use self::plant::Plant;
+pub use self::recover::Found;
+
+use self::cycle::Cycle;
+use self::format::Superblock;
+use self::jobs::{Job, Piece};
+use self::layout::Layout;
+use self::merge::Merge;
+use self::names::Names;
+use self::off::Health;
+use self::recover::State;
+use self::table::Table;
+use self::wire::Wire;
+use crate::io::{BlockIo, Done, Op};
+
+/// A store that is ready, and what it held.
+pub struct Opened<I: BlockIo> {
+    /// The store.
+    pub store: Store<I>,
+    /// How it is divided.
+    pub shape: StoreShape,
+    /// What was found.
+    pub report: RecoveryReport,
+}
+
+/// What an operation of the device is for.
+pub(crate) enum Purpose {
+    /// A part of a job.
+    Piece(Piece),
+    /// Records of a batch.
+    Records,
+    /// The flush of a batch.
+    Flush,
+    /// A step of a checkpoint.
+    Merge,
+    /// Whether the device answers again.
+    Probe,
+}
+
+/// An operation of the device.
+pub(crate) struct Flight {
+    since: u64,
+    purpose: Purpose,
+}
+
+/// The store on one device. Owned and driven by one thread.
+pub struct Store<I: BlockIo> {
+    io: I,
+    config: StoreConfig,
+    layout: Layout,
+    /// As it is on the device.
+    head: Superblock,
+    table: Table,
+    names: Names,
+    next_seq: u64,
+    /// What was taken and not answered. Bounded by `max_queue`.
+    jobs: BTreeMap<u64, Job<I::Host>>,
+    next_job: u64,
+    /// Writes among them that have no record yet.
+    unlisted: u64,
+    /// Parts of jobs that wait for the device.
+    pieces: VecDeque<Piece>,
+    flights: BTreeMap<u64, Flight>,
+    next_token: u64,
+    cycle: Cycle,
+    merge: Option<Merge>,
+    health: Health,
+    counters: Counters,
+    over: Vec<Done<I::Host>>,
+    #[cfg(feature = "planted")]
+    plant: Option<Plant>,
+}
+
+impl<I: BlockIo> Store<I> {
+    /// Makes a store on an empty device, or opens the one that is there, and tells what it holds: namespaces first, then blocks,
+    /// each once, mostly in the order in which they were stored. Waits for the device; a device that is dead is given up after a
+    /// minute.
+    pub fn open(
+        mut io: I,
+        config: &StoreConfig,
+        found: &mut dyn FnMut(Found<'_>),
+    ) -> Result<Opened<I>, OpenError> {
+        let mut wire = Wire::new(&mut io);
+        let state = match recover::heads(&mut wire, config)? {
+            None => open::format(&mut wire, config)?,
+            Some(heads) => {
+                let repaired = open::mend(&mut wire, &heads)?;
+                let mut state = recover::recover(&mut wire, &heads, found, &mut |_, _| {})?;
+                state.report.superblocks_repaired = repaired;
+                state
+            }
+        };
+        Ok(Self::ready(io, config, state))
+    }
+
+    fn ready(io: I, config: &StoreConfig, state: State) -> Opened<I> {
+        let (shape, report) = (state.layout.shape, state.report);
+        let merge = match state.epochs[..] {
+            [old, _] => Some(Merge::new(&state.head, &state.layout, old)),
+            _ => None,
+        };
+        let cycle = Cycle::new(&state.head, state.epochs.last());
+        let store = Store {
+            io,
+            config: config.clone(),
+            layout: state.layout,
+            head: state.head,
+            table: state.table,
+            names: state.names,
+            next_seq: state.next_seq,
+            jobs: BTreeMap::new(),
+            next_job: 0,
+            unlisted: 0,
+            pieces: VecDeque::new(),
+            flights: BTreeMap::new(),
+            next_token: 0,
+            cycle,
+            merge,
+            health: Health::default(),
+            counters: Counters::default(),
+            over: Vec::new(),
+            #[cfg(feature = "planted")]
+            plant: None,
+        };
+        Opened {
+            store,
+            shape,
+            report,
+        }
+    }
+
+    /// Takes an operation; `host` is its memory (none for a drop). Never waits. What is not taken is answered at once, and its
+    /// memory given up: `Off` if the store is switched off or has too many operations, `Io` if the operation makes no sense.
+    #[must_use]
+    pub fn submit(&mut self, op: StoreOp, host: Option<I::Host>) -> Option<StoreDone> {
+        let answer = self.take(op, host).err();
+        self.counters.queue_most = self.counters.queue_most.max(self.jobs.len() as u64);
+        answer
+    }
+
+    /// Moves everything on: starts operations of the device, waits for at most `wait` if nothing is over, and appends what is.
+    pub fn turn(&mut self, now_us: u64, wait: Duration, done: &mut Vec<StoreDone>) {
+        self.advance(now_us, done);
+        let wait = if done.is_empty() {
+            wait
+        } else {
+            Duration::ZERO
+        };
+        let mut over = std::mem::take(&mut self.over);
+        self.io.poll(wait, &mut over);
+        for one in over.drain(..) {
+            self.completed(now_us, one, done);
+        }
+        self.over = over;
+        self.advance(now_us, done);
+    }
+
+    fn advance(&mut self, now: u64, done: &mut Vec<StoreDone>) {
+        self.watch(now, done);
+        self.move_cycle(now);
+        self.move_merge(now);
+        self.start_pieces(now, done);
+    }
+
+    fn completed(&mut self, now: u64, one: Done<I::Host>, done: &mut Vec<StoreDone>) {
+        let Some(flight) = self.flights.remove(&one.token) else {
+            return;
+        };
+        let good = one.result.is_ok();
+        self.judge(now, &flight.purpose, &one.result, done);
+        match flight.purpose {
+            Purpose::Piece(piece) => self.piece_done(piece, good, one.buffer, done),
+            Purpose::Records => self.records_written(good, done),
+            Purpose::Flush => self.flushed(now, good, done),
+            Purpose::Merge => self.merge_step_done(now, good, one.buffer, done),
+            Purpose::Probe => self.probed(now, good),
+        }
+    }
+
+    /// Whether one more operation of the device may begin.
+    fn has_room(&self) -> bool {
+        self.flights.len() < self.io.depth().max(1)
+    }
+
+    fn start(&mut self, now: u64, purpose: Purpose, op: impl FnOnce(u64) -> Op<I::Host>) {
+        self.next_token += 1;
+        let token = self.next_token;
+        if matches!(purpose, Purpose::Flush) {
+            self.counters.flushes += 1;
+        }
+        let since = now;
+        self.flights.insert(token, Flight { since, purpose });
+        self.io.start(op(token));
+    }
+
+    /// When to turn next by the clock, whatever the device does.
+    pub fn next_deadline(&self) -> Option<u64> {
+        let oldest = self.flights.values().map(|flight| flight.since).min();
+        let late = oldest.filter(|_| !self.health.off);
+        [
+            late.map(|since| since + self.config.deadline_us + 1),
+            self.cycle.due(&self.config).filter(|_| !self.health.off),
+            self.merge.as_ref().and_then(Merge::not_before),
+            self.health.off.then_some(self.health.probe_at),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// Operations that are taken and not answered.
+    pub fn pending(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// Whether the store is switched off.
+    pub fn is_off(&self) -> bool {
+        self.health.off
+    }
+
+    /// Blocks that a restart would find.
+    pub fn blocks(&self) -> u64 {
+        self.table.live()
+    }
+
+    /// What the store did.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// The device, for its own gauges and its waker.
+    pub fn io(&self) -> &I {
+        &self.io
+    }
+
+    /// Finishes and makes durable what is under way, in at most `turns` waits of `wait` each, and gives the device back. A
+    /// checkpoint under way is left where it is: the next start goes on from the one before.
+    pub fn close(
+        mut self,
+        now_us: u64,
+        wait: Duration,
+        turns: usize,
+        done: &mut Vec<StoreDone>,
+    ) -> I {
+        self.config.flush_us = 0;
+        let mut over = Vec::new();
+        for _ in 0..turns {
+            if self.jobs.is_empty() {
+                break;
+            }
+            self.turn(now_us, wait, &mut over);
+            done.append(&mut over);
+        }
+        self.io
+    }
+}

@@ -1,0 +1,132 @@
+//! Reading a block: header and bytes come together, and nothing is answered as good before both were checked. The check is over
+//! the memory that the bytes were read into. Deliberately absent: what to do about a damaged block (core drops it).
+
+use kvd_core::GroupGeometry;
+use kvd_core::tier::{BlockKey, OpId, Place, StoreDone, StoreError};
+
+use super::Store;
+use super::format::{BlockPage, Flaw, decode_block};
+use super::jobs::Work;
+use super::verify::Verifier;
+use crate::io::{Aligned, BlockIo, Buffer, HostBytes};
+
+/// A read from its taking to its answer.
+pub(crate) struct ReadJob<H> {
+    pub(crate) op: OpId,
+    pub(crate) from: Place,
+    bytes: u64,
+    key: BlockKey,
+    geometry: Box<GroupGeometry>,
+    head: Option<Aligned>,
+    pub(crate) host: Option<H>,
+}
+
+impl<H> ReadJob<H> {
+    pub(crate) fn new(
+        op: OpId,
+        from: Place,
+        bytes: u64,
+        key: BlockKey,
+        geometry: Box<GroupGeometry>,
+        host: Option<H>,
+    ) -> Self {
+        let head = None;
+        ReadJob {
+            op,
+            from,
+            bytes,
+            key,
+            geometry,
+            head,
+            host,
+        }
+    }
+
+    /// A buffer came back.
+    pub(crate) fn got(&mut self, buffer: Option<Buffer<H>>) {
+        match buffer {
+            Some(Buffer::Own(page)) => self.head = Some(page),
+            Some(Buffer::Host(host)) => self.host = Some(host),
+            None => {}
+        }
+    }
+}
+
+/// Whether a header is that of this block at this offset, and of these sizes.
+pub(crate) fn check_header(
+    page: &[u8],
+    store: &[u8; 16],
+    offset: u64,
+    key: &BlockKey,
+    geometry: Option<&GroupGeometry>,
+) -> Result<BlockPage, Flaw> {
+    let page = decode_block(page, store)?;
+    if page.header.key != *key || page.offset != offset {
+        return Err(Flaw::OtherBlock);
+    }
+    let there = &page.geometry;
+    let same = geometry.is_none_or(|wanted| {
+        let kind = wanted.kind;
+        let window = wanted.window;
+        *wanted
+            == GroupGeometry {
+                kind,
+                window,
+                ..there.clone()
+            }
+    });
+    if !same {
+        return Err(Flaw::Geometry);
+    }
+    Ok(page)
+}
+
+impl<I: BlockIo> Store<I> {
+    /// Checks what was read, and answers.
+    pub(crate) fn finish_read(&mut self, job: u64, done: &mut Vec<StoreDone>) {
+        let Some(job) = self.jobs.remove(&job) else {
+            return;
+        };
+        let Work::Read(read) = &job.work else {
+            return;
+        };
+        let (Some(head), Some(host)) = (&read.head, &read.host) else {
+            done.push(job.refusal(StoreError::Io));
+            return;
+        };
+        let result = match self.check_read(read, head, host) {
+            Ok(page) => {
+                self.counters.reads += 1;
+                self.counters.read_bytes += read.bytes;
+                Ok(Box::new((page.header.cut, page.header.crcs)))
+            }
+            Err(flaw) => {
+                self.counters.corrupt(flaw);
+                Err(StoreError::Corrupt)
+            }
+        };
+        let op = read.op;
+        done.push(StoreDone::Read { op, result });
+    }
+
+    fn check_read(
+        &self,
+        read: &ReadJob<I::Host>,
+        head: &Aligned,
+        host: &I::Host,
+    ) -> Result<BlockPage, Flaw> {
+        let offset = self.layout.block_at(read.from);
+        let geometry = Some(&*read.geometry);
+        let page = check_header(head.bytes(), &self.head.id, offset, &read.key, geometry)?;
+        #[cfg(feature = "planted")]
+        if self.plant == Some(super::Plant::SkipCrc) {
+            return Ok(page);
+        }
+        let mut verifier = Verifier::new(&page);
+        host.read(0, read.bytes as usize, &mut |bytes| verifier.feed(bytes));
+        if !verifier.finish() {
+            return Err(Flaw::Payload);
+        }
+        Ok(page)
+    }
+}
