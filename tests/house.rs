@@ -55,6 +55,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "kvd-serve",
             "kvd-client",
             "kvd-device",
+            "kvd-nvme",
         ],
     ),
 ];

@@ -6,6 +6,7 @@ mod bench;
 mod check;
 mod serve;
 mod status;
+mod stores;
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -1,12 +1,12 @@
 //! `kvd serve`: the daemon. Turns the configuration into what the server is told, says what it uses, and serves.
 
 use anyhow::Result;
-use kvd_core::{EvictionPolicy, Settings, TenantLimits};
+use kvd_core::{EvictionPolicy, OffloadPolicy, Settings, TenantLimits, TierSettings};
 use kvd_node::{HostSpec, NodeSettings};
 use kvd_serve::{ServeConfig, Server, SessionLimits, TenantConfig};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, Eviction, LogFormat, Values};
+use crate::config::{Config, Eviction, LogFormat, Offload, Values};
 
 /// Serves until a signal says to stop.
 pub(crate) fn run(config: &Config) -> Result<()> {
@@ -15,7 +15,10 @@ pub(crate) fn run(config: &Config) -> Result<()> {
     for (key, value, source) in config.rows() {
         tracing::info!(%source, "{key} = {value}");
     }
-    let server = Server::bind(serve_config(&config.values))?;
+    let server = Server::bind(
+        serve_config(&config.values),
+        super::stores::openers(&config.values)?,
+    )?;
     let sockets: Vec<_> = server
         .sockets()
         .iter()
@@ -100,6 +103,14 @@ fn node_settings(values: &Values) -> NodeSettings {
             max_hashes: values.max_hashes,
             max_session_namespaces: values.max_namespaces,
             max_sessions: values.max_sessions.saturating_mul(tenants),
+            tiers: TierSettings {
+                offload: match values.offload {
+                    Offload::WriteThrough => OffloadPolicy::WriteThrough,
+                    Offload::SecondUse => OffloadPolicy::SecondUse,
+                },
+                write_bytes_per_day: values.nvme_write_budget,
+                ..TierSettings::default()
+            },
             ..Settings::default()
         },
         adopt_grace_us: micros(values.adopt_grace),

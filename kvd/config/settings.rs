@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use kvd_arena::HugePages;
 
-use super::values::{Eviction, LogFormat, Values};
+use super::values::{Eviction, LogFormat, NvmeIo, Offload, Values};
 
 /// One setting.
 #[derive(Debug)]
@@ -55,6 +55,12 @@ settings! {
     host_capacity: "SIZE", "Host memory for the default tenant's blocks, like 4GiB", size, |v: &u64| show_size(*v);
     extent_size: "SIZE", "Piece of the arena that holds blocks of one size, a power of two; or auto", auto_size, show_auto_size;
     huge_pages: "CHOICE", "2 MiB pages for the arena: auto, off or require", huge_pages, show_huge_pages;
+    nvme: "PATHS", "Directories or block devices for blocks below host memory, with commas between; or off", paths, show_paths;
+    nvme_capacity: "SIZE", "Size of the store in each of those directories, taken at once; of a block device, how much is used", size, |v: &u64| show_size(*v);
+    nvme_io: "CHOICE", "How bytes get to them: auto, uring or threads", nvme_io, show_nvme_io;
+    nvme_write_budget: "SIZE", "Most bytes that each of them takes in a day; or off", budget, show_budget;
+    nvme_faults: "PATH", "For tests: a file that says how each of them shall fail; or off", faults, show_faults;
+    offload: "CHOICE", "When blocks are written there: write_through or second_use", offload, show_offload;
     http: "ADDRESS", "Where /healthz, /readyz, /metrics and /status listen, like 127.0.0.1:9440; or off", http, show_http;
     socket_mode: "MODE", "Permissions of the sockets, in octal", mode, |v: &u32| format!("{v:04o}");
     directory_mode: "MODE", "Permissions of the sockets' directories, in octal", mode, |v: &u32| format!("{v:04o}");
@@ -225,5 +231,47 @@ macro_rules! choice {
 }
 
 choice!(huge_pages, show_huge_pages, HugePages, "auto" => HugePages::Auto, "off" => HugePages::Off, "require" => HugePages::Require);
+fn paths(text: &str) -> Result<Vec<PathBuf>, String> {
+    if text == "off" {
+        return Ok(Vec::new());
+    }
+    text.split(',').map(|one| path(one.trim())).collect()
+}
+
+fn show_paths(value: &Vec<PathBuf>) -> String {
+    if value.is_empty() {
+        return "off".to_owned();
+    }
+    let all: Vec<String> = value.iter().map(|one| show_path(one)).collect();
+    all.join(",")
+}
+
+fn budget(text: &str) -> Result<u64, String> {
+    match text {
+        "off" => Ok(0),
+        _ => size(text),
+    }
+}
+
+fn show_budget(value: &u64) -> String {
+    match value {
+        0 => "off".to_owned(),
+        bytes => show_size(*bytes),
+    }
+}
+
+fn faults(text: &str) -> Result<Option<PathBuf>, String> {
+    match text {
+        "off" => Ok(None),
+        _ => some_path(text),
+    }
+}
+
+fn show_faults(value: &Option<PathBuf>) -> String {
+    value.as_deref().map_or_else(|| "off".to_owned(), show_path)
+}
+
+choice!(nvme_io, show_nvme_io, NvmeIo, "auto" => NvmeIo::Auto, "uring" => NvmeIo::Uring, "threads" => NvmeIo::Threads);
+choice!(offload, show_offload, Offload, "write_through" => Offload::WriteThrough, "second_use" => Offload::SecondUse);
 choice!(eviction, show_eviction, Eviction, "lru" => Eviction::Lru, "s3fifo" => Eviction::S3Fifo);
 choice!(log_format, show_log_format, LogFormat, "text" => LogFormat::Text, "json" => LogFormat::Json);

@@ -15,6 +15,8 @@ use super::settings::{path, show_size, size};
 const SOCKET_PATH_BYTES: usize = 107;
 /// Smallest arena: one extent, in bytes.
 const CAPACITY_MIN: u64 = 2 << 20;
+/// Smallest store, in bytes.
+const NVME_MIN: u64 = 64 << 20;
 
 /// What the defaults depend on. Made by `main`; by hand in tests.
 #[derive(Debug, Clone)]
@@ -57,6 +59,21 @@ impl Surroundings {
 pub(crate) enum Eviction {
     Lru,
     S3Fifo,
+}
+
+/// How bytes get to a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NvmeIo {
+    Auto,
+    Uring,
+    Threads,
+}
+
+/// When blocks go down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Offload {
+    WriteThrough,
+    SecondUse,
 }
 
 /// Form of the log lines.
@@ -131,6 +148,13 @@ pub(crate) struct Values {
     pub(crate) host_capacity: u64,
     pub(crate) extent_size: Option<u64>,
     pub(crate) huge_pages: HugePages,
+    pub(crate) nvme: Vec<PathBuf>,
+    pub(crate) nvme_capacity: u64,
+    pub(crate) nvme_io: NvmeIo,
+    /// Bytes a day; 0: no limit.
+    pub(crate) nvme_write_budget: u64,
+    pub(crate) nvme_faults: Option<PathBuf>,
+    pub(crate) offload: Offload,
     pub(crate) http: Option<SocketAddr>,
     pub(crate) socket_mode: u32,
     pub(crate) directory_mode: u32,
@@ -161,6 +185,12 @@ impl Values {
             host_capacity: (surroundings.ram_bytes / 4).min(4 << 30) & !(CAPACITY_MIN - 1),
             extent_size: None,
             huge_pages: HugePages::Auto,
+            nvme: Vec::new(),
+            nvme_capacity: 16 << 30,
+            nvme_io: NvmeIo::Auto,
+            nvme_write_budget: 0,
+            nvme_faults: None,
+            offload: Offload::WriteThrough,
             http: Some(SocketAddr::from(([127, 0, 0, 1], 9440))),
             socket_mode: 0o600,
             directory_mode: 0o700,
@@ -248,6 +278,18 @@ impl Values {
                 "extent_size {} is no power of two from 2MiB on",
                 show_size(extent)
             );
+        }
+        if self.nvme_capacity < NVME_MIN {
+            bail!(
+                "nvme_capacity {} is too small: give it {} or more",
+                show_size(self.nvme_capacity),
+                show_size(NVME_MIN)
+            );
+        }
+        for (at, path) in self.nvme.iter().enumerate() {
+            if self.nvme[..at].contains(path) {
+                bail!("nvme names {} twice: name each once", path.display());
+            }
         }
         if !(0.0..=1.0).contains(&self.lease_share) {
             bail!("lease_share {} is not between 0 and 1", self.lease_share);

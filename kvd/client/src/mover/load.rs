@@ -53,7 +53,8 @@ impl BlockMover {
     ) -> Result<Vec<LoadOutcome>, Error> {
         self.check(hashes, to)?;
         let window = self.window();
-        let deadline = self.config.load_deadline.as_millis();
+        // A daemon that has to wait for a slower tier answers before this caller stops waiting.
+        let deadline = self.config.load_deadline.as_millis() * 3 / 4;
         let mut outcomes = Vec::with_capacity(to.len());
         for (hashes, to) in hashes.chunks(window * 32).zip(to.chunks(window)) {
             let guard = match caller.begin_copy() {

@@ -112,61 +112,76 @@ pub struct RecoveryReport {
     pub shape: StoreShape,
 }
 
-/// What a store did since it was opened.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What a store did since it was opened.
+        #[derive(Clone, Debug, Default, PartialEq, Eq)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            /// Name and count, for metrics and status.
+            pub fn each(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name),)*]
+            }
+        }
+    };
+}
+
+counters! {
     /// Blocks that were made durable, and their bytes.
-    pub writes: u64,
+    writes,
     /// Bytes of those.
-    pub write_bytes: u64,
+    write_bytes,
     /// Blocks that were read and found sound.
-    pub reads: u64,
+    reads,
     /// Bytes of those.
-    pub read_bytes: u64,
+    read_bytes,
     /// Blocks that were durably forgotten.
-    pub drops: u64,
+    drops,
     /// Flushes that were begun.
-    pub flushes: u64,
+    flushes,
     /// Pages of the journal that were written.
-    pub journal_pages: u64,
+    journal_pages,
     /// Times that a batch had to wait for a checkpoint to make room in the journal.
-    pub journal_jams: u64,
+    journal_jams,
     /// Checkpoints that were finished.
-    pub checkpoints: u64,
+    checkpoints,
     /// Pages that a checkpoint should have read and could not.
-    pub checkpoint_pages_lost: u64,
+    checkpoint_pages_lost,
     /// Checkpoints that were begun again after the device had failed.
-    pub checkpoint_restarts: u64,
+    checkpoint_restarts,
     /// Reads that found no sound header.
-    pub corrupt_header: u64,
+    corrupt_header,
     /// Reads that found another block.
-    pub corrupt_other: u64,
+    corrupt_other,
     /// Reads that found other sizes.
-    pub corrupt_geometry: u64,
+    corrupt_geometry,
     /// Reads that found other bytes.
-    pub corrupt_payload: u64,
+    corrupt_payload,
     /// Operations that the device failed.
-    pub io_errors: u64,
+    io_errors,
     /// Operations that the device ended too early.
-    pub io_short: u64,
+    io_short,
     /// Operations that were refused because the store was off.
-    pub refused_off: u64,
+    refused_off,
     /// Operations that were refused because too many are under way.
-    pub refused_queue: u64,
+    refused_queue,
     /// Blocks that were refused because no more can be listed, or no more namespaces kept.
-    pub refused_full: u64,
+    refused_full,
     /// Operations that name impossible or occupied places, or bring too little memory.
-    pub refused_invalid: u64,
+    refused_invalid,
     /// Blocks that have more checksums than fit one page.
-    pub refused_header: u64,
+    refused_header,
     /// Times the store was switched off.
-    pub switched_off: u64,
+    switched_off,
     /// Times that was because an operation took too long.
-    pub stalls: u64,
+    stalls,
     /// Times it was switched on again.
-    pub switched_on: u64,
+    switched_on,
     /// Most operations that were ever under way at once.
-    pub queue_most: u64,
+    queue_most,
 }
 
 impl Counters {

@@ -122,8 +122,13 @@ impl<I: BlockIo> Store<I> {
     ) -> Result<Opened<I>, OpenError> {
         let mut wire = Wire::new(&mut io);
         let state = match recover::heads(&mut wire, config)? {
-            None => open::format(&mut wire, config)?,
+            None => {
+                let state = open::format(&mut wire, config)?;
+                found(Found::Shape(state.layout.shape));
+                state
+            }
             Some(heads) => {
+                found(Found::Shape(heads.layout.shape));
                 let repaired = open::mend(&mut wire, &heads)?;
                 let mut state = recover::recover(&mut wire, &heads, found, &mut |_, _| {})?;
                 state.report.superblocks_repaired = repaired;

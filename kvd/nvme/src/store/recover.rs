@@ -3,7 +3,7 @@
 //! place wins. Two walks over the records, so that no key has to be kept: the first finds the newest of each place, the second tells.
 //! Deliberately absent: what is written at a start (`open`).
 
-use kvd_core::tier::{BlockKey, Recovered};
+use kvd_core::tier::{BlockKey, Recovered, StoreShape};
 use kvd_core::{BlockHash, NamespaceId, NamespaceRecord};
 
 use super::config::{OpenError, RecoveryReport, StoreConfig};
@@ -23,6 +23,8 @@ const MOST_SEQ: u64 = (1 << 48) - 1;
 /// Something that a store held when it was opened.
 #[derive(Clone, Copy, Debug)]
 pub enum Found<'a> {
+    /// How the store is divided. Comes first.
+    Shape(StoreShape),
     /// A namespace and its canonical record. All of them come before the first block.
     Namespace(NamespaceId, &'a [u8]),
     /// A block.
