@@ -137,7 +137,8 @@ impl Backing {
         let ready = backing
             .direct()
             .and_then(|()| check_alignment(&backing.file, &backing.path))
-            .and_then(|()| backing.take_space(size));
+            .and_then(|()| backing.take_space(size))
+            .and_then(|()| backing.settle(directory));
         match ready {
             Ok(()) => Ok(backing),
             Err(error) => {
@@ -175,6 +176,7 @@ impl Backing {
     /// Makes the file exactly as long as wanted, and takes all of its space.
     fn take_space(&self, size: u64) -> Result<(), OpenError> {
         let bytes = self.bytes;
+        self.check_room()?;
         if size > bytes {
             rustix::fs::ftruncate(&self.file, bytes)
                 .map_err(|e| OpenError::os(&format!("cannot cut {}", self.path.display()), e))?;
@@ -183,17 +185,7 @@ impl Backing {
             match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, bytes) {
                 Ok(()) => return Ok(()),
                 Err(Errno::INTR) => {}
-                Err(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => {
-                    return Err(OpenError::new(
-                        OpenErrorKind::NoSpace,
-                        format!(
-                            "{}: the file system ({}) has no room for {bytes} bytes{}: free space or set a smaller size",
-                            self.path.display(),
-                            self.filesystem,
-                            free(&self.file)
-                        ),
-                    ));
-                }
+                Err(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => return Err(self.no_room()),
                 Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
                     return Err(OpenError::new(
                         OpenErrorKind::Unsupported,
@@ -212,6 +204,50 @@ impl Backing {
                 }
             }
         }
+    }
+
+    /// Refuses what can't be there before any space is taken: some file systems would take all that is left, for everybody, and only
+    /// then say no.
+    fn check_room(&self) -> Result<(), OpenError> {
+        let (Ok(fs), Ok(stat)) = (
+            rustix::fs::fstatvfs(&self.file),
+            rustix::fs::fstat(&self.file),
+        ) else {
+            return Ok(());
+        };
+        let taken = u64::try_from(stat.st_blocks)
+            .unwrap_or(0)
+            .saturating_mul(512);
+        let free = fs.f_bavail.saturating_mul(fs.f_frsize);
+        if self.bytes.saturating_sub(taken) > free {
+            return Err(self.no_room());
+        }
+        Ok(())
+    }
+
+    fn no_room(&self) -> OpenError {
+        OpenError::new(
+            OpenErrorKind::NoSpace,
+            format!(
+                "{}: the file system ({}) has no room for {} bytes{}: free space or set a smaller size",
+                self.path.display(),
+                self.filesystem,
+                self.bytes,
+                free(&self.file)
+            ),
+        )
+    }
+
+    /// Makes the file's name and size durable, so that a power cut leaves what later flushes have promised.
+    fn settle(&self, directory: &Path) -> Result<(), OpenError> {
+        if self.found == Found::Same {
+            return Ok(());
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::fsync(&self.file)
+            .and_then(|()| rustix::fs::open(directory, flags, Mode::empty()))
+            .and_then(rustix::fs::fsync)
+            .map_err(|e| OpenError::os(&format!("cannot make {} durable", self.path.display()), e))
     }
 
     /// Leaves the file system as it was, as far as that goes.
@@ -476,6 +512,30 @@ mod tests {
         std::os::unix::fs::symlink(at("file"), at(FILE_NAME)).expect("linked");
         let linked = Backing::open(scratch.path(), Some(MIB)).expect_err("a link");
         assert!(linked.to_string().contains("is a link"), "{linked}");
+    }
+
+    /// With `KVD_TEST_DEVICE=/dev/...` of a device that may be overwritten.
+    #[test]
+    #[ignore = "wants a block device"]
+    fn a_block_device_is_used_whole_or_in_part_by_one() {
+        let path = PathBuf::from(std::env::var_os("KVD_TEST_DEVICE").expect("a device"));
+        let whole = Backing::open(&path, None).expect("opened");
+        assert!(whole.bytes() >= MIB);
+        assert_eq!(kind(Backing::open(&path, None)), OpenErrorKind::Busy);
+        let bytes = whole.bytes();
+        drop(whole);
+        assert_eq!(
+            kind(Backing::open(&path, Some(bytes + MIB))),
+            OpenErrorKind::Invalid
+        );
+        let part = Backing::open(&path, Some(MIB)).expect("opened");
+        assert_eq!((part.bytes(), part.found()), (MIB, Found::Same));
+        let mut part = std::sync::Arc::new(part);
+        for _ in 0..20 {
+            let io = crate::io::UringIo::open(part, 4).expect("io_uring reads it");
+            drop(io);
+            part = std::sync::Arc::new(Backing::open(&path, Some(MIB)).expect("free again"));
+        }
     }
 
     #[test]

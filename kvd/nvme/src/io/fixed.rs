@@ -129,6 +129,10 @@ impl FixedTable {
                 };
                 tracing::warn!(reason = text, "transfers go on without fixed buffers");
                 self.report.refused = Some(text);
+                // The limit is the whole user's, and other rings need some of it for themselves.
+                while !self.arenas.is_empty() {
+                    self.remove(submitter, 0);
+                }
                 None
             }
         }

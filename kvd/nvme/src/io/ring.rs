@@ -127,6 +127,8 @@ pub(super) fn probe(backing: &Backing) -> Result<(), String> {
             break entry.result();
         }
     };
+    // The kernel takes a ring down later than this returns, and until then a device that it has would be in use.
+    let _ = ring.submitter().unregister_files();
     match answer(completed) {
         Ok(n) if n == got && read.bytes()[..n] == plain.bytes()[..n] => Ok(()),
         Ok(n) => Err(format!(

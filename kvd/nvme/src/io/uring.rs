@@ -328,7 +328,10 @@ impl Drop for UringIo {
         let Some(mut core) = self.core.take() else {
             return;
         };
-        if !core.drain(self.patience) {
+        let over = core.drain(self.patience);
+        // The kernel takes a ring down later than this, and until then a device that it has would be in use.
+        let _ = core.ring.submitter().unregister_files();
+        if !over {
             tracing::error!(
                 operations = core.jobs.len() - core.free.len(),
                 device = %core.backing.path().display(),
@@ -396,6 +399,36 @@ mod tests {
         drop(arena);
         io.poll(Duration::ZERO, &mut Vec::new());
         assert_eq!(io.fixed().bytes, 0);
+    }
+
+    #[test]
+    fn a_low_limit_of_pinned_memory_costs_the_fixed_buffers_and_nothing_else() {
+        use rustix::process::{Resource, getrlimit};
+        use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+        let limit = getrlimit(Resource::Memlock).current.unwrap_or(u64::MAX);
+        if !(1 << 20..64 << 20).contains(&limit) {
+            return;
+        }
+        let thread = std::thread::Builder::new().name("kvd-test-limit".to_owned());
+        let limited = thread.spawn(|| {
+            let mut mine = capabilities(None).expect("known");
+            mine.effective.remove(CapabilitySet::IPC_LOCK);
+            set_capabilities(None, mine).expect("fewer are always allowed");
+            let scratch = scratch();
+            let backing = Arc::new(Backing::open(scratch.path(), Some(1 << 20)).expect("made"));
+            let mut io = open(&backing, 4);
+            let arena = arena(64 << 20);
+            for extent in 0..64 {
+                let range = ArenaRange::new(Arc::clone(&arena), extent << 20, 8192);
+                io.start(write(0, Buffer::Host(range.expect("inside"))));
+                assert_eq!(wait(&mut io, 1)[0].result, Ok(()));
+            }
+            io.fixed().clone()
+        });
+        let report = limited.expect("a thread").join().expect("no panic");
+        assert_eq!(report.bytes, 0, "what was pinned is given back");
+        let reason = report.refused.expect("64 MiB are above the limit");
+        assert!(reason.contains("memlock limit"), "{reason}");
     }
 
     #[test]
