@@ -1,12 +1,15 @@
 //! Visible blocks: touching, pinning, dropping, and making room for others.
-//! Deliberately absent: moving a block to a slower tier; there is one tier.
+//! Deliberately absent: copies to and from a slower tier (`disk`).
 
 use crate::api::Output;
 use crate::evict::chain;
-use crate::index::Entry;
+use crate::index::{Entry, EntryState};
 use crate::log::ChangeKind;
 use crate::pool::{NO_CLASS, SlotState};
 use crate::state::Core;
+
+/// Most entries looked at for a block that a store holds too.
+const DEMOTE_SCAN: u32 = 4096;
 
 impl Core {
     /// The block was looked up (`used` false) or used: recency of the block and of its extent.
@@ -119,11 +122,43 @@ impl Core {
             self.drop_block(id, true, out);
             return true;
         }
+        if let Some(id) = self.kept_below(t, class) {
+            self.tier_counters.demoted += 1;
+            self.drop_block(id, true, out);
+            return true;
+        }
         let other = self.coldest_extent(t, class);
         if let Some((extent, _)) = other {
             self.empty_extent(t, extent, out);
         }
         other.is_some()
+    }
+
+    /// A block of this class that a store holds too. It may go wherever it is in its chain, because what is needed of the chain
+    /// comes up again; so one chain may be longer than host memory. Looked for by a hand that goes round.
+    fn kept_below(&mut self, t: usize, class: u16) -> Option<u32> {
+        if self.disks.all.is_empty() {
+            return None;
+        }
+        let end = self.index.entries.hot.range().end;
+        for _ in 0..end.min(DEMOTE_SCAN) {
+            let id = self.hand.checked_rem(end).unwrap_or(0);
+            self.hand = id + 1;
+            let entry = &self.index.entries.hot[id];
+            if entry.state != EntryState::Resident || entry.pins > 0 || entry.stamp == self.stamp {
+                continue;
+            }
+            let space = self.spaces.get(entry.space);
+            let fits = space.tenant == t && space.groups[usize::from(entry.group)].class == class;
+            if fits
+                && self
+                    .stored_entry(entry.space, entry.group, &entry.hash)
+                    .is_some()
+            {
+                return Some(id);
+            }
+        }
+        None
     }
 
     fn own_coldest(&self, t: usize, class: u16) -> Option<u32> {

@@ -122,6 +122,8 @@ pub struct TierCounters {
     pub offload_off: u64,
     /// Blocks whose write failed.
     pub offload_failed: u64,
+    /// Blocks that left host memory out of turn because a store holds them.
+    pub demoted: u64,
     /// Blocks dropped from a store to make room there.
     pub evicted: u64,
     /// Blocks read into host memory and found sound.
@@ -142,7 +144,7 @@ pub struct TierCounters {
 
 impl TierCounters {
     /// Name and count, for metrics and status.
-    pub fn each(&self) -> [(&'static str, u64); 17] {
+    pub fn each(&self) -> [(&'static str, u64); 18] {
         [
             ("offloaded", self.offloaded),
             ("offloaded_bytes", self.offloaded_bytes),
@@ -151,6 +153,7 @@ impl TierCounters {
             ("offload_no_place", self.offload_no_place),
             ("offload_off", self.offload_off),
             ("offload_failed", self.offload_failed),
+            ("demoted", self.demoted),
             ("evicted", self.evicted),
             ("fetched", self.fetched),
             ("fetched_bytes", self.fetched_bytes),

@@ -44,6 +44,8 @@ pub struct Core {
     pub(crate) lookups: LookupLeases,
     pub(crate) disks: Disks,
     pub(crate) tier_counters: TierCounters,
+    /// Where blocks that a store holds too were looked for last, to make room.
+    pub(crate) hand: u32,
     /// Detached sessions that may have become idle in this step.
     pub(crate) idle: Vec<u32>,
 }
@@ -72,6 +74,7 @@ impl Core {
             lookups: LookupLeases::default(),
             disks: Disks::default(),
             tier_counters: TierCounters::default(),
+            hand: 0,
             idle: Vec::new(),
             settings,
         }

@@ -208,6 +208,29 @@ fn a_block_goes_down_and_comes_up_again() {
 }
 
 #[test]
+fn a_chain_longer_than_host_memory_comes_up_window_by_window() {
+    let mut node = Node::new(few_spare(), 1);
+    for at in (0..28u64).step_by(7) {
+        let parent = at.checked_sub(1).map(hash);
+        let list = hashes(at..at + 7);
+        let got = node.world.reserve(1, &list, parent);
+        let crcs: Vec<u64> = list.iter().flat_map(crcs_of).collect();
+        node.world.commit(1, &got.slots, &got.generations, &crcs);
+        node.take();
+        node.finish_all();
+    }
+    for _ in 0..3 {
+        for at in (0..28).step_by(7) {
+            let id = node.ask_load(&hashes(at..at + 7), 0);
+            node.finish_all();
+            let reply = node.answer(id).expect("answered");
+            assert_eq!(reply.states, [LoadState::Ready; 7], "from {at} on");
+            node.release(&reply);
+        }
+    }
+}
+
+#[test]
 fn loads_of_one_block_share_a_read() {
     let mut node = Node::new(few_spare(), 1);
     node.put(&hashes(0..1));

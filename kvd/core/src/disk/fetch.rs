@@ -32,7 +32,12 @@ pub(crate) struct Asked<'a> {
 
 impl Core {
     /// The store's entry of a block that can be read there, and which store.
-    fn stored_entry(&self, space: u32, group: u8, hash: &[u8; 32]) -> Option<(usize, u32)> {
+    pub(crate) fn stored_entry(
+        &self,
+        space: u32,
+        group: u8,
+        hash: &[u8; 32],
+    ) -> Option<(usize, u32)> {
         let store = self.disks.store_of(hash)?;
         let disk = &self.disks.all[store];
         let number = disk.space(self.spaces.get(space).id)?;
