@@ -19,7 +19,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
         "kvd-serve",
         &["kvd-core", "kvd-arena", "kvd-node", "kvd-wire"],
     ),
-    ("kvd-sim", &["kvd-core", "kvd-arena", "kvd-node"]),
+    (
+        "kvd-sim",
+        &["kvd-core", "kvd-arena", "kvd-node", "kvd-nvme"],
+    ),
     (
         "kvd-client",
         &["kvd-core", "kvd-arena", "kvd-wire", "kvd-device"],

@@ -21,7 +21,8 @@
 //!
 //! By the numbers of `docs/invariants.md`: 1 (a load that passes its own checks has the bytes that were committed), 2 and 6 (core's own
 //! check, and the index rebuilt from words and change log alone), 3 (true writers by byte range), 5, 7, 8, 10, and that everything comes
-//! to rest once the faults stop. Deliberately absent: disks, object stores, fabrics; they come with their adapters.
+//! to rest once the faults stop. The disk and its fault model are in `disk`, and are driven by themselves: `disk_run`. Deliberately absent:
+//! object stores, fabrics; they come with their adapters.
 #![forbid(unsafe_code)]
 
 mod ask;
@@ -30,6 +31,9 @@ mod clock;
 mod config;
 mod content;
 mod daemon;
+mod disk;
+mod disk_model;
+mod disk_run;
 mod engine;
 mod lies;
 mod link;
@@ -47,6 +51,9 @@ mod scheduler;
 mod worker;
 mod world;
 
+pub use disk::{DiskFaults, SimDisk, SimHost};
+pub use disk_run::{DiskOptions, DiskReport, FlipReport, flips, run_disk};
+pub use kvd_nvme::store::Plant as StorePlant;
 pub use options::{Fault, Faults, Options};
 pub use plant::Plant;
 pub use report::{Counters, Failure, Report};

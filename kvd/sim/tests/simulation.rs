@@ -4,9 +4,16 @@
 
 mod common;
 
-use kvd_sim::{Counters, run};
+use kvd_sim::{Counters, Failure, run, shrink};
 
-use common::{fail, fresh_seed, soak};
+use common::{fresh_seed, soak};
+
+/// Looks for a smaller run that fails alike, and fails the test with it.
+fn fail(failure: Box<Failure>) -> ! {
+    let first = failure.to_string();
+    let small = shrink(failure, 60);
+    panic!("{first}\nthe smallest run found that fails alike:\n{small}");
+}
 
 #[test]
 fn the_same_seed_gives_the_same_events() {

@@ -159,6 +159,11 @@ impl<I: BlockIo> Store<I> {
                 Work::Drop { place, key, .. } => Record::new(Kind::Dropped, seq, 0, key, *place),
                 Work::Read(_) => continue,
             };
+            #[cfg(feature = "planted")]
+            let record = match (self.plant, &job.work) {
+                (Some(super::Plant::ForgetDrops), Work::Drop { .. }) => record.of_nothing(),
+                _ => record,
+            };
             self.next_seq += 1;
             self.cycle.named.push(Named { job: id, seq });
             records.push(record.sealed());

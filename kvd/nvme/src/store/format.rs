@@ -236,6 +236,13 @@ impl Record {
         self
     }
 
+    /// A record that no start looks at.
+    #[cfg(feature = "planted")]
+    pub(crate) fn of_nothing(mut self) -> Self {
+        self.kind = 0;
+        self
+    }
+
     /// Call last.
     pub(crate) fn sealed(mut self) -> Self {
         self.crc = tail_crc(self.as_bytes()).into();

@@ -1,9 +1,7 @@
-//! What the simulator's tests share: fresh seeds, and how a failure is shown.
+//! What the simulator's tests share: long runs and fresh seeds.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-
-use kvd_sim::{Failure, shrink};
 
 /// True in long runs.
 pub(crate) fn soak() -> bool {
@@ -16,11 +14,4 @@ pub(crate) fn fresh_seed() -> u64 {
         Ok(text) => text.parse().expect("KVD_SIM_SEED is a number"),
         Err(_) => RandomState::new().build_hasher().finish() >> 16,
     }
-}
-
-/// Looks for a smaller run that fails alike, and fails the test with it.
-pub(crate) fn fail(failure: Box<Failure>) -> ! {
-    let first = failure.to_string();
-    let small = shrink(failure, 60);
-    panic!("{first}\nthe smallest run found that fails alike:\n{small}");
 }
