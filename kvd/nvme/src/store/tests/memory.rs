@@ -1,0 +1,106 @@
+//! A device in memory for the store's own tests: sparse, completes everything at the next poll, in order. Faults are the simulated
+//! disk's affair (`kvd-sim`).
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::io::{BlockIo, Buffer, Done, HostBytes, Op, PAGE};
+
+/// Host memory that nobody shares.
+pub(crate) struct Owned(pub(crate) Vec<u8>);
+
+impl HostBytes for Owned {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn read(&self, from: usize, bytes: usize, see: &mut dyn FnMut(&[u8])) {
+        see(&self.0[from..from + bytes]);
+    }
+}
+
+/// The pages, which outlive the store.
+pub(crate) type Pages = Rc<RefCell<BTreeMap<u64, Box<[u8; PAGE]>>>>;
+
+/// A device over them.
+pub(crate) struct MemoryIo {
+    pub(crate) pages: Pages,
+    queue: VecDeque<Op<Owned>>,
+    /// Writes and flushes so far.
+    pub(crate) changes: Rc<RefCell<u64>>,
+}
+
+impl MemoryIo {
+    pub(crate) fn over(pages: &Pages) -> Self {
+        MemoryIo {
+            pages: pages.clone(),
+            queue: VecDeque::new(),
+            changes: Rc::default(),
+        }
+    }
+
+    fn bytes(buffer: &mut Buffer<Owned>) -> &mut [u8] {
+        match buffer {
+            Buffer::Own(own) => own.bytes_mut(),
+            Buffer::Host(host) => &mut host.0,
+        }
+    }
+}
+
+impl BlockIo for MemoryIo {
+    type Host = Owned;
+
+    fn start(&mut self, op: Op<Owned>) {
+        self.queue.push_back(op);
+    }
+
+    fn poll(&mut self, _: Duration, done: &mut Vec<Done<Owned>>) {
+        let mut pages = self.pages.borrow_mut();
+        for op in self.queue.drain(..) {
+            let (token, buffer) = match op {
+                Op::Read {
+                    token,
+                    offset,
+                    mut buffer,
+                } => {
+                    for (n, out) in Self::bytes(&mut buffer).chunks_mut(PAGE).enumerate() {
+                        match pages.get(&(offset / PAGE as u64 + n as u64)) {
+                            Some(page) => out.copy_from_slice(&page[..]),
+                            None => out.fill(0),
+                        }
+                    }
+                    (token, Some(buffer))
+                }
+                Op::Write {
+                    token,
+                    offset,
+                    mut buffer,
+                } => {
+                    *self.changes.borrow_mut() += 1;
+                    for (n, page) in Self::bytes(&mut buffer).chunks(PAGE).enumerate() {
+                        let mut own = Box::new([0; PAGE]);
+                        own.copy_from_slice(page);
+                        pages.insert(offset / PAGE as u64 + n as u64, own);
+                    }
+                    (token, Some(buffer))
+                }
+                Op::Flush { token } => {
+                    *self.changes.borrow_mut() += 1;
+                    (token, None)
+                }
+            };
+            let result = Ok(());
+            done.push(Done {
+                token,
+                buffer,
+                result,
+            });
+        }
+    }
+
+    fn depth(&self) -> usize {
+        32
+    }
+}
