@@ -238,14 +238,16 @@ impl<I: BlockIo> Store<I> {
         self.io.start(op(token));
     }
 
-    /// When to turn next by the clock, whatever the device does.
+    /// When to turn next by the clock, whatever the device does. Turn at once after [`Store::submit`].
     pub fn next_deadline(&self) -> Option<u64> {
         let oldest = self.flights.values().map(|flight| flight.since).min();
         let late = oldest.filter(|_| !self.health.off);
+        let begins = !self.health.off && self.has_room();
+        let rest = self.merge.as_ref().and_then(Merge::not_before);
         [
             late.map(|since| since + self.config.deadline_us + 1),
-            self.cycle.due(&self.config).filter(|_| !self.health.off),
-            self.merge.as_ref().and_then(Merge::not_before),
+            self.cycle.due(&self.config).filter(|_| begins),
+            rest.filter(|_| begins),
             self.health.off.then_some(self.health.probe_at),
         ]
         .into_iter()

@@ -443,3 +443,54 @@ fn operations_beyond_the_queue_are_refused_at_once() {
     store.close(0, Duration::ZERO, 100, &mut done);
     assert_eq!(done.len(), 2);
 }
+
+/// Whatever bytes a piece has under a right checksum, reading it neither fails nor goes out of bounds.
+#[test]
+fn decoders_take_any_bytes() {
+    let mut test = Test::new();
+    let small = space("m", 2, 1);
+    let at = place(0, 0, &small.2);
+    test.write(&small, at, 1).unwrap();
+    let layout = test.store().layout;
+    let page = |at: u64| test.pages.borrow()[&(at / PAGE as u64)].clone();
+    let (block, name) = (page(layout.block_at(at)), page(layout.name_at(0)));
+    let (journal, head) = (page(layout.half_at(1)), page(0));
+    let mut state = 1u64;
+    let mut below = |n: usize| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 33) as usize % n
+    };
+    let (mut blocks, mut records) = (0, 0);
+    for _ in 0..50_000 {
+        let mut spoil = |page: &[u8; PAGE], area: usize, sealed: usize| {
+            let mut page = *page;
+            for _ in 0..1 + below(4) {
+                page[below(area)] = [0, 1, 0x7f, 0xff, below(256) as u8][below(5)];
+            }
+            let sum = crc(&page[..sealed - 8]);
+            page[sealed - 8..sealed].copy_from_slice(&sum.to_le_bytes());
+            page
+        };
+        let spoilt = spoil(&block, 240, PAGE);
+        blocks += u32::from(format::decode_block(&spoilt, &test.config.id).is_ok());
+        let spoilt = spoil(&name, 128, 128);
+        format::decode_name(&spoilt, &test.config.id, 0);
+        let spoilt = spoil(&head, 160, PAGE);
+        if let format::SuperRead::Sound(head) = format::Superblock::decode(&spoilt) {
+            layout::Layout::read(&head);
+        }
+        let mut spoilt = spoil(&journal, 384, 128);
+        let sum = crc(&spoilt[128..248]);
+        spoilt[248..256].copy_from_slice(&sum.to_le_bytes());
+        let list = format::List::Journal;
+        if let Some(head) = format::page_header(&spoilt, &test.config.id, list, 0) {
+            format::page_records(&spoilt, head, list, &mut |record| {
+                let legal = recover::legal(&layout, record);
+                records += u32::from(legal && layout.block_at(record.place()) < layout.capacity);
+            });
+        }
+    }
+    assert!(blocks > 0 && records > 0);
+}
