@@ -108,11 +108,8 @@ impl Model {
         self.shape
     }
 
-    /// A new block in a free place; none if all is taken.
-    pub(crate) fn place_block(&mut self, rng: &mut Rng) -> Option<(Place, BlockHeader)> {
-        let space = rng.below(self.spaces.len());
-        let (id, geometry) = (self.spaces[space].id, self.spaces[space].geometry.clone());
-        let stride = stride_of(geometry.block_bytes());
+    /// A free place for a block of this stride, now taken; none if there is none.
+    fn take_place(&mut self, rng: &mut Rng, stride: u64) -> Option<Place> {
         let places = (self.shape.segment_bytes / stride) as u32;
         let open = |(_, (s, used)): &(usize, &(u64, BTreeSet<u32>))| {
             *s == 0 || *s == stride && used.len() < places as usize
@@ -124,14 +121,12 @@ impl Model {
             .filter(open)
             .map(|x| x.0)
             .collect();
-        if found.is_empty() {
-            return None;
-        }
         // Mostly the first, so that places are used again soon.
+        let first = *found.first()?;
         let segment = if rng.one_in(4) {
             *rng.pick(&found)
         } else {
-            found[0]
+            first
         };
         let (s, used) = &mut self.segments[segment];
         let free: Vec<u32> = (0..places)
@@ -142,57 +137,61 @@ impl Model {
         *s = stride;
         used.insert(index);
         let segment = segment as u32;
-        let place = Place {
+        Some(Place {
             segment,
             index,
             stride,
-        };
+        })
+    }
+
+    /// A new block in a free place; none if all is taken.
+    pub(crate) fn place_block(&mut self, rng: &mut Rng) -> Option<(Place, BlockHeader)> {
+        let space = rng.below(self.spaces.len());
+        let (id, geometry) = (self.spaces[space].id, self.spaces[space].geometry.clone());
+        let place = self.take_place(rng, stride_of(geometry.block_bytes()))?;
         self.serial += 1;
         // Few keys, so that the same is stored again elsewhere, with other bytes.
         let name = rng.below(64) as u64;
         let mut hash = [0; 32];
         hash[24..].copy_from_slice(&name.to_be_bytes());
-        let namespace = id;
-        let hash = BlockHash(hash);
         let key = BlockKey {
-            namespace,
+            namespace: id,
             group: 0,
-            hash,
+            hash: BlockHash(hash),
         };
-        let seed = mix(&[name, self.serial]);
         let rows = 1 + rng.below(geometry.layers.min(2) as usize) as u32;
         let columns = 1 + rng.below(geometry.heads.min(2) as usize) as u32;
-        let cut = Cut::grid(&geometry, rows, columns).expect("a good cut");
-        let bytes = content::block(seed, &geometry, &cut);
-        let crcs = (0..cut.parts()).flat_map(|part| {
-            let rect = cut.part(part);
-            let from = cut.part_offset(part, &geometry) as usize;
-            let of_part = &bytes[from..from + rect.bytes(&geometry) as usize];
-            content::part_crcs(&geometry, &rect, of_part)
-        });
-        let parent = rng.one_in(2).then_some(BlockHash([name as u8; 32]));
-        let header = BlockHeader {
-            key,
-            parent,
-            cut: cut.clone(),
-            crcs: crcs.collect(),
-        };
-        let (known, readers) = (Known::Writing, 0);
         let block = Block {
             key,
-            parent,
+            parent: rng.one_in(2).then_some(BlockHash([name as u8; 32])),
             space,
-            seed,
-            cut,
-            known,
-            readers,
+            seed: mix(&[name, self.serial]),
+            cut: Cut::grid(&geometry, rows, columns).expect("a good cut"),
+            known: Known::Writing,
+            readers: 0,
         };
-        self.history
-            .entry((place, hash))
-            .or_default()
-            .push(block.clone());
+        let header = BlockHeader {
+            key,
+            parent: block.parent,
+            cut: block.cut.clone(),
+            crcs: self.crcs(&block),
+        };
+        let history = self.history.entry((place, key.hash)).or_default();
+        history.push(block.clone());
         self.blocks.insert(place, block);
         Some((place, header))
+    }
+
+    fn crcs(&self, block: &Block) -> Vec<u64> {
+        let (bytes, cut) = (self.bytes(block), &block.cut);
+        let geometry = &self.spaces[block.space].geometry;
+        let of_part = |part| {
+            let rect = cut.part(part);
+            let from = cut.part_offset(part, geometry) as usize;
+            let bytes = &bytes[from..from + rect.bytes(geometry) as usize];
+            content::part_crcs(geometry, &rect, bytes)
+        };
+        (0..cut.parts()).flat_map(of_part).collect()
     }
 
     /// The bytes that must be there.

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use kvd_core::tier::{HostRange, OpId, Place, Recovered, StoreDone, StoreError, StoreOp};
 use kvd_core::{Cut, TenantId};
-use kvd_nvme::store::{Counters, Found, Plant, Store, StoreConfig, fsck};
+use kvd_nvme::store::{Counters, Found, Store, StoreConfig, fsck};
 
 use crate::disk::{DiskFaults, SimDisk, SimHost};
 use crate::disk_model::{Block, Known, Model};
@@ -31,8 +31,8 @@ pub struct DiskOptions {
     pub faults: DiskFaults,
     /// Lives are cut short: one step in so many; 0 is never.
     pub cuts: usize,
-    /// A mistake of the store.
-    pub plant: Option<Plant>,
+    /// Called with every store that is opened: plants a mistake in it.
+    pub plant: Option<fn(&mut Store<SimDisk>)>,
 }
 
 /// What happened in a run.
@@ -127,7 +127,7 @@ impl Run {
         self.disk.set_faults(self.options.faults);
         self.disk.set_depth(if self.rng.one_in(8) { 1 } else { 12 });
         if let (Some(plant), Some(store)) = (self.options.plant, &mut self.store) {
-            store.plant(plant);
+            plant(store);
         }
     }
 
@@ -244,9 +244,10 @@ impl Run {
         let before = self.disk.now();
         let mut done = Vec::new();
         store.turn(before, wait, &mut done);
-        if off || self.rng.one_in(50) {
-            // Nobody woke it.
-            self.disk.pass(wait.as_micros() as u64);
+        // Nobody woke it.
+        if off || self.rng.one_in(40) {
+            let most = 100 * wait.as_micros() as u64;
+            self.disk.pass(self.rng.range(0, most));
         }
         done.into_iter().try_for_each(|done| self.answered(done))
     }

@@ -53,7 +53,6 @@ mod world;
 
 pub use disk::{DiskFaults, SimDisk, SimHost};
 pub use disk_run::{DiskOptions, DiskReport, FlipReport, flips, run_disk};
-pub use kvd_nvme::store::Plant as StorePlant;
 pub use options::{Fault, Faults, Options};
 pub use plant::Plant;
 pub use report::{Counters, Failure, Report};

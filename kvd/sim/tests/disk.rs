@@ -5,7 +5,8 @@
 
 mod common;
 
-use kvd_sim::{DiskFaults, DiskOptions, DiskReport, StorePlant, flips, run_disk};
+use kvd_nvme::store::{Plant, Store};
+use kvd_sim::{DiskFaults, DiskOptions, DiskReport, SimDisk, flips, run_disk};
 
 use common::{fresh_seed, soak};
 
@@ -21,7 +22,7 @@ fn options(seed: u64, faults: DiskFaults) -> DiskOptions {
 
 /// Runs many seeds, and gives the sum of what happened.
 fn many(seeds: u64, faults: DiskFaults) -> DiskReport {
-    let seeds = if soak() { seeds * 100 } else { seeds };
+    let seeds = if soak() { seeds * 200 } else { seeds };
     let first = fresh_seed();
     let mut sum = DiskReport::default();
     for seed in first..first + seeds {
@@ -42,7 +43,7 @@ fn many(seeds: u64, faults: DiskFaults) -> DiskReport {
 
 #[test]
 fn nothing_answered_is_lost_and_nothing_dropped_comes_back() {
-    let sum = many(20, DiskFaults::default());
+    let sum = many(8, DiskFaults::default());
     assert_eq!(sum.corrupt, 0);
 }
 
@@ -53,7 +54,7 @@ fn errors_and_short_transfers_cost_only_what_they_hit() {
         short: 300,
         ..DiskFaults::default()
     };
-    let sum = many(15, faults);
+    let sum = many(5, faults);
     assert!(sum.failed > 0 && sum.corrupt == 0);
 }
 
@@ -64,7 +65,7 @@ fn a_disk_that_stalls_or_keeps_failing_is_switched_off_and_on() {
         sticky: 2_000,
         ..DiskFaults::default()
     };
-    assert!(many(15, faults).switched_off > 0);
+    assert!(many(5, faults).switched_off > 0);
 }
 
 #[test]
@@ -85,7 +86,7 @@ fn lost_and_misdirected_writes_are_damage_and_never_wrong_bytes() {
         misdirected: 300,
         ..DiskFaults::default()
     };
-    assert!(many(15, faults).corrupt > 0);
+    assert!(many(5, faults).corrupt > 0);
 }
 
 #[test]
@@ -108,41 +109,42 @@ fn flipped_bits_anywhere_leave_what_they_did_not_hit() {
 
 #[test]
 fn planted_mistakes_are_found() {
-    let plants: [(Option<StorePlant>, DiskFaults, &[&str]); 5] = [
+    type Planted = Option<fn(&mut Store<SimDisk>)>;
+    let none = DiskFaults::default();
+    let damage = DiskFaults {
+        lost: 100,
+        misdirected: 100,
+        ..none
+    };
+    let deaf = DiskFaults { deaf: true, ..none };
+    let plants: [(&str, Planted, DiskFaults, &[&str]); 5] = [
         (
-            Some(StorePlant::JournalFirst),
-            DiskFaults::default(),
+            "journal first",
+            Some(|s| s.plant(Plant::JournalFirst)),
+            none,
             &["4:"],
         ),
         (
-            Some(StorePlant::EarlyAnswer),
-            DiskFaults::default(),
+            "early answers",
+            Some(|s| s.plant(Plant::EarlyAnswer)),
+            none,
             &["4:"],
         ),
         (
-            Some(StorePlant::ForgetDrops),
-            DiskFaults::default(),
+            "forgotten drops",
+            Some(|s| s.plant(Plant::ForgetDrops)),
+            none,
             &["4:", "7:"],
         ),
         (
-            Some(StorePlant::SkipCrc),
-            DiskFaults {
-                lost: 100,
-                misdirected: 100,
-                ..DiskFaults::default()
-            },
+            "unchecked reads",
+            Some(|s| s.plant(Plant::SkipCrc)),
+            damage,
             &["1:"],
         ),
-        (
-            None,
-            DiskFaults {
-                deaf: true,
-                ..DiskFaults::default()
-            },
-            &["4:"],
-        ),
+        ("deaf flushes", None, deaf, &["4:"]),
     ];
-    for (plant, faults, shows_as) in plants {
+    for (name, plant, faults, shows_as) in plants {
         let run = |seed| {
             run_disk(&DiskOptions {
                 plant,
@@ -150,10 +152,10 @@ fn planted_mistakes_are_found() {
             })
         };
         let found = (1..200).find_map(|seed| run(seed).err());
-        let text = found.unwrap_or_else(|| panic!("{plant:?} {faults:?} was not found"));
+        let text = found.unwrap_or_else(|| panic!("{name}: not found"));
         assert!(
             shows_as.iter().any(|number| text.contains(number)),
-            "{plant:?} was found as {text}"
+            "{name}: found as {text}"
         );
     }
 }

@@ -197,11 +197,12 @@ impl<I: BlockIo> Store<I> {
             self.completed(now_us, one, done);
         }
         self.over = over;
+        // Only now: what the device has finished while nobody looked is not late.
+        self.watch(now_us, done);
         self.advance(now_us, done);
     }
 
     fn advance(&mut self, now: u64, done: &mut Vec<StoreDone>) {
-        self.watch(now, done);
         self.move_cycle(now);
         self.move_merge(now);
         self.start_pieces(now, done);
