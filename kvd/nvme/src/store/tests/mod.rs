@@ -81,6 +81,7 @@ impl Test {
         let io = MemoryIo::over(&self.pages);
         let opened = Store::open(io, &self.config, &mut |one| match one {
             Found::Block(block) => found.push(block),
+            Found::Shape(_) => {}
             Found::Namespace(id, _) => names.push(id),
         })?;
         (self.found, self.names, self.report) = (found, names, opened.report);
