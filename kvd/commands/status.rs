@@ -46,6 +46,7 @@ fn render(status: &Status) -> String {
     for tenant in &status.tenants {
         text.push_str(&format!("\ntenant {} on {}\n", tenant.name, tenant.socket));
         text.push_str(&tiers(tenant));
+        text.push_str(&stores(status));
         text.push_str(&slots(&tenant.tiers.host));
         text.push_str(&traffic(tenant));
         text.push_str(&namespaces(&tenant.namespaces));
@@ -134,6 +135,43 @@ fn tiers(tenant: &TenantStatus) -> String {
         ));
     }
     text
+}
+
+/// The stores below host memory; they serve all tenants.
+fn stores(status: &Status) -> String {
+    if status.stores.is_empty() {
+        return String::new();
+    }
+    let mut rows = table(&["nvme", "state", "size", "blocks", "found at start", "by"]);
+    for store in &status.stores {
+        let by = match &store.io_reason {
+            Some(reason) => format!("{} ({reason})", store.io),
+            None => store.io.clone(),
+        };
+        rows.add_row([
+            store.path.clone(),
+            store.state.clone(),
+            size(store.bytes),
+            store.blocks.to_string(),
+            store.recovered.to_string(),
+            by,
+        ]);
+    }
+    let count = |name: &str| status.tier.counts.get(name).copied().unwrap_or(0);
+    let failed = [
+        "fetch_failed_corrupt",
+        "fetch_failed_io",
+        "fetch_failed_off",
+    ];
+    let failed: u64 = failed.iter().map(|name| count(name)).sum();
+    format!(
+        "{}{} blocks went down ({}), {} came up ({}), {failed} could not be read\n",
+        finish(&rows),
+        count("offloaded"),
+        size(count("offloaded_bytes")),
+        count("fetched"),
+        size(count("fetched_bytes")),
+    )
 }
 
 fn slots(host: &HostTier) -> String {

@@ -129,10 +129,14 @@ class Daemon:
             raise RuntimeError(f"kvd {' '.join(args)}: {done.stderr.strip()}")
         return done.stdout
 
+    def whole_status(self) -> dict[str, Any]:
+        """All of `kvd status --json`."""
+        whole: dict[str, Any] = json.loads(self.run("status", "--json"))
+        return whole
+
     def status(self) -> dict[str, Any]:
         """The default tenant's part of `kvd status --json`."""
-        whole = json.loads(self.run("status", "--json"))
-        return whole["tenants"][0] if "tenants" in whole else whole
+        return self.whole_status()["tenants"][0]
 
     def resident(self) -> int:
         """Blocks that can be loaded."""

@@ -106,6 +106,8 @@ impl Reactor {
                 .map(tenant_metrics)
                 .collect(),
             idle: self.node.idle_counts().clone(),
+            stores: self.node.stores().all.iter().map(|s| s.status()).collect(),
+            tier: TierStatus::of(self.node.core().tier_counters()),
             latency: self.latency,
             refused: self.refused,
             broken: self.broken,

@@ -4,7 +4,7 @@
 
 use std::sync::atomic::AtomicU64;
 
-use kvd_node::{Counts, SlotStatus};
+use kvd_node::{Counts, SlotStatus, StoreStatus, TierStatus};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
@@ -66,6 +66,8 @@ pub(crate) struct Snapshot {
     pub(crate) version: String,
     pub(crate) tenants: Vec<TenantMetrics>,
     pub(crate) idle: Counts,
+    pub(crate) stores: Vec<StoreStatus>,
+    pub(crate) tier: TierStatus,
     pub(crate) latency: [Latency; KINDS.len()],
     /// Connections that have not said who they are.
     pub(crate) greeting: u64,
@@ -93,6 +95,7 @@ pub(crate) fn encode(snapshot: Snapshot) -> Result<String, std::fmt::Error> {
         .set(1);
     tenants(&mut registry, &snapshot);
     counts(&mut registry, &snapshot);
+    stores(&mut registry, &snapshot);
     connections(&mut registry, &snapshot);
     registry.register_collector(Box::new(Latencies(snapshot.latency)));
     let mut text = String::new();
@@ -222,6 +225,37 @@ fn counts(registry: &mut Registry, snapshot: &Snapshot) {
     }
 }
 
+fn stores(registry: &mut Registry, snapshot: &Snapshot) {
+    let tier = counters(
+        registry,
+        "tier",
+        "Blocks, or bytes, between host memory and the stores, by event",
+    );
+    for (event, n) in &snapshot.tier.counts {
+        tier.get_or_create(&vec![("event", event.clone())])
+            .inc_by(*n);
+    }
+    let on = gauges(
+        registry,
+        "nvme_on",
+        "1 while the store takes operations; the label io says how bytes get there",
+    );
+    let bytes = gauges(registry, "nvme_bytes", "Size of the store");
+    let blocks = gauges(registry, "nvme_blocks", "Blocks that a restart would find");
+    let events = counters(registry, "nvme_events", "What the store did, by name");
+    for store in &snapshot.stores {
+        let label = || vec![("store", store.path.clone())];
+        let io = vec![("store", store.path.clone()), ("io", store.io.clone())];
+        set(&on, io, u64::from(store.state == "on"));
+        set(&bytes, label(), store.bytes);
+        set(&blocks, label(), store.blocks);
+        for (event, n) in &store.counts {
+            let labels = vec![("store", store.path.clone()), ("event", event.clone())];
+            events.get_or_create(&labels).inc_by(*n);
+        }
+    }
+}
+
 fn connections(registry: &mut Registry, snapshot: &Snapshot) {
     let queues = gauges(registry, "queue", "What waits, by queue");
     set(
@@ -295,6 +329,13 @@ mod tests {
             page_bytes: 4096,
             ..TenantMetrics::default()
         });
+        snapshot.stores.push(StoreStatus {
+            path: "/d".to_owned(),
+            state: "on".to_owned(),
+            io: "threads".to_owned(),
+            counts: [("flushes".to_owned(), 3)].into(),
+            ..StoreStatus::default()
+        });
         snapshot.latency[2].observe(7);
         snapshot.latency[2].observe(5);
         snapshot.latency[2].observe(u64::MAX / 4);
@@ -302,6 +343,8 @@ mod tests {
         for line in [
             "kvd_lookup_blocks_total{tenant=\"default\",result=\"hit\"} 0",
             "kvd_load_blocks_total{tenant=\"default\",result=\"failed\",reason=\"crc\"} 0",
+            "kvd_nvme_on{store=\"/d\",io=\"threads\"} 1",
+            "kvd_nvme_events_total{store=\"/d\",event=\"flushes\"} 3",
             "kvd_slots{tenant=\"default\",state=\"resident\"} 0",
             "kvd_arena_page_bytes{tenant=\"default\"} 4096",
             "kvd_request_seconds_bucket{le=\"0.000005\",kind=\"lookup\"} 1",
