@@ -148,6 +148,7 @@ fn planted_mistakes_are_found() {
         let run = |seed| {
             run_disk(&DiskOptions {
                 plant,
+                cuts: 30,
                 ..options(seed, faults)
             })
         };

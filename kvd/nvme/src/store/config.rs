@@ -168,7 +168,7 @@ counters! {
     refused_off,
     /// Operations that were refused because too many are under way.
     refused_queue,
-    /// Blocks that were refused because no more can be listed, or no more namespaces kept.
+    /// Writes and drops that were refused because no more can be listed, no more namespaces kept, or the journal has no room.
     refused_full,
     /// Operations that name impossible or occupied places, or bring too little memory.
     refused_invalid,

@@ -51,8 +51,10 @@ pub(crate) struct Cycle {
     spoilt: bool,
     /// Since when something waits for company.
     since: Option<u64>,
-    /// The half is full and the other not yet free.
-    jammed: bool,
+    /// Since when the half is full and the other not yet free.
+    jammed: Option<u64>,
+    /// That takes too long: nothing new is taken before the other half is free.
+    pub(crate) wedged: bool,
     epoch: u64,
     /// Next page of this epoch's half.
     at: u64,
@@ -73,7 +75,8 @@ impl Cycle {
             named: Vec::new(),
             spoilt: false,
             since: None,
-            jammed: false,
+            jammed: None,
+            wedged: false,
             epoch,
             at,
         }
@@ -96,9 +99,12 @@ impl Cycle {
         self.written.len() + self.drops.len()
     }
 
-    /// When the batch that is being collected must go.
+    /// When the batch that is being collected must go, or must be given up.
     pub(crate) fn due(&self, config: &StoreConfig) -> Option<u64> {
-        let collecting = self.stage == Stage::Idle && !self.jammed;
+        if let (Some(since), false) = (self.jammed, self.wedged) {
+            return Some(since + config.deadline_us + 1);
+        }
+        let collecting = self.stage == Stage::Idle && self.jammed.is_none();
         self.since
             .filter(|_| collecting)
             .map(|since| since + config.flush_us)
@@ -107,7 +113,8 @@ impl Cycle {
 
 impl<I: BlockIo> Store<I> {
     /// Begins what the cycle needs next.
-    pub(crate) fn move_cycle(&mut self, now: u64) {
+    pub(crate) fn move_cycle(&mut self, now: u64, done: &mut Vec<StoreDone>) {
+        self.look_at_jam(now, done);
         let cycle = &mut self.cycle;
         if cycle.since.is_none() && cycle.waiting() > 0 {
             cycle.since = Some(now);
@@ -133,10 +140,10 @@ impl<I: BlockIo> Store<I> {
         let cycle = &self.cycle;
         let count = (cycle.durable.len() + cycle.drops.len()).min(MOST_PAGES * PER_PAGE);
         let pages = count.div_ceil(PER_PAGE);
-        if cycle.at + pages as u64 > self.layout.half_pages && !self.begin_half() {
+        if cycle.at + pages as u64 > self.layout.half_pages && !self.begin_half(now) {
             return;
         }
-        self.cycle.jammed = false;
+        self.cycle.jammed = None;
         let mut records = Vec::with_capacity(count);
         while records.len() < count {
             let cycle = &mut self.cycle;
@@ -189,10 +196,10 @@ impl<I: BlockIo> Store<I> {
     }
 
     /// Goes over to the other half of the journal, if it is free. What this half says goes into a checkpoint.
-    fn begin_half(&mut self) -> bool {
+    fn begin_half(&mut self, now: u64) -> bool {
         if self.merge.is_some() {
-            self.counters.journal_jams += u64::from(!self.cycle.jammed);
-            self.cycle.jammed = true;
+            self.counters.journal_jams += u64::from(self.cycle.jammed.is_none());
+            self.cycle.jammed.get_or_insert(now);
             return false;
         }
         let full = Epoch {
@@ -203,6 +210,20 @@ impl<I: BlockIo> Store<I> {
         self.cycle.epoch += 1;
         self.cycle.at = 0;
         true
+    }
+
+    /// Gives up what waits for room in the journal too long: a checkpoint that can't be written must not keep core's memory.
+    fn look_at_jam(&mut self, now: u64, done: &mut Vec<StoreDone>) {
+        let Some(since) = self.cycle.jammed else {
+            return;
+        };
+        if self.merge.is_none() {
+            (self.cycle.jammed, self.cycle.wedged) = (None, false);
+        } else if now > since + self.config.deadline_us {
+            self.cycle.wedged = true;
+            self.fail_jobs(done, &|job| !matches!(job.work, Work::Read(_)));
+            self.cycle.since = None;
+        }
     }
 
     /// Records are written, or could not be.

@@ -114,6 +114,10 @@ impl<I: BlockIo> Store<I> {
             self.counters.refused_queue += 1;
             return Err(refused(&op, StoreError::Off));
         }
+        if self.cycle.wedged && !matches!(op, StoreOp::Read { .. }) {
+            self.counters.refused_full += 1;
+            return Err(refused(&op, StoreError::Off));
+        }
         if !self.makes_sense(&op, host.as_ref()) {
             self.counters.refused_invalid += 1;
             return Err(refused(&op, StoreError::Io));

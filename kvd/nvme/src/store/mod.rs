@@ -203,7 +203,7 @@ impl<I: BlockIo> Store<I> {
     }
 
     fn advance(&mut self, now: u64, done: &mut Vec<StoreDone>) {
-        self.move_cycle(now);
+        self.move_cycle(now, done);
         self.move_merge(now);
         self.start_pieces(now, done);
     }

@@ -20,6 +20,8 @@ struct Slot {
     state: State,
     /// Blocks that are there or under way, of this namespace.
     users: u64,
+    /// Writes of the slot that failed, one after the other.
+    failures: u32,
 }
 
 /// Where a namespace's record is.
@@ -42,6 +44,7 @@ impl Names {
             id: NamespaceId([0; 32]),
             state: State::Empty,
             users: 0,
+            failures: 0,
         };
         Names((0..slots).map(empty).collect())
     }
@@ -65,20 +68,19 @@ impl Names {
             self.0[at].users += 1;
             return Slotted::Held(at as u32);
         }
-        let unused = |slot: &Slot| slot.users == 0 && slot.state != State::Writing;
-        let empty = |slot: &Slot| unused(slot) && slot.state == State::Empty;
-        let Some(at) = self
-            .0
-            .iter()
-            .position(empty)
-            .or_else(|| self.0.iter().position(unused))
-        else {
+        let unused = |(_, slot): &(usize, &Slot)| slot.users == 0 && slot.state != State::Writing;
+        // A slot that can't be written is tried last, one that holds a namespace after those that are empty.
+        let cost = |(_, slot): &(usize, &Slot)| (slot.failures, slot.state != State::Empty);
+        let best = self.0.iter().enumerate().filter(unused).min_by_key(cost);
+        let Some((at, slot)) = best else {
             return Slotted::Full;
         };
+        let failures = slot.failures;
         self.0[at] = Slot {
             id,
             state: State::Writing,
             users: 1,
+            failures,
         };
         Slotted::New(at as u32)
     }
@@ -95,7 +97,11 @@ impl Names {
 
     /// The device is done with the write of a slot.
     pub(crate) fn wrote(&mut self, slot: u32, good: bool) {
-        self.0[slot as usize].state = if good { State::Written } else { State::Empty };
+        let slot = &mut self.0[slot as usize];
+        (slot.state, slot.failures) = match good {
+            true => (State::Written, 0),
+            false => (State::Empty, slot.failures.saturating_add(1)),
+        };
     }
 
     /// Whether a flush that begins now makes it durable, or it is.

@@ -61,14 +61,18 @@ pub(crate) fn format<I: BlockIo>(
     })
 }
 
-/// Makes durable what a process before this one may have left to the device, and both superblocks the same again.
+/// Makes durable what a process before this one may have left to the device, and both superblocks the same again. A superblock that
+/// can't be written stays as it is: the other counts.
 pub(crate) fn mend<I: BlockIo>(wire: &mut Wire<'_, I>, heads: &Heads) -> Result<u64, OpenError> {
     wire.flush()?;
     let mut written = 0;
     for (at, _) in HEADS.iter().zip(heads.stale).filter(|(_, stale)| *stale) {
-        wire.write(*at, head_page(&heads.head))?;
+        match wire.write(*at, head_page(&heads.head)) {
+            Ok(()) => written += 1,
+            Err(OpenError::Io(_)) => continue,
+            Err(error) => return Err(error),
+        }
         wire.flush()?;
-        written += 1;
     }
     Ok(written)
 }

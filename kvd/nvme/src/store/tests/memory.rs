@@ -3,10 +3,11 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::io::{BlockIo, Buffer, Done, HostBytes, Op, PAGE};
+use crate::io::{BlockIo, Buffer, Done, HostBytes, IoError, Op, PAGE};
 
 /// Host memory that nobody shares.
 pub(crate) struct Owned(pub(crate) Vec<u8>);
@@ -30,6 +31,8 @@ pub(crate) struct MemoryIo {
     queue: VecDeque<Op<Owned>>,
     /// Writes and flushes so far.
     pub(crate) changes: Rc<RefCell<u64>>,
+    /// Bytes of the device that can't be written.
+    pub(crate) broken: Rc<RefCell<Range<u64>>>,
 }
 
 impl MemoryIo {
@@ -38,6 +41,7 @@ impl MemoryIo {
             pages: pages.clone(),
             queue: VecDeque::new(),
             changes: Rc::default(),
+            broken: Rc::new(RefCell::new(0..0)),
         }
     }
 
@@ -59,6 +63,7 @@ impl BlockIo for MemoryIo {
     fn poll(&mut self, _: Duration, done: &mut Vec<Done<Owned>>) {
         let mut pages = self.pages.borrow_mut();
         for op in self.queue.drain(..) {
+            let mut result = Ok(());
             let (token, buffer) = match op {
                 Op::Read {
                     token,
@@ -79,6 +84,9 @@ impl BlockIo for MemoryIo {
                     mut buffer,
                 } => {
                     *self.changes.borrow_mut() += 1;
+                    if self.broken.borrow().contains(&offset) {
+                        result = Err(IoError::Os(rustix::io::Errno::IO));
+                    }
                     for (n, page) in Self::bytes(&mut buffer).chunks(PAGE).enumerate() {
                         let mut own = Box::new([0; PAGE]);
                         own.copy_from_slice(page);
@@ -91,7 +99,6 @@ impl BlockIo for MemoryIo {
                     (token, None)
                 }
             };
-            let result = Ok(());
             done.push(Done {
                 token,
                 buffer,

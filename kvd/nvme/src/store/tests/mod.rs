@@ -58,6 +58,7 @@ struct Test {
     names: Vec<NamespaceId>,
     report: RecoveryReport,
     op: u64,
+    now: u64,
 }
 
 impl Test {
@@ -70,6 +71,7 @@ impl Test {
             names: Vec::new(),
             report: RecoveryReport::default(),
             op: 0,
+            now: 0,
         };
         test.open().unwrap();
         test
@@ -98,8 +100,10 @@ impl Test {
             return done;
         }
         let mut done = Vec::new();
-        for turn in 0..100 {
-            self.store().turn(turn, Duration::ZERO, &mut done);
+        for _ in 0..1000 {
+            self.now += 10_000;
+            let now = self.now;
+            self.store().turn(now, Duration::ZERO, &mut done);
             if let Some(done) = done.pop() {
                 return done;
             }
@@ -380,6 +384,50 @@ fn the_list_of_blocks_has_an_end() {
         (test.report.pages_damaged, test.report.records_damaged),
         (0, 0)
     );
+}
+
+/// A checkpoint that can't be written fails writes and drops in bounded time, and nothing else; when it can, all goes on.
+#[test]
+fn a_full_journal_does_not_keep_writes_for_ever() {
+    let mut test = Test::new();
+    let layout = test.store().layout;
+    let broken = test.store().io.broken.clone();
+    *broken.borrow_mut() = layout.checkpoints_at..layout.segments_at;
+    let small = space("m", 1, 1);
+    let at = |n: u64| place((n / 128) as u32, (n % 128) as u32, &small.2);
+    let room = 2 * layout.half_pages;
+    for n in 0..room {
+        assert_eq!(test.write(&small, at(n), n as u8), Ok(()), "{n}");
+    }
+    assert_eq!(test.write(&small, at(room), 1), Err(StoreError::Io));
+    assert_eq!(test.write(&small, at(room), 1), Err(StoreError::Off));
+    assert_eq!(test.read(&small, at(5), 5), Ok(()));
+    assert_eq!(test.store().counters().journal_jams, 1);
+    *broken.borrow_mut() = 0..0;
+    let mut done = Vec::new();
+    for _ in 0..500 {
+        test.now += 10_000;
+        let now = test.now;
+        test.store().turn(now, Duration::ZERO, &mut done);
+    }
+    assert_eq!(test.store().counters().checkpoints, 1);
+    assert_eq!(test.write(&small, at(room), 1), Ok(()));
+    test.open().unwrap();
+    assert_eq!(test.found.len() as u64, room + 1);
+}
+
+/// A slot that can't be written is passed over.
+#[test]
+fn a_broken_namespace_slot_costs_one_write() {
+    let mut test = Test::new();
+    let layout = test.store().layout;
+    *test.store().io.broken.borrow_mut() = layout.names_at..layout.name_at(1);
+    let small = space("m", 1, 1);
+    let at = place(0, 0, &small.2);
+    assert_eq!(test.write(&small, at, 1), Err(StoreError::Io));
+    assert_eq!(test.write(&small, at, 1), Ok(()));
+    test.open().unwrap();
+    assert_eq!(test.found.len(), 1);
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! How fast a start is, and how much memory the store keeps for it.
 
 use std::io::Write;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use kvd_core::tier::{BlockKey, Place, stride_of};
+use kvd_core::tier::{BlockKey, OpId, Place, StoreOp, stride_of};
 use kvd_core::{BlockHash, NamespaceId};
 
 use super::memory::{MemoryIo, Pages};
@@ -91,7 +91,7 @@ fn a_million_blocks_are_found_in_well_under_a_second() {
         }
     });
     let took = begun.elapsed();
-    let opened = opened.map_err(|error| error.to_string()).unwrap();
+    let mut opened = opened.map_err(|error| error.to_string()).unwrap();
     let report = opened.report;
     // Shown with --nocapture.
     let _ = writeln!(std::io::stderr(), "{BLOCKS} blocks were found in {took:?}");
@@ -101,4 +101,39 @@ fn a_million_blocks_are_found_in_well_under_a_second() {
     assert_eq!((report.orphans, report.pages_damaged), (0, 0));
     // On an idle machine it is a sixth of this.
     assert!(took.as_millis() < 2_000, "{BLOCKS} blocks took {took:?}");
+    checkpoint(&mut opened.store);
+}
+
+/// A checkpoint of all of them, begun by a drop, and how long a turn takes meanwhile.
+#[allow(clippy::disallowed_methods, reason = "it measures")]
+fn checkpoint(store: &mut Store<MemoryIo>) {
+    let place = Place {
+        segment: 0,
+        index: 0,
+        stride: stride_of(64 << 10),
+    };
+    let key = BlockKey {
+        namespace: space("m", 1, 16).0,
+        group: 0,
+        hash: BlockHash([0; 32]),
+    };
+    let op = OpId(1);
+    assert_eq!(store.submit(StoreOp::Drop { op, place, key }, None), None);
+    let (mut done, mut longest) = (Vec::new(), Duration::ZERO);
+    let begun = Instant::now();
+    let mut turns = 0;
+    while store.counters().checkpoints == 0 {
+        let turn = Instant::now();
+        turns += 1;
+        store.turn(turns * 10_000, Duration::ZERO, &mut done);
+        longest = longest.max(turn.elapsed());
+        assert!(turns < 100_000);
+    }
+    let took = begun.elapsed();
+    let _ = writeln!(
+        std::io::stderr(),
+        "a checkpoint of them took {took:?} in {turns} turns, the longest {longest:?}"
+    );
+    assert_eq!((done.len(), store.blocks()), (1, BLOCKS - 1));
+    assert!(longest.as_millis() < 200, "a turn took {longest:?}");
 }
