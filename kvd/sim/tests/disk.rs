@@ -90,6 +90,21 @@ fn lost_and_misdirected_writes_are_damage_and_never_wrong_bytes() {
 }
 
 #[test]
+fn everything_at_once_never_gives_wrong_bytes() {
+    let faults = DiskFaults {
+        eio: 400,
+        sticky: 4_000,
+        short: 600,
+        stall: 1_000,
+        lost: 1_000,
+        misdirected: 1_000,
+        ..DiskFaults::default()
+    };
+    let sum = many(5, faults);
+    assert!(sum.failed > 0);
+}
+
+#[test]
 fn flipped_bits_in_blocks_cost_at_most_a_block_each() {
     let images = if soak() { 2_000 } else { 15 };
     for bits in [1, 20] {

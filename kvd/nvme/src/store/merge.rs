@@ -284,7 +284,8 @@ impl<I: BlockIo> Store<I> {
         }
     }
 
-    /// Begins the checkpoint again, after a rest: what was written of it may be gone.
+    /// Begins the checkpoint again, after a rest: what was written of it may be gone. Once a superblock may name it, the checkpoint is
+    /// durable and must not be touched: then only the superblocks are written again.
     pub(crate) fn restart_merge(&mut self, now: u64) {
         let Some(merge) = &mut self.merge else {
             return;
@@ -294,9 +295,12 @@ impl<I: BlockIo> Store<I> {
             return;
         }
         self.counters.checkpoint_restarts += 1;
-        let mut again = Merge::new(&self.head, &self.layout, merge.full);
-        again.rests_until = Some(now + REST_US);
-        self.merge = Some(again);
+        match merge.stage {
+            Stage::Head(_) | Stage::HeadFlush(_) => merge.stage = Stage::Head(0),
+            _ => *merge = Merge::new(&self.head, &self.layout, merge.full),
+        }
+        merge.spoilt = false;
+        merge.rests_until = Some(now + REST_US);
     }
 }
 
