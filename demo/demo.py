@@ -1,4 +1,4 @@
-"""Five acts with a real vLLM: what one engine process computed, others reuse, through a daemon that may break.
+"""Six acts with a real vLLM: what one engine process computed, others reuse, through a daemon that may break.
 
 Engines are real vLLM engines on the CPU with a random model, so answers are nonsense, but the same nonsense every time: an answer that used
 kvd is held, tokens and logprobs bit by bit, against vLLM's own prefix hit of the same length. One helper process imports vLLM and forks
@@ -39,10 +39,11 @@ class Size:
     tokens: int
     answer: int
     capacity: str
+    nvme: str
 
 
-FULL = Size(layers=12, prompts=3, tokens=1600 + 7, answer=60, capacity="1GiB")
-SHORT = Size(layers=4, prompts=2, tokens=640 + 7, answer=32, capacity="256MiB")
+FULL = Size(layers=12, prompts=3, tokens=1600 + 7, answer=60, capacity="1GiB", nvme="2GiB")
+SHORT = Size(layers=4, prompts=2, tokens=640 + 7, answer=32, capacity="256MiB", nvme="512MiB")
 
 
 # So that a prefix hit, a cold run and one that was cut short choose the same tokens: with bfloat16 two can come so close that rounding decides.
@@ -52,7 +53,7 @@ DTYPE = "float32"
 class Demo:
     def __init__(self, size: Size, show: Show, kvd: pathlib.Path, where: pathlib.Path) -> None:
         self.size, self.show, self.where = size, show, where
-        self.daemon = Daemon(where, size.capacity, kvd)
+        self.daemon = Daemon(where, size.capacity, kvd, "--nvme", str(where / "nvme"), "--nvme-capacity", size.nvme)
         self.nursery = Nursery(where / "nursery.log")
         self.engines: list[Engine] = []
         self.prompts = [models.prompt(i, size.tokens, VOCABULARY) for i in range(size.prompts)]
@@ -190,7 +191,7 @@ class Demo:
         without, external = self.ask(self.b, prompt)
         show.check("without a daemon the engine computes by itself", external == 0 and without.tokens == right.tokens[:8])
         self.daemon.start()
-        show.step("the daemon is back, empty; the engine was not restarted")
+        show.step("the daemon is back, its host memory empty, its store on disk not; the engine was not restarted")
         turns = 0
 
         def resumed() -> bool:
@@ -226,21 +227,43 @@ class Demo:
             self.b.reset_local()
             return self.ask(self.b, prompt)[1] == self.hit_tokens
 
-        wait_until("the block is stored again", healed, 60.0, every_s=0.1)
-        show.check("the block was stored again and loads", True)
+        wait_until("the block is there again", healed, 60.0, every_s=0.1)
+        show.check("the block is there again, and loads", True)
 
     def failures(self) -> int:
         return sum(v for k, v in self.daemon.counts().items() if "crc" in k or "corrupt" in k)
 
     def act_e(self) -> None:
-        self.show.act("e", "kvd status")
+        show, n = self.show, self.size.prompts
+        show.act("e", "everything is killed and started again; a new engine reuses what is on disk")
+        wait_until("all that was stored is on disk", self.all_below, 60.0)
+        self.b.kill()
+        self.daemon.kill()
+        self.daemon.start()
+        store = self.daemon.whole_status()["stores"][0]
+        show.step(f"the daemon is back: {store['recovered']} blocks found on disk in {store['open_s'] * 1000:.0f} ms")
+        last = self.engine("D", True)
+        show.step("asking D for the first prompts")
+        warm = self.ask_all(last)
+        rows = [["kvd, from disk (D)", seconds(statistics.median(a.ttft_s for a, _ in warm)), str(sum(e for _, e in warm)), f"{n * self.size.tokens}"]]
+        show.table(["", "TTFT (median)", "tokens from kvd", "prompt tokens"], rows)
+        show.facts["ttft_s"]["kvd, from disk (D)"] = [a.ttft_s for a, _ in warm]
+        show.check(f"D took {self.hit_tokens} of {self.size.tokens} tokens of each prompt from disk", all(e == self.hit_tokens for _, e in warm))
+        show.check("D's tokens and logprobs are bit-equal to vLLM's own prefix hit", all(a.bits == l.bits for (a, _), l in zip(warm, self.local)))
+
+    def all_below(self) -> bool:
+        tier = self.daemon.whole_status()["tier"]["counts"]
+        return tier["offloaded"] + tier["recovered"] >= self.daemon.resident()
+
+    def act_f(self) -> None:
+        self.show.act("f", "kvd status")
         for line in self.daemon.run("status").splitlines():
             self.show.line("    " + line)
         self.show.facts["status"] = self.daemon.status()
 
     def play(self) -> None:
         self.prepare()
-        for act in (self.act_a, self.act_b, self.act_c, self.act_d, self.act_e):
+        for act in (self.act_a, self.act_b, self.act_c, self.act_d, self.act_e, self.act_f):
             act()
 
 

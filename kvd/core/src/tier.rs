@@ -181,6 +181,17 @@ pub enum StoreDone {
     },
 }
 
+impl StoreDone {
+    /// Of which operation.
+    pub fn op(&self) -> OpId {
+        match self {
+            StoreDone::Written { op, .. }
+            | StoreDone::Read { op, .. }
+            | StoreDone::Dropped { op, .. } => *op,
+        }
+    }
+}
+
 /// A block that a store found when it was opened. Its bytes are checked when they are first read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recovered {

@@ -3,9 +3,9 @@
 //! Everything is called from one thread. Each call gives core one input and carries out all that core answers before it
 //! returns; answers for sessions are kept as [`Effect`]s until the caller takes them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
-use kvd_core::tier::{Recovered, StoreDone, StoreError, StoreOp, StoreShape};
+use kvd_core::tier::{OpId, Recovered, StoreDone, StoreError, StoreOp, StoreShape};
 use kvd_core::{
     Adopted, Core, Failure, Input, InstanceId, Now, Output, Reply, Request, RequestId, Role,
     SessionId, Settings, StoreId, TenantId,
@@ -73,6 +73,8 @@ pub struct Node<C, E, A, S = NoStores> {
     stores: S,
     /// Operations that could not be begun, to be told to core.
     unbegun: VecDeque<(StoreId, StoreDone)>,
+    /// In whose memory the operations under way are, for counting. Bounded by core's limits of operations.
+    whose: BTreeMap<OpId, TenantId>,
     settings: NodeSettings,
     tenants: Vec<Tenant>,
     out: Vec<Output>,
@@ -111,6 +113,7 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
             arenas,
             stores,
             unbegun: VecDeque::new(),
+            whose: BTreeMap::new(),
             settings,
             tenants: Vec::new(),
             out: Vec::new(),
@@ -303,7 +306,8 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
 
     /// One of a store's operations is over.
     pub fn store_done(&mut self, store: StoreId, done: StoreDone) {
-        self.step(None, Input::StoreDone { store, done });
+        let tenant = self.whose.remove(&done.op());
+        self.step(tenant, Input::StoreDone { store, done });
     }
 
     /// The stores, for what only the adapter knows.
@@ -453,7 +457,7 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
         }
         self.out = out;
         while let Some((store, done)) = self.unbegun.pop_front() {
-            self.step(None, Input::StoreDone { store, done });
+            self.store_done(store, done);
         }
     }
 
@@ -464,6 +468,9 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
             StoreOp::Read { into, .. } => Some(*into),
             StoreOp::Drop { .. } => None,
         };
+        if let Some(range) = range {
+            self.whose.insert(op.op(), range.tenant);
+        }
         let span = range.and_then(|range| self.arenas.span(range));
         let refused = if span.is_some() == range.is_some() {
             self.stores.begin(store, op, span)
