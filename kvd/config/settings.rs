@@ -238,7 +238,7 @@ fn paths(text: &str) -> Result<Vec<PathBuf>, String> {
     text.split(',').map(|one| path(one.trim())).collect()
 }
 
-fn show_paths(value: &Vec<PathBuf>) -> String {
+fn show_paths(value: &[PathBuf]) -> String {
     if value.is_empty() {
         return "off".to_owned();
     }

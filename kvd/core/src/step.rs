@@ -67,7 +67,7 @@ impl Core {
             Input::StoreOpened { store, shape } => self.store_opened(store, shape),
             Input::StoreNamespace { store, record } => self.store_has_namespace(store, record),
             Input::StoreBlocks { store, blocks } => self.store_has_blocks(store, blocks, out),
-            Input::StoreSwitched { store, on } => self.store_switched(store, on),
+            Input::StoreSwitched { store, on } => self.store_switched(store, on, out),
             Input::StoreDone { store: _, done } => self.store_done(done, out),
             Input::Tick => {}
         }

@@ -344,6 +344,27 @@ fn a_full_store_drops_ends_of_chains_and_reuses_a_place_only_when_the_store_says
 }
 
 #[test]
+fn a_drop_that_a_store_refuses_because_it_is_off_is_asked_again() {
+    let mut node = Node::new(few_spare(), 1);
+    node.put(&hashes(0..1));
+    node.finish_all();
+    node.put(&hashes(100..116));
+    node.finish_all();
+    node.ask_load(&hashes(0..1), 0);
+    node.finish(0, Err(StoreError::Corrupt));
+    assert!(matches!(node.store.open[..], [StoreOp::Drop { .. }]));
+    let store = STORE;
+    node.world.step(Input::StoreSwitched { store, on: false });
+    node.finish(0, Err(StoreError::Off));
+    assert!(node.store.open.is_empty());
+    let held = node.store.held.len();
+    node.world.step(Input::StoreSwitched { store, on: true });
+    node.take();
+    node.finish_all();
+    assert_eq!(node.store.held.len(), held - 1);
+}
+
+#[test]
 fn what_is_in_the_way_drops_the_offload_and_is_counted() {
     let mut node = Node::new(
         TierSettings {

@@ -28,7 +28,8 @@ impl Core {
         assert_eq!(self.disks.fetches.len(), reads, "fetches and reads");
         for (at, disk) in self.disks.all.iter().enumerate() {
             assert_eq!(disk.writes, writes.get(&at).copied().unwrap_or(0));
-            assert_eq!(disk.drops, drops.get(&at).copied().unwrap_or(0));
+            let asked = drops.get(&at).copied().unwrap_or(0);
+            assert_eq!(disk.drops as usize, asked as usize + disk.undropped.len());
             let reads = self.disks.fetches.values().filter(|f| f.store == at);
             assert_eq!(disk.reads as usize, reads.count());
             self.check_disk(at, disk);

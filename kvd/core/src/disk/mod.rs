@@ -56,6 +56,8 @@ pub(crate) struct Disk {
     pub(crate) writes: u32,
     pub(crate) reads: u32,
     pub(crate) drops: u32,
+    /// Places whose drops were refused because the store was off: asked again once it is on. Counted in `drops`.
+    undropped: Vec<(u32, BlockKey)>,
     budget: Budget,
 }
 
@@ -73,7 +75,11 @@ pub(crate) enum Doing {
     /// A block comes up into this entry of the host's index.
     Read { host: u32 },
     /// A place is to become free.
-    Drop { store: usize, slot: u32 },
+    Drop {
+        store: usize,
+        slot: u32,
+        key: BlockKey,
+    },
 }
 
 /// A block that comes up. Its entry in the host's index is Filling and has no checksums yet.
@@ -171,6 +177,7 @@ impl Disk {
             writes: 0,
             reads: 0,
             drops: 0,
+            undropped: Vec::new(),
             budget: Budget::default(),
         }
     }
@@ -292,14 +299,20 @@ impl Core {
             let found = &disk.index.entries.hot[entry];
             (found.slot, found.space)
         };
-        let place = disk.places.place(slot);
-        let (policy, index) = disk.policy(place.stride, kind);
+        let stride = disk.places.place(slot).stride;
+        let (policy, index) = disk.policy(stride, kind);
         chain::leaves(policy, &mut index.entries, entry, cold);
         disk.index.remove(entry);
-        disk.space_loses(space, place.stride);
+        disk.space_loses(space, stride);
         disk.places.set_owner(slot, NIL);
         disk.drops += 1;
-        let op = self.disks.begin(Doing::Drop { store, slot });
+        self.ask_to_drop(store, slot, key, out);
+    }
+
+    /// Asks a store to forget what is in a place.
+    fn ask_to_drop(&mut self, store: usize, slot: u32, key: BlockKey, out: &mut Vec<Output>) {
+        let place = self.disks.all[store].places.place(slot);
+        let op = self.disks.begin(Doing::Drop { store, slot, key });
         out.push(Output::Store {
             store: StoreId(store as u8),
             op: StoreOp::Drop { op, place, key },

@@ -288,12 +288,17 @@ impl Core {
         policy.victim(&mut index.entries, &mut keep)
     }
 
-    /// A store has forgotten a block: its place is free, or, if that is not known, out of use.
+    /// A store has forgotten a block: its place is free; or out of use, if that is not known; or, the store being off, it is asked
+    /// again later.
     pub(super) fn dropped(&mut self, doing: Doing, result: Result<(), StoreError>) {
-        let Doing::Drop { store, slot } = doing else {
+        let Doing::Drop { store, slot, key } = doing else {
             return;
         };
         let disk = &mut self.disks.all[store];
+        if result == Err(StoreError::Off) {
+            disk.undropped.push((slot, key));
+            return;
+        }
         disk.drops -= 1;
         match result {
             Ok(()) => disk.places.put_back(slot),

@@ -11,7 +11,7 @@ use crate::index::{Entry, EntryState, Found};
 use crate::log::ChangeKind;
 use crate::record::NamespaceRecord;
 use crate::state::Core;
-use crate::tier::{Recovered, StoreDone, StoreOp};
+use crate::tier::{Recovered, StoreDone};
 
 impl Core {
     /// A namespace of which a store holds blocks. One of a tenant that is not served here is not taken, nor are its blocks.
@@ -97,21 +97,20 @@ impl Core {
         };
         self.tier_counters.not_recovered += 1;
         disk.drops += 1;
-        let op = self.disks.begin(Doing::Drop { store: at, slot });
-        out.push(Output::Store {
-            store: StoreId(at as u8),
-            op: StoreOp::Drop {
-                op,
-                place: block.place,
-                key: block.key,
-            },
-        });
+        self.ask_to_drop(at, slot, block.key, out);
     }
 
     /// A store is off, or on again. What it holds is not looked for while it is off, and not forgotten.
-    pub(crate) fn store_switched(&mut self, store: StoreId, on: bool) {
-        if let Some(disk) = self.disks.all.get_mut(usize::from(store.0)) {
-            disk.on = on;
+    pub(crate) fn store_switched(&mut self, store: StoreId, on: bool, out: &mut Vec<Output>) {
+        let at = usize::from(store.0);
+        let Some(disk) = self.disks.all.get_mut(at) else {
+            return;
+        };
+        disk.on = on;
+        if on {
+            for (slot, key) in std::mem::take(&mut disk.undropped) {
+                self.ask_to_drop(at, slot, key, out);
+            }
         }
     }
 

@@ -148,8 +148,10 @@ counters! {
     journal_jams,
     /// Checkpoints that were finished.
     checkpoints,
-    /// Pages that a checkpoint should have read and could not.
-    checkpoint_pages_lost,
+    /// Pages that a checkpoint should have read and could not: the next start will not find their blocks.
+    checkpoint_pages_unreadable,
+    /// Pages without a sound header that a checkpoint came across. Those that could not be written are among them.
+    checkpoint_pages_damaged,
     /// Checkpoints that were begun again after the device had failed.
     checkpoint_restarts,
     /// Reads that found no sound header.

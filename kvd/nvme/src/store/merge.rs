@@ -248,7 +248,7 @@ impl<I: BlockIo> Store<I> {
         for (n, page) in buffer.bytes().chunks_exact(PAGE).enumerate() {
             let header = page_header(page, &id, source.list, merge.at + n as u64);
             let Some(header) = header.filter(|header| header.epoch.get() == source.number) else {
-                self.counters.checkpoint_pages_lost += 1;
+                self.counters.checkpoint_pages_damaged += 1;
                 continue;
             };
             page_records(page, header, source.list, &mut |record| {
@@ -272,7 +272,7 @@ impl<I: BlockIo> Store<I> {
             Stage::Read if merge.failures >= MOST_FAILURES => {
                 merge.at += 1;
                 merge.failures = 0;
-                self.counters.checkpoint_pages_lost += 1;
+                self.counters.checkpoint_pages_unreadable += 1;
             }
             Stage::Read => {}
             Stage::Write | Stage::Head(_) if merge.failures < MOST_FAILURES => {}

@@ -3,14 +3,17 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use kvd_core::tier::{BlockKey, OpId, Place, StoreOp, stride_of};
-use kvd_core::{BlockHash, NamespaceId};
+use kvd_core::tier::{BlockHeader, BlockKey, OpId, Place, StoreOp, stride_of};
+use kvd_core::{BlockHash, Cut, GroupGeometry, GroupKind, NamespaceId};
 
 use super::memory::{MemoryIo, Pages};
 use super::{MIB, space};
 use crate::io::{Aligned, PAGE};
-use crate::store::format::{Kind, List, PER_PAGE, Record, encode_name, encode_page, name_bytes};
+use crate::store::format::{
+    BlockPage, Kind, List, PER_PAGE, Record, crc, encode_name, encode_page, name_bytes,
+};
 use crate::store::open::{format, head_page};
+use crate::store::verify::Verifier;
 use crate::store::wire::Wire;
 use crate::store::{Found, Store, StoreConfig, layout};
 
@@ -136,4 +139,43 @@ fn checkpoint(store: &mut Store<MemoryIo>) {
     );
     assert_eq!((done.len(), store.blocks()), (1, BLOCKS - 1));
     assert!(longest.as_millis() < 200, "a turn took {longest:?}");
+}
+
+/// How fast bytes are checked. Only shown: the machine may be busy.
+#[test]
+#[allow(clippy::disallowed_methods, reason = "it measures")]
+fn a_block_is_checked_at_the_speed_of_memory() {
+    let geometry = GroupGeometry {
+        kind: GroupKind::Full,
+        layers: 32,
+        heads: 8,
+        block_tokens: 16,
+        cell_bytes: 512,
+        window: None,
+    };
+    let bytes = vec![7; geometry.block_bytes() as usize];
+    let head = vec![7; 32 * geometry.head_bytes() as usize];
+    let page = BlockPage {
+        header: BlockHeader {
+            key: BlockKey {
+                namespace: NamespaceId([1; 32]),
+                group: 0,
+                hash: BlockHash([2; 32]),
+            },
+            parent: None,
+            cut: Cut::whole(&geometry),
+            crcs: vec![crc(&head); 8],
+        },
+        geometry,
+        offset: 0,
+        crc: 0,
+    };
+    let begun = Instant::now();
+    for _ in 0..100 {
+        let mut verifier = Verifier::new(&page);
+        verifier.feed(&bytes);
+        assert!(verifier.finish());
+    }
+    let each = begun.elapsed() / 100;
+    let _ = writeln!(std::io::stderr(), "2 MiB were checked in {each:?}");
 }
