@@ -17,8 +17,9 @@ use std::sync::Arc;
 use crate::api::{NIL, Output};
 use crate::evict::{Eviction, chain, policy};
 use crate::ids::{BlockHash, NamespaceId, RequestId, SessionId, StoreId, TenantId, low64};
-use crate::index::{EntryState, Found, Index};
+use crate::index::{Entry, EntryState, Found, Index};
 use crate::log::{Change, ChangeKind, Tier};
+use crate::settings::EvictionPolicy;
 use crate::state::Core;
 use crate::tier::{BlockKey, OpId, StoreOp, StoreShape};
 pub(crate) use fetch::Asked;
@@ -231,13 +232,55 @@ impl Disk {
     }
 
     /// The policy of a stride, and the entries it orders.
-    fn policy(
-        &mut self,
-        stride: u64,
-        kind: crate::settings::EvictionPolicy,
-    ) -> (&mut dyn Eviction, &mut Index) {
+    fn policy(&mut self, stride: u64, kind: EvictionPolicy) -> (&mut dyn Eviction, &mut Index) {
         let policy = self.policies.entry(stride).or_insert_with(|| policy(kind));
         (&mut **policy, &mut self.index)
+    }
+
+    /// Enters a block that has this place, as being written. Its parent is linked if it is here.
+    fn enter(
+        &mut self,
+        (space, group, hash): (u32, u8, [u8; 32]),
+        parent: Option<[u8; 32]>,
+        slot: u32,
+        stamp: u32,
+        kind: EvictionPolicy,
+    ) -> u32 {
+        let entry = Entry {
+            hash,
+            space,
+            slot,
+            parent: NIL,
+            stamp,
+            crcs: NIL,
+            group,
+            state: EntryState::Filling,
+            ..Entry::default()
+        };
+        let entry = self.index.insert(entry, 0);
+        let stride = self.places.place(slot).stride;
+        self.space_gains(space, stride);
+        self.places.set_owner(slot, entry);
+        let parent = parent.map(|parent| self.index.find(space, group, &parent));
+        if let Some(Found::Entry(parent)) = parent {
+            let (policy, index) = self.policy(stride, kind);
+            chain::gains_child(policy, &mut index.entries, parent);
+            index.entries.adopt(entry, parent);
+        }
+        entry
+    }
+
+    /// Takes a block out, and gives its place, which is not free by that.
+    fn leave(&mut self, entry: u32, cold: bool, kind: EvictionPolicy) -> u32 {
+        let found = &self.index.entries.hot[entry];
+        let (slot, space) = (found.slot, found.space);
+        let stride = self.places.place(slot).stride;
+        let (policy, index) = self.policy(stride, kind);
+        chain::leaves(policy, &mut index.entries, entry, cold);
+        self.index.remove(entry);
+        self.space_loses(space, stride);
+        self.places.set_owner(slot, NIL);
+        slot
     }
 
     fn key(&self, entry: u32) -> BlockKey {
@@ -295,16 +338,7 @@ impl Core {
         let kind = self.settings.eviction;
         let disk = &mut self.disks.all[store];
         let key = disk.key(entry);
-        let (slot, space) = {
-            let found = &disk.index.entries.hot[entry];
-            (found.slot, found.space)
-        };
-        let stride = disk.places.place(slot).stride;
-        let (policy, index) = disk.policy(stride, kind);
-        chain::leaves(policy, &mut index.entries, entry, cold);
-        disk.index.remove(entry);
-        disk.space_loses(space, stride);
-        disk.places.set_owner(slot, NIL);
+        let slot = disk.leave(entry, cold, kind);
         disk.drops += 1;
         self.ask_to_drop(store, slot, key, out);
     }

@@ -4,7 +4,7 @@
 //! Deliberately absent: writing on demotion, when the slot is about to be given away; it needs slots that drain.
 
 use super::{Budget, Doing};
-use crate::api::{NIL, Output};
+use crate::api::Output;
 use crate::evict::chain;
 use crate::ids::{BlockHash, StoreId};
 use crate::index::{Entry, EntryState, Found};
@@ -107,32 +107,8 @@ impl Core {
         let (id, record) = (namespace.id, namespace.canonical());
         let disk = &mut self.disks.all[store];
         let space = disk.add_space(id, tenant, record);
-        let stride = disk.places.place(slot).stride;
-        let entry = disk.index.insert(
-            Entry {
-                hash,
-                space,
-                slot,
-                parent: NIL,
-                stamp: self.stamp,
-                crcs: NIL,
-                group,
-                state: EntryState::Filling,
-                ..Entry::default()
-            },
-            0,
-        );
-        disk.space_gains(space, stride);
-        disk.places.set_owner(slot, entry);
         disk.places.touch(slot, self.stamp);
-        if let Some(parent) = parent
-            && let Found::Entry(parent) = disk.index.find(space, group, &parent)
-        {
-            let (policy, index) = disk.policy(stride, kind);
-            chain::gains_child(policy, &mut index.entries, parent);
-            index.entries.adopt(entry, parent);
-        }
-        entry
+        disk.enter((space, group, hash), parent, slot, self.stamp, kind)
     }
 
     fn begin_write(
@@ -240,15 +216,7 @@ impl Core {
     fn forget_unwritten(&mut self, store: usize, entry: u32) {
         let kind = self.settings.eviction;
         let disk = &mut self.disks.all[store];
-        let (slot, space) = {
-            let found = &disk.index.entries.hot[entry];
-            (found.slot, found.space)
-        };
-        let stride = disk.places.place(slot).stride;
-        let (policy, index) = disk.policy(stride, kind);
-        chain::leaves(policy, &mut index.entries, entry, false);
-        disk.index.remove(entry);
-        disk.space_loses(space, stride);
+        let slot = disk.leave(entry, false, kind);
         disk.places.put_back(slot);
     }
 

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use super::Doing;
-use crate::api::{NIL, Output};
+use crate::api::Output;
 use crate::evict::chain;
 use crate::ids::StoreId;
-use crate::index::{Entry, EntryState, Found};
+use crate::index::Found;
 use crate::log::ChangeKind;
 use crate::record::NamespaceRecord;
 use crate::state::Core;
@@ -59,30 +59,9 @@ impl Core {
         let Some(slot) = disk.places.claim(block.place) else {
             return false;
         };
-        let entry = disk.index.insert(
-            Entry {
-                hash,
-                space,
-                slot,
-                parent: NIL,
-                stamp: self.stamp,
-                crcs: NIL,
-                group,
-                state: EntryState::Filling,
-                ..Entry::default()
-            },
-            0,
-        );
-        disk.space_gains(space, block.place.stride);
-        disk.places.set_owner(slot, entry);
-        let parent = block
-            .parent
-            .map(|parent| disk.index.find(space, group, &parent.0));
+        let parent = block.parent.map(|parent| parent.0);
+        let entry = disk.enter((space, group, hash), parent, slot, self.stamp, kind);
         let (policy, index) = disk.policy(block.place.stride, kind);
-        if let Some(Found::Entry(parent)) = parent {
-            chain::gains_child(policy, &mut index.entries, parent);
-            index.entries.adopt(entry, parent);
-        }
         chain::visible(policy, &mut index.entries, entry);
         self.tier_counters.recovered += 1;
         self.announce_stored(at, entry, ChangeKind::Stored);
