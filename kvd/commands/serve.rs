@@ -104,6 +104,7 @@ fn node_settings(values: &Values) -> NodeSettings {
             max_session_namespaces: values.max_namespaces,
             max_sessions: values.max_sessions.saturating_mul(tenants),
             tiers: TierSettings {
+                stores: u32::try_from(values.nvme.len()).unwrap_or(u32::MAX),
                 offload: match values.offload {
                     Offload::WriteThrough => OffloadPolicy::WriteThrough,
                     Offload::SecondUse => OffloadPolicy::SecondUse,

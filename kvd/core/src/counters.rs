@@ -65,12 +65,18 @@ pub struct LoadFailures {
     pub crc: u64,
     /// The session holds too many leases.
     pub busy: u64,
+    /// A slower tier holds the block, and could not give it, or not in time.
+    pub below: u64,
 }
 
 impl LoadFailures {
     /// Reason and count, for metrics and status.
-    pub fn each(&self) -> [(&'static str, u64); 2] {
-        [("crc", self.crc), ("busy", self.busy)]
+    pub fn each(&self) -> [(&'static str, u64); 3] {
+        [
+            ("crc", self.crc),
+            ("busy", self.busy),
+            ("below", self.below),
+        ]
     }
 }
 

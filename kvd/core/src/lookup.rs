@@ -136,7 +136,11 @@ impl Core {
                     NIL => Where::Absent,
                     id if index.entries.hot[id].state == EntryState::Filling => {
                         match disks.fetches.contains_key(&id) {
-                            true => Where::Fetching,
+                            true => {
+                                hits.below += slot_bytes;
+                                hits.hit += 1;
+                                Where::Fetching
+                            }
                             false => Where::Filling,
                         }
                     }

@@ -27,6 +27,8 @@ pub enum OffloadPolicy {
 /// Settings of the slower tier.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TierSettings {
+    /// How many stores there will be; 0: as many as are opened. Blocks are divided among them.
+    pub stores: u32,
     /// When blocks go down.
     pub offload: OffloadPolicy,
     /// Bytes that each store may write in a day; 0: no limit.
@@ -50,6 +52,7 @@ pub struct TierSettings {
 impl Default for TierSettings {
     fn default() -> Self {
         TierSettings {
+            stores: 0,
             offload: OffloadPolicy::default(),
             write_bytes_per_day: 0,
             max_writes: 1024,

@@ -72,7 +72,7 @@ impl Core {
             deadlines: List::new(),
             reads: Reads::new(),
             lookups: LookupLeases::default(),
-            disks: Disks::default(),
+            disks: Disks::expecting(settings.tiers.stores),
             tier_counters: TierCounters::default(),
             hand: 0,
             idle: Vec::new(),

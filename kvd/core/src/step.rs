@@ -80,6 +80,7 @@ impl Core {
         self.reads_due(DUE);
         self.lookups_due(DUE);
         self.waits_due(DUE, out);
+        self.drops_due(out);
     }
 
     fn request(

@@ -33,6 +33,8 @@ pub(crate) struct Tenant {
     pub(crate) namespaces: u32,
     /// Bytes of blocks with pins.
     pub(crate) pinned_bytes: u64,
+    /// Bytes of slots into which blocks come up.
+    pub(crate) coming_bytes: u64,
     /// Bytes of quarantined slots.
     pub(crate) quarantined_bytes: u64,
 }
@@ -64,6 +66,7 @@ impl Core {
             joined: 0,
             namespaces: 0,
             pinned_bytes: 0,
+            coming_bytes: 0,
             quarantined_bytes: 0,
         });
     }
@@ -106,9 +109,10 @@ impl Core {
                 tenant.unfenced = tokens.map(|token| SessionId(*token)).collect();
                 tenant.unfenced.sort();
                 tenant.unfenced.dedup();
-                let listed = tenant.unfenced.len();
                 tenant.unfenced.retain(|token| !tenant.over.contains(token));
-                if listed > 0 && tenant.unfenced.is_empty() {
+                // Odd words without a writer are of blocks that were coming up from a store: that is over when the store can be
+                // opened again, which comes first.
+                if tenant.unfenced.is_empty() {
                     pool.lift_holds(out);
                 }
             }

@@ -41,6 +41,8 @@ fn store_shape() -> StoreShape {
 fn settings(tiers: TierSettings) -> Settings {
     Settings {
         tiers,
+        // The arenas are so small that half of one would be too little for a test's writes.
+        lease_fraction: 1.0,
         ..Settings::default()
     }
 }

@@ -24,6 +24,7 @@ counts! {
     "load_absent" = load_absent;
     "load_failed_crc" = load_failed.crc;
     "load_failed_busy" = load_failed.busy;
+    "load_failed_below" = load_failed.below;
     "reserved" = reserved;
     "present" = present;
     "filling" = filling;
@@ -120,7 +121,7 @@ mod tests {
         );
         assert_eq!(
             tenant.with_prefix("load_failed_").collect::<Vec<_>>(),
-            [("crc", 1), ("busy", 0)]
+            [("crc", 1), ("busy", 0), ("below", 0)]
         );
     }
 }

@@ -442,7 +442,16 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
         }
     }
 
+    /// One input, and then, one by one, what could not be begun because of it.
     fn step(&mut self, tenant: Option<TenantId>, input: Input<'_>) {
+        self.step_once(tenant, input);
+        while let Some((store, done)) = self.unbegun.pop_front() {
+            let tenant = self.whose.remove(&done.op());
+            self.step_once(tenant, Input::StoreDone { store, done });
+        }
+    }
+
+    fn step_once(&mut self, tenant: Option<TenantId>, input: Input<'_>) {
         let before = Counts::of(self.core.counters());
         let mut out = std::mem::take(&mut self.out);
         self.core.step(self.clock.now(), input, &mut out);
@@ -456,9 +465,6 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
             self.carry_out(output);
         }
         self.out = out;
-        while let Some((store, done)) = self.unbegun.pop_front() {
-            self.store_done(store, done);
-        }
     }
 
     /// Hands an operation to its store, with the memory that it is about.

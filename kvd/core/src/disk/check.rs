@@ -29,7 +29,9 @@ impl Core {
         for (at, disk) in self.disks.all.iter().enumerate() {
             assert_eq!(disk.writes, writes.get(&at).copied().unwrap_or(0));
             let asked = drops.get(&at).copied().unwrap_or(0);
-            assert_eq!(disk.drops as usize, asked as usize + disk.undropped.len());
+            assert_eq!(disk.drops, asked);
+            let dropping: u64 = disk.dropping.values().sum();
+            assert_eq!(dropping, u64::from(asked) + disk.undropped.len() as u64);
             let reads = self.disks.fetches.values().filter(|f| f.store == at);
             assert_eq!(disk.reads as usize, reads.count());
             self.check_disk(at, disk);
@@ -65,7 +67,7 @@ impl Core {
             );
         }
         let (places, _) = disk.places.used();
-        let dead = disk.places.lost + u64::from(disk.drops);
+        let dead = disk.places.lost + disk.dropping.values().sum::<u64>();
         assert_eq!(places, disk.index.len() as u64 + dead, "places and blocks");
     }
 
@@ -82,6 +84,7 @@ impl Core {
             assert!(waiting.left > 0, "a load waits for nothing");
         }
         assert_eq!(self.disks.waiting_hashes, hashes);
+        assert!(hashes <= self.settings.tiers.max_waiting_hashes as usize);
         assert_eq!(self.disks.by_deadline.len(), self.disks.waiting.len());
         for session in self.sessions.range() {
             let counted = by_session.get(&session).copied().unwrap_or(0);

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Doing, Fetch, Waiting};
+use super::{Disks, Doing, Fetch, Waiting};
 use crate::api::{Failure, LoadState, NIL, Output, Reply};
 use crate::evict::chain;
 use crate::geometry::Cut;
@@ -31,7 +31,7 @@ pub(crate) struct Asked<'a> {
 }
 
 impl Core {
-    /// The store's entry of a block that can be read there, and which store.
+    /// The store's entry of a block that is held there, and which store; whether or not that is on.
     pub(crate) fn stored_entry(
         &self,
         space: u32,
@@ -41,12 +41,11 @@ impl Core {
         let store = self.disks.store_of(hash)?;
         let disk = &self.disks.all[store];
         let number = disk.space(self.spaces.get(space).id)?;
-        let entry = disk.readable(number, group, hash)?;
-        disk.on.then_some((store, entry))
+        Some((store, disk.readable(number, group, hash)?))
     }
 
-    /// Begins to bring up what this load needs; true if it must wait for that.
-    pub(crate) fn wait_for_stores(
+    /// Begins to bring up what this load needs; true if it has been answered, or will be once that has come.
+    fn wait_for_stores(
         &mut self,
         caller: Caller,
         asked: &Asked<'_>,
@@ -55,72 +54,107 @@ impl Core {
         if self.disks.all.is_empty() {
             return false;
         }
-        let missing =
-            |core: &Core, hash: &[u8; 32]| match core.index.find(asked.space, asked.group, hash) {
-                Found::Entry(id) => core.disks.fetches.contains_key(&id),
-                _ => core.stored_entry(asked.space, asked.group, hash).is_some(),
-            };
-        if !asked.hashes.iter().any(|hash| missing(self, hash)) {
-            return false;
-        }
-        let number = self.disks.last_wait + 1;
-        let room = self.disks.waiting_hashes + asked.hashes.len()
-            <= self.settings.tiers.max_waiting_hashes as usize;
-        let longest = u64::from(self.settings.tiers.max_wait_ms);
-        let wanted = match asked.deadline_ms {
-            0 => longest,
-            ms => u64::from(ms).min(longest),
-        };
         let mut waiting = Waiting {
             session: caller.session,
             token: self.sessions[caller.session].token,
             id: asked.id,
             namespace: asked.namespace,
             group: asked.group.into(),
-            hashes: asked.hashes.to_vec(),
+            hashes: Vec::new(),
             left: 0,
-            failed: BTreeSet::new(),
+            below: BTreeSet::new(),
             pins: Vec::new(),
-            deadline: self.now.saturating_add(wanted * 1000),
+            deadline: self.now.saturating_add(self.longest_wait(asked) * 1000),
         };
-        for (at, hash) in (0u32..).zip(asked.hashes) {
-            let found = match self.index.find(asked.space, asked.group, hash) {
-                Found::Entry(id) if self.disks.fetches.contains_key(&id) => Some(id),
-                Found::Entry(id) if self.index.entries.hot[id].state == EntryState::Resident => {
-                    self.pin(caller.tenant, id);
-                    waiting.pins.push((id, self.index.entries.side[id].serial));
-                    continue;
-                }
-                Found::Entry(_) => continue,
-                _ => match self.stored_entry(asked.space, asked.group, hash) {
-                    Some(stored) if room => self.fetch(caller.tenant, asked, hash, stored, out),
-                    Some(_) => None,
-                    None => continue,
-                },
-            };
-            match found.and_then(|id| self.disks.fetches.get_mut(&id)) {
-                Some(fetch) => {
-                    if !fetch.waiters.contains(&number) {
-                        fetch.waiters.push(number);
-                        waiting.left += 1;
-                    }
-                }
-                None => {
-                    self.tier_counters.fetch_busy += 1;
-                    waiting.failed.insert(at);
-                }
-            }
+        self.look_over(caller, asked, &mut waiting);
+        if waiting.below.is_empty() {
+            self.unpin_all(caller.tenant, &waiting.pins);
+            return false;
         }
+        let number = self.disks.last_wait + 1;
         self.disks.last_wait = number;
+        let room = self.disks.waiting_hashes + asked.hashes.len()
+            <= self.settings.tiers.max_waiting_hashes as usize;
+        if room {
+            self.bring_up(caller, asked, number, &mut waiting, out);
+        }
+        waiting.hashes = asked.hashes.to_vec();
+        if waiting.left == 0 {
+            self.answer(waiting, out);
+            return true;
+        }
         self.disks.waiting_hashes += waiting.hashes.len();
         self.disks.by_deadline.insert((waiting.deadline, number));
         self.sessions[caller.session].waits += 1;
-        let ready = waiting.left == 0;
         self.disks.waiting.insert(number, waiting);
-        if ready {
-            self.answer_waiting(number, out);
-        }
         true
+    }
+
+    /// How long a load may wait, in milliseconds.
+    fn longest_wait(&self, asked: &Asked<'_>) -> u64 {
+        let longest = u64::from(self.settings.tiers.max_wait_ms);
+        match asked.deadline_ms {
+            0 => longest,
+            ms => u64::from(ms).min(longest),
+        }
+    }
+
+    /// Pins what is in host memory, so that nothing of this load makes room for the rest of it, and notes what is below or coming.
+    fn look_over(&mut self, caller: Caller, asked: &Asked<'_>, waiting: &mut Waiting) {
+        for (at, hash) in (0u32..).zip(asked.hashes) {
+            match self.index.find(asked.space, asked.group, hash) {
+                Found::Entry(id) if self.index.entries.hot[id].state == EntryState::Resident => {
+                    self.pin(caller.tenant, id);
+                    waiting.pins.push((id, self.index.entries.side[id].serial));
+                }
+                Found::Entry(id) if self.disks.fetches.contains_key(&id) => {
+                    waiting.below.insert(at);
+                }
+                _ => {
+                    if self.stored_entry(asked.space, asked.group, hash).is_some() {
+                        waiting.below.insert(at);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Begins reads of what is below, or joins those that are under way.
+    fn bring_up(
+        &mut self,
+        caller: Caller,
+        asked: &Asked<'_>,
+        number: u64,
+        waiting: &mut Waiting,
+        out: &mut Vec<Output>,
+    ) {
+        let (mut full, mut others) = (false, true);
+        for at in &waiting.below {
+            let hash = &asked.hashes[*at as usize];
+            let coming = match self.index.find(asked.space, asked.group, hash) {
+                Found::Entry(id) => Some(id),
+                _ if full => None,
+                _ => match self.stored_entry(asked.space, asked.group, hash) {
+                    Some(stored) => {
+                        let id = self.fetch(caller.tenant, asked, hash, stored, &mut others, out);
+                        full = id.is_none();
+                        id
+                    }
+                    None => None,
+                },
+            };
+            let Disks { fetches, all, .. } = &mut self.disks;
+            let fetch = coming.and_then(|id| fetches.get_mut(&id));
+            // Nobody waits for a device that does not answer.
+            match fetch.filter(|fetch| all[fetch.store].on) {
+                Some(fetch) if !fetch.waiters.contains(&number) => {
+                    fetch.waiters.push(number);
+                    waiting.left += 1;
+                }
+                Some(_) => {}
+                None => self.tier_counters.fetch_busy += 1,
+            }
+        }
     }
 
     /// Begins to read one block into host memory. Gives its entry there; `None` when there is no room or too much under way.
@@ -130,17 +164,25 @@ impl Core {
         asked: &Asked<'_>,
         hash: &[u8; 32],
         (store, stored): (usize, u32),
+        others: &mut bool,
         out: &mut Vec<Output>,
     ) -> Option<u32> {
-        if self.disks.all[store].reads >= self.settings.tiers.max_reads
+        let namespace = self.spaces.get(asked.space);
+        let found = &namespace.groups[usize::from(asked.group)];
+        let (class, slot_bytes) = (found.class, found.slot_bytes);
+        let usable = self.tenants[t].pool.as_ref()?.usable_bytes();
+        let disk = &self.disks.all[store];
+        if !disk.on
+            || disk.reads >= self.settings.tiers.max_reads
+            || self.tenants[t].coming_bytes + slot_bytes > usable / 2
+            || self.index.len() >= self.settings.max_entries as usize
             || self.index.find(asked.space, asked.group, hash) == Found::Crowded
         {
             return None;
         }
-        let namespace = self.spaces.get(asked.space);
-        let class = namespace.groups[usize::from(asked.group)].class;
         let geometry = namespace.record.groups()[usize::from(asked.group)].clone();
-        let slot = self.room_for(t, class, &mut true, out)?;
+        let slot = self.room_for(t, class, others, out)?;
+        self.tenants[t].coming_bytes += slot_bytes;
         let host = self.enter_coming(t, asked, hash, (store, stored), slot);
         let disk = &mut self.disks.all[store];
         disk.reads += 1;
@@ -228,8 +270,14 @@ impl Core {
         let disk = &mut self.disks.all[fetch.store];
         disk.reads -= 1;
         disk.index.entries.hot[fetch.entry].pins -= 1;
-        let space = self.index.entries.hot[host].space;
-        self.spaces.get_mut(space).coming -= 1;
+        let (space, group) = {
+            let entry = &self.index.entries.hot[host];
+            (entry.space, entry.group)
+        };
+        let namespace = self.spaces.get_mut(space);
+        namespace.coming -= 1;
+        let slot_bytes = namespace.groups[usize::from(group)].slot_bytes;
+        self.tenants[fetch.t].coming_bytes -= slot_bytes;
         let came = match result {
             Ok(found) => self.came(host, &fetch, &found.0, &found.1, out),
             Err(error) => {
@@ -245,12 +293,11 @@ impl Core {
                 false
             }
         };
-        let hash = self.index.entries.hot[host].hash;
         if !came {
             self.did_not_come(host, fetch.t, out);
         }
         for number in fetch.waiters {
-            self.came_for(number, came.then_some(host), &hash, out);
+            self.came_for(number, came.then_some(host), out);
         }
         self.drop_space_if_idle(space);
     }
@@ -312,38 +359,33 @@ impl Core {
     }
 
     /// Tells one waiting load of one of its blocks: its host entry, if it came.
-    fn came_for(&mut self, number: u64, host: Option<u32>, hash: &[u8; 32], out: &mut Vec<Output>) {
+    fn came_for(&mut self, number: u64, host: Option<u32>, out: &mut Vec<Output>) {
         let Some(waiting) = self.disks.waiting.get_mut(&number) else {
             return;
         };
         waiting.left -= 1;
         let left = waiting.left;
-        match host {
-            Some(host) => {
-                let serial = self.index.entries.side[host].serial;
-                waiting.pins.push((host, serial));
-                let t = self.sessions[waiting.session].tenant;
-                self.pin(t, host);
-            }
-            None => {
-                let hashes = (0u32..).zip(&waiting.hashes);
-                let lost = hashes.filter(|(_, other)| *other == hash).map(|(at, _)| at);
-                waiting.failed.extend(lost);
-            }
+        if let Some(host) = host {
+            let serial = self.index.entries.side[host].serial;
+            waiting.pins.push((host, serial));
+            let t = self.sessions[waiting.session].tenant;
+            self.pin(t, host);
         }
         if left == 0 {
             self.answer_waiting(number, out);
         }
     }
 
-    /// Takes a waiting load out, and its pins back.
+    /// Takes a waiting load out of everything that knows of it.
     fn take_waiting(&mut self, number: u64) -> Option<Waiting> {
         let waiting = self.disks.waiting.remove(&number)?;
         self.disks.by_deadline.remove(&(waiting.deadline, number));
         self.disks.waiting_hashes -= waiting.hashes.len();
         self.sessions[waiting.session].waits -= 1;
-        for fetch in self.disks.fetches.values_mut() {
-            fetch.waiters.retain(|waiter| *waiter != number);
+        if waiting.left > 0 {
+            for fetch in self.disks.fetches.values_mut() {
+                fetch.waiters.retain(|waiter| *waiter != number);
+            }
         }
         Some(waiting)
     }
@@ -354,47 +396,40 @@ impl Core {
         }
     }
 
-    /// Answers a load with what is here by now. What a store still holds, or held when the load came, is failed, not absent.
     fn answer_waiting(&mut self, number: u64, out: &mut Vec<Output>) {
-        let Some(waiting) = self.take_waiting(number) else {
-            return;
-        };
+        if let Some(waiting) = self.take_waiting(number) {
+            self.answer(waiting, out);
+        }
+    }
+
+    /// Answers a load with what is in host memory by now. What was below or coming when the load came, and is not here, has failed:
+    /// it is not absent.
+    fn answer(&mut self, waiting: Waiting, out: &mut Vec<Output>) {
         let session = waiting.session;
-        let t = self.sessions[session].tenant;
+        let tenant = self.sessions[session].tenant;
+        // Nothing is evicted before the leases that follow.
+        self.unpin_all(tenant, &waiting.pins);
         let caller = Caller {
             session,
-            tenant: t,
+            tenant,
             instance: self.sessions[session].instance,
         };
         let reply = self.load_now(caller, waiting.namespace, waiting.group, &waiting.hashes);
         let reply = reply.map(|mut reply| {
-            for (at, state) in (0u32..).zip(&mut reply.states) {
-                if *state == LoadState::Absent && !self.was_absent(&waiting, at) {
+            for at in &waiting.below {
+                let state = &mut reply.states[*at as usize];
+                if *state == LoadState::Absent {
                     *state = LoadState::Failed;
+                    self.counters.load_absent -= 1;
+                    self.counters.load_failed.below += 1;
                 }
             }
             Reply::Load(reply)
         });
-        self.unpin_all(t, &waiting.pins);
         let reply = Box::new(reply.unwrap_or_else(Reply::Failure));
-        let session = waiting.token;
-        let id = waiting.id;
+        let (session, id) = (waiting.token, waiting.id);
         out.push(Output::Reply { session, id, reply });
         self.relieved(caller.session);
-    }
-
-    /// Whether a block that is not in host memory now is held nowhere, and was not when the load came.
-    fn was_absent(&self, waiting: &Waiting, at: u32) -> bool {
-        if waiting.failed.contains(&at) {
-            return false;
-        }
-        let joined = &self.sessions[waiting.session].joined;
-        let Some(space) = joined.get(waiting.namespace as usize).map(|j| j.space) else {
-            return true;
-        };
-        let hash = &waiting.hashes[at as usize];
-        self.stored_entry(space, waiting.group as u8, hash)
-            .is_none()
     }
 
     /// The session is detached or over: nobody waits for its loads.

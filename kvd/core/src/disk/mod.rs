@@ -11,19 +11,25 @@ mod offload;
 mod places;
 mod recover;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crate::api::{NIL, Output};
 use crate::evict::{Eviction, chain, policy};
+use crate::geometry::GroupGeometry;
 use crate::ids::{BlockHash, NamespaceId, RequestId, SessionId, StoreId, TenantId, low64};
 use crate::index::{Entry, EntryState, Found, Index};
 use crate::log::{Change, ChangeKind, Tier};
 use crate::settings::EvictionPolicy;
 use crate::state::Core;
-use crate::tier::{BlockKey, OpId, StoreOp, StoreShape};
+use crate::tier::{BlockKey, OpId, StoreOp, StoreShape, stride_of};
 pub(crate) use fetch::Asked;
 use places::Places;
+
+/// Most drops that a store is asked for at a time.
+const DROPS: u32 = 256;
+/// How long a store that refuses a drop is left alone, in microseconds.
+const DROP_PAUSE: u64 = 10_000;
 
 /// A namespace that a store has blocks of. It needs no session.
 #[derive(Debug)]
@@ -31,6 +37,8 @@ pub(crate) struct StoredSpace {
     pub(crate) id: NamespaceId,
     pub(crate) tenant: TenantId,
     pub(crate) record: Arc<[u8]>,
+    /// By group: the stride of its blocks.
+    strides: Vec<u64>,
     /// Blocks, those being written included.
     pub(crate) blocks: u64,
     pub(crate) bytes: u64,
@@ -56,9 +64,14 @@ pub(crate) struct Disk {
     pub(crate) on: bool,
     pub(crate) writes: u32,
     pub(crate) reads: u32,
+    /// Drops that the store has been asked for.
     pub(crate) drops: u32,
-    /// Places whose drops were refused because the store was off: asked again once it is on. Counted in `drops`.
-    undropped: Vec<(u32, BlockKey)>,
+    /// Places of dropped blocks of which the store has not been asked yet. Bounded by the places there are.
+    undropped: VecDeque<(u32, BlockKey)>,
+    /// A drop was refused: not before this is the store asked again.
+    drop_at: u64,
+    /// By stride: places that become free once their drops are over.
+    dropping: BTreeMap<u64, u64>,
     budget: Budget,
 }
 
@@ -105,8 +118,8 @@ pub(crate) struct Waiting {
     hashes: Vec<[u8; 32]>,
     /// Blocks that have not come.
     left: u32,
-    /// Positions whose blocks are held, but could not be had.
-    failed: BTreeSet<u32>,
+    /// Positions whose blocks were held below, or coming up, when the load came: what is not here in the end has failed.
+    below: BTreeSet<u32>,
     /// Host entries and their serials, pinned until the answer.
     pins: Vec<(u32, u32)>,
     deadline: u64,
@@ -116,6 +129,8 @@ pub(crate) struct Waiting {
 #[derive(Default)]
 pub(crate) struct Disks {
     pub(crate) all: Vec<Disk>,
+    /// How many there will be.
+    pub(crate) expected: usize,
     doing: BTreeMap<OpId, Doing>,
     last_op: u64,
     /// By host entry.
@@ -128,14 +143,26 @@ pub(crate) struct Disks {
 }
 
 impl Disks {
+    /// None yet, of so many; 0: of as many as there will be.
+    pub(crate) fn expecting(stores: u32) -> Self {
+        Disks {
+            expected: stores as usize,
+            ..Disks::default()
+        }
+    }
+
     pub(crate) fn next_deadline(&self) -> Option<u64> {
-        self.by_deadline.first().map(|(deadline, _)| *deadline)
+        let wait = self.by_deadline.first().map(|(deadline, _)| *deadline);
+        let refused = |disk: &&Disk| disk.on && disk.drops < DROPS && !disk.undropped.is_empty();
+        let drops = self.all.iter().filter(refused).map(|disk| disk.drop_at);
+        drops.chain(wait).min()
     }
 
     /// Which store a block belongs in: always the same one.
     pub(crate) fn store_of(&self, hash: &[u8; 32]) -> Option<usize> {
-        let count = self.all.len() as u64;
-        (count > 0).then(|| ((low64(hash) >> 8) % count) as usize)
+        let count = self.expected.max(self.all.len()) as u64;
+        let store = (low64(hash) >> 8).checked_rem(count)? as usize;
+        (store < self.all.len()).then_some(store)
     }
 
     /// Whether a block could come up from a store, which counts as a touch.
@@ -178,7 +205,9 @@ impl Disk {
             writes: 0,
             reads: 0,
             drops: 0,
-            undropped: Vec::new(),
+            undropped: VecDeque::new(),
+            drop_at: 0,
+            dropping: BTreeMap::new(),
             budget: Budget::default(),
         }
     }
@@ -188,7 +217,13 @@ impl Disk {
         self.by_id.get(&id).copied()
     }
 
-    fn add_space(&mut self, id: NamespaceId, tenant: TenantId, record: Arc<[u8]>) -> u32 {
+    fn add_space(
+        &mut self,
+        id: NamespaceId,
+        tenant: TenantId,
+        record: Arc<[u8]>,
+        groups: &[GroupGeometry],
+    ) -> u32 {
         if let Some(number) = self.space(id) {
             return number;
         }
@@ -198,6 +233,8 @@ impl Disk {
         let number = self.next_space;
         self.next_space = number.wrapping_add(1);
         let (blocks, bytes) = (0, 0);
+        let strides = groups.iter().map(|group| stride_of(group.block_bytes()));
+        let strides = strides.collect();
         self.by_id.insert(id, number);
         self.spaces.insert(
             number,
@@ -205,6 +242,7 @@ impl Disk {
                 id,
                 tenant,
                 record,
+                strides,
                 blocks,
                 bytes,
             },
@@ -268,6 +306,28 @@ impl Disk {
             index.entries.adopt(entry, parent);
         }
         entry
+    }
+
+    /// The place of a dropped block becomes free once the store has forgotten it.
+    fn must_drop(&mut self, slot: u32, key: BlockKey) {
+        let stride = self.places.place(slot).stride;
+        *self.dropping.entry(stride).or_insert(0) += 1;
+        self.undropped.push_back((slot, key));
+    }
+
+    /// A drop is over; its place is free, or lost.
+    fn drop_over(&mut self, slot: u32, free: bool) {
+        let stride = self.places.place(slot).stride;
+        if let Some(dropping) = self.dropping.get_mut(&stride) {
+            *dropping -= 1;
+            if *dropping == 0 {
+                self.dropping.remove(&stride);
+            }
+        }
+        match free {
+            true => self.places.put_back(slot),
+            false => self.places.lose(slot),
+        }
     }
 
     /// Takes a block out, and gives its place, which is not free by that.
@@ -339,17 +399,34 @@ impl Core {
         let disk = &mut self.disks.all[store];
         let key = disk.key(entry);
         let slot = disk.leave(entry, cold, kind);
-        disk.drops += 1;
-        self.ask_to_drop(store, slot, key, out);
+        disk.must_drop(slot, key);
+        self.ask_drops(store, out);
     }
 
-    /// Asks a store to forget what is in a place.
-    fn ask_to_drop(&mut self, store: usize, slot: u32, key: BlockKey, out: &mut Vec<Output>) {
-        let place = self.disks.all[store].places.place(slot);
-        let op = self.disks.begin(Doing::Drop { store, slot, key });
-        out.push(Output::Store {
-            store: StoreId(store as u8),
-            op: StoreOp::Drop { op, place, key },
-        });
+    /// Asks a store to forget what is to be dropped, some at a time.
+    fn ask_drops(&mut self, store: usize, out: &mut Vec<Output>) {
+        loop {
+            let disk = &mut self.disks.all[store];
+            if !disk.on || disk.drops >= DROPS || self.now < disk.drop_at {
+                return;
+            }
+            let Some((slot, key)) = disk.undropped.pop_front() else {
+                return;
+            };
+            disk.drops += 1;
+            let place = disk.places.place(slot);
+            let op = self.disks.begin(Doing::Drop { store, slot, key });
+            out.push(Output::Store {
+                store: StoreId(store as u8),
+                op: StoreOp::Drop { op, place, key },
+            });
+        }
+    }
+
+    /// Asks again for drops that were refused, once it is time.
+    pub(crate) fn drops_due(&mut self, out: &mut Vec<Output>) {
+        for store in 0..self.disks.all.len() {
+            self.ask_drops(store, out);
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! A full queue, an empty budget or a full store drops the offload, and counts it: a store to host memory never waits for a disk.
 //! Deliberately absent: writing on demotion, when the slot is about to be given away; it needs slots that drain.
 
-use super::{Budget, Doing};
+use super::{Budget, DROP_PAUSE, Doing};
 use crate::api::Output;
 use crate::evict::chain;
 use crate::ids::{BlockHash, StoreId};
@@ -67,18 +67,24 @@ impl Core {
         {
             return;
         }
-        let counters = &mut self.tier_counters;
         if !disk.on {
-            counters.offload_off += 1;
+            self.tier_counters.offload_off += 1;
             return;
         }
+        let slot_bytes = geometry.slot_bytes();
         if disk.writes >= self.settings.tiers.max_writes
             || disk.index.len() >= self.settings.tiers.max_entries as usize
+            || !self.may_pin(t, slot_bytes)
         {
-            counters.offload_queue_full += 1;
+            self.tier_counters.offload_queue_full += 1;
             return;
         }
+        let counters = &mut self.tier_counters;
         let disk = &mut self.disks.all[store];
+        if disk.places.most(stride) == 0 {
+            counters.offload_no_place += 1;
+            return;
+        }
         let Some(slot) = disk.places.take(stride) else {
             counters.offload_no_place += 1;
             self.keep_places(store, stride, out);
@@ -106,7 +112,7 @@ impl Core {
         let namespace = self.spaces.get_mut(found.space);
         let (id, record) = (namespace.id, namespace.canonical());
         let disk = &mut self.disks.all[store];
-        let space = disk.add_space(id, tenant, record);
+        let space = disk.add_space(id, tenant, record, namespace.record.groups());
         disk.places.touch(slot, self.stamp);
         disk.enter((space, group, hash), parent, slot, self.stamp, kind)
     }
@@ -220,32 +226,46 @@ impl Core {
         disk.places.put_back(slot);
     }
 
-    /// Keeps some places of this stride free, so that the next writes find them: drops the coldest ends of chains, or, where no
-    /// block of this stride can go, a segment of another.
+    /// Keeps some places of this stride free, so that the next writes find them: drops the coldest ends of chains, or empties a
+    /// segment of another stride that has been cold for longer.
     fn keep_places(&mut self, store: usize, stride: u64, out: &mut Vec<Output>) {
-        let low = u64::from(self.settings.tiers.spare_places);
+        let spare = u64::from(self.settings.tiers.spare_places);
+        let low = spare
+            .min(self.disks.all[store].places.most(stride) / 8)
+            .max(1);
         for _ in 0..DROPS_A_STEP {
             let disk = &self.disks.all[store];
-            if disk.places.available(stride) + u64::from(disk.drops) >= low {
+            let coming = disk.dropping.get(&stride).copied().unwrap_or(0);
+            if disk.places.available(stride) + coming >= low {
                 return;
             }
-            if let Some(entry) = self.stored_victim(store, stride) {
-                self.tier_counters.evicted += 1;
-                self.drop_stored(store, entry, true, out);
-                continue;
+            let own = disk.policies.get(&stride).and_then(|p| p.coldest());
+            let own = own.map(|entry| disk.index.entries.hot[entry].stamp);
+            let other = disk.places.coldest_other(stride, self.stamp);
+            if let Some((segment, touched)) = other
+                && own.is_none_or(|stamp| chain::older(touched, stamp))
+            {
+                self.empty_segment(store, segment, out);
+                return;
             }
-            let disk = &self.disks.all[store];
-            let Some(segment) = disk.places.coldest_other(stride, self.stamp) else {
+            let Some(entry) = self.stored_victim(store, stride) else {
+                if let Some((segment, _)) = other {
+                    self.empty_segment(store, segment, out);
+                }
                 return;
             };
-            for entry in disk.places.owners(segment) {
-                let found = &self.disks.all[store].index.entries.hot[entry];
-                if found.pins == 0 && found.state == EntryState::Resident {
-                    self.tier_counters.evicted += 1;
-                    self.drop_stored(store, entry, true, out);
-                }
+            self.tier_counters.evicted += 1;
+            self.drop_stored(store, entry, true, out);
+        }
+    }
+
+    fn empty_segment(&mut self, store: usize, segment: u32, out: &mut Vec<Output>) {
+        for entry in self.disks.all[store].places.owners(segment) {
+            let found = &self.disks.all[store].index.entries.hot[entry];
+            if found.pins == 0 && found.state == EntryState::Resident {
+                self.tier_counters.evicted += 1;
+                self.drop_stored(store, entry, true, out);
             }
-            return;
         }
     }
 
@@ -256,21 +276,20 @@ impl Core {
         policy.victim(&mut index.entries, &mut keep)
     }
 
-    /// A store has forgotten a block: its place is free; or out of use, if that is not known; or, the store being off, it is asked
+    /// A store has forgotten a block: its place is free; or out of use, if that is not known; or, if nothing was begun, it is asked
     /// again later.
     pub(super) fn dropped(&mut self, doing: Doing, result: Result<(), StoreError>) {
         let Doing::Drop { store, slot, key } = doing else {
             return;
         };
         let disk = &mut self.disks.all[store];
-        if result == Err(StoreError::Off) {
-            disk.undropped.push((slot, key));
-            return;
-        }
         disk.drops -= 1;
         match result {
-            Ok(()) => disk.places.put_back(slot),
-            Err(_) => disk.places.lose(slot),
+            Err(StoreError::Off) => {
+                disk.undropped.push_front((slot, key));
+                disk.drop_at = self.now.saturating_add(DROP_PAUSE);
+            }
+            result => disk.drop_over(slot, result.is_ok()),
         }
     }
 

@@ -22,6 +22,10 @@ struct Segment {
     used: u32,
     /// By place: the entry that has it, [`NIL`] while none has.
     owners: Vec<u32>,
+    /// Places that an entry has.
+    owned: u32,
+    /// Places that can't be used: the segment never becomes empty.
+    lost: u32,
     /// Step that last touched one of its blocks.
     touched: u32,
 }
@@ -56,6 +60,11 @@ impl Places {
             unused: (0..shape.segments).collect(),
             lost: 0,
         })
+    }
+
+    /// Places of this stride that the whole store would have.
+    pub(crate) fn most(&self, stride: u64) -> u64 {
+        u64::from(self.room(stride)) * u64::from(self.shape.segments)
     }
 
     fn room(&self, stride: u64) -> u32 {
@@ -163,10 +172,10 @@ impl Places {
 
     /// Frees a place that nothing durable names.
     pub(crate) fn put_back(&mut self, slot: u32) {
+        self.set_owner(slot, NIL);
         let (segment, index) = self.split(slot);
         let found = &mut self.segments[segment as usize];
         let stride = found.stride;
-        found.owners[index as usize] = NIL;
         found.free.push(index);
         found.used -= 1;
         if found.used > 0 {
@@ -181,12 +190,17 @@ impl Places {
     /// A place must not be used any more.
     pub(crate) fn lose(&mut self, slot: u32) {
         self.set_owner(slot, NIL);
+        let (segment, _) = self.split(slot);
+        self.segments[segment as usize].lost += 1;
         self.lost += 1;
     }
 
     pub(crate) fn set_owner(&mut self, slot: u32, owner: u32) {
         let (segment, index) = self.split(slot);
-        self.segments[segment as usize].owners[index as usize] = owner;
+        let found = &mut self.segments[segment as usize];
+        let before = std::mem::replace(&mut found.owners[index as usize], owner);
+        found.owned += u32::from(owner != NIL);
+        found.owned -= u32::from(before != NIL);
     }
 
     pub(crate) fn touch(&mut self, slot: u32, stamp: u32) {
@@ -204,13 +218,15 @@ impl Places {
         open + self.unused.len() as u64 * u64::from(room)
     }
 
-    /// The segment of another stride that was touched longest ago.
-    pub(crate) fn coldest_other(&self, stride: u64, stamp: u32) -> Option<u32> {
+    /// The segment of another stride that was touched longest ago and could become empty, and when that was.
+    pub(crate) fn coldest_other(&self, stride: u64, stamp: u32) -> Option<(u32, u32)> {
         let others = (0u32..).zip(&self.segments);
-        let others = others.filter(|(_, s)| s.stride != 0 && s.stride != stride);
+        let others = others.filter(|(_, s)| {
+            s.stride != 0 && s.stride != stride && s.owned > 0 && s.lost == 0 && s.touched != stamp
+        });
         others
             .max_by_key(|(_, s)| stamp.wrapping_sub(s.touched))
-            .map(|(segment, _)| segment)
+            .map(|(segment, s)| (segment, s.touched))
     }
 
     /// Entries that have places in a segment.
@@ -237,6 +253,8 @@ impl Places {
             );
             let free = segment.free.len() as u32;
             assert_eq!(segment.used, segment.fresh - free, "places of a segment");
+            let owned = segment.owners.iter().filter(|owner| **owner != NIL).count();
+            assert_eq!(segment.owned as usize, owned, "owned places of a segment");
             let room = segment.stride != 0 && segment.used < self.room(segment.stride);
             let open = self.open.get(&segment.stride);
             assert_eq!(

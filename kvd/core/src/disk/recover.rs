@@ -23,7 +23,7 @@ impl Core {
         let name = parsed.get("tenant").unwrap_or_default();
         let tenant = self.tenants.iter().find(|tenant| tenant.name == name);
         if let (Some(tenant), Some(disk)) = (tenant, self.disks.all.get_mut(at)) {
-            disk.add_space(parsed.id(), tenant.id, Arc::from(record));
+            disk.add_space(parsed.id(), tenant.id, Arc::from(record), parsed.groups());
         }
     }
 
@@ -40,19 +40,26 @@ impl Core {
         }
         for block in blocks {
             if !self.recover_one(at, block) {
-                self.drop_unknown(at, block, out);
+                self.drop_unknown(at, block);
             }
         }
+        self.ask_drops(at, out);
     }
 
     fn recover_one(&mut self, at: usize, block: &Recovered) -> bool {
         let kind = self.settings.eviction;
         let most = self.settings.tiers.max_entries as usize;
-        let disk = &mut self.disks.all[at];
         let (group, hash) = (block.key.group, block.key.hash.0);
-        let Some(space) = disk.space(block.key.namespace) else {
+        // Another number of stores divides the blocks otherwise: this one would never be looked for here.
+        let elsewhere = self.disks.expected > 0 && self.disks.store_of(&hash) != Some(at);
+        let disk = &mut self.disks.all[at];
+        let Some(space) = disk.space(block.key.namespace).filter(|_| !elsewhere) else {
             return false;
         };
+        let stride = disk.spaces[&space].strides.get(usize::from(group));
+        if stride != Some(&block.place.stride) {
+            return false;
+        }
         if disk.index.len() >= most || disk.index.find(space, group, &hash) != Found::Absent {
             return false;
         }
@@ -69,14 +76,12 @@ impl Core {
     }
 
     /// A block that is of no use here: its place becomes free once the store has forgotten it.
-    fn drop_unknown(&mut self, at: usize, block: &Recovered, out: &mut Vec<Output>) {
+    fn drop_unknown(&mut self, at: usize, block: &Recovered) {
         let disk = &mut self.disks.all[at];
-        let Some(slot) = disk.places.claim(block.place) else {
-            return;
-        };
-        self.tier_counters.not_recovered += 1;
-        disk.drops += 1;
-        self.ask_to_drop(at, slot, block.key, out);
+        if let Some(slot) = disk.places.claim(block.place) {
+            self.tier_counters.not_recovered += 1;
+            disk.must_drop(slot, block.key);
+        }
     }
 
     /// A store is off, or on again. What it holds is not looked for while it is off, and not forgotten.
@@ -86,11 +91,8 @@ impl Core {
             return;
         };
         disk.on = on;
-        if on {
-            for (slot, key) in std::mem::take(&mut disk.undropped) {
-                self.ask_to_drop(at, slot, key, out);
-            }
-        }
+        disk.drop_at = 0;
+        self.ask_drops(at, out);
     }
 
     /// An operation is over.
@@ -112,5 +114,6 @@ impl Core {
                 }
             }
         }
+        self.drops_due(out);
     }
 }
