@@ -33,6 +33,8 @@ pub(crate) fn main() -> ExitCode {
         },
         Some(("bench", args)) => match args.subcommand() {
             Some(("session", args)) => bench::run(args.get_flag("json")),
+            Some(("nvme", args)) => bench::nvme::run(args),
+            Some(("restart", args)) => bench::restart::run(args),
             _ => unreachable!("clap asks for a subcommand"),
         },
         _ => unreachable!("clap asks for a subcommand"),
@@ -84,7 +86,9 @@ fn command() -> Command {
                     Command::new("session")
                         .about("Stores, loads and looks up over a session with a daemon of its own")
                         .arg(json()),
-                ),
+                )
+                .subcommand(bench::nvme::command().arg(json()))
+                .subcommand(bench::restart::command().arg(json())),
         )
 }
 

@@ -18,15 +18,7 @@ const SEGMENT_MIN: u64 = 8 << 20;
 /// One opener for each path.
 pub(crate) fn openers(values: &Values) -> anyhow::Result<Vec<Box<dyn StoreOpener>>> {
     let open = |path: &std::path::PathBuf| {
-        let mut id = [0; 16];
-        rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
-        let store = StoreConfig {
-            segment_bytes: (values.nvme_capacity / 32)
-                .next_power_of_two()
-                .clamp(SEGMENT_MIN, SEGMENT_MAX),
-            max_queue: QUEUE,
-            ..StoreConfig::new(values.nvme_capacity, id)
-        };
+        let store = store_config(values.nvme_capacity)?;
         let config = DeviceConfig {
             path: path.clone(),
             io: IoOptions {
@@ -43,6 +35,19 @@ pub(crate) fn openers(values: &Values) -> anyhow::Result<Vec<Box<dyn StoreOpener
         Ok(Box::new(Opener(config)) as Box<dyn StoreOpener>)
     };
     values.nvme.iter().map(open).collect()
+}
+
+/// How a store of so many bytes is made and driven.
+pub(crate) fn store_config(capacity: u64) -> anyhow::Result<StoreConfig> {
+    let mut id = [0; 16];
+    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
+    Ok(StoreConfig {
+        segment_bytes: (capacity / 32)
+            .next_power_of_two()
+            .clamp(SEGMENT_MIN, SEGMENT_MAX),
+        max_queue: QUEUE,
+        ..StoreConfig::new(capacity, id)
+    })
 }
 
 struct Opener(DeviceConfig);

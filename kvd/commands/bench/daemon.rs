@@ -31,6 +31,11 @@ pub(super) struct Daemon {
 impl Daemon {
     /// Starts one with so many bytes of host memory, and waits until it is ready.
     pub(super) fn start(capacity: u64) -> Result<Self> {
+        Self::start_with(capacity, &[])
+    }
+
+    /// The same with more flags.
+    pub(super) fn start_with(capacity: u64, flags: &[String]) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let directory =
@@ -50,6 +55,7 @@ impl Daemon {
             ])
             .arg("--runtime-dir")
             .arg(&directory)
+            .args(flags)
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn();
@@ -133,10 +139,19 @@ impl Daemon {
 
     /// Memory of the process beside shared memory, in 2^20 bytes.
     pub(super) fn rss_mb(&self) -> Result<f64> {
+        self.memory_mb(&["RssAnon:", "RssFile:"])
+    }
+
+    /// The most memory that it ever had, shared memory included, in 2^20 bytes.
+    pub(super) fn peak_mb(&self) -> Result<f64> {
+        self.memory_mb(&["VmHWM:"])
+    }
+
+    fn memory_mb(&self, lines: &[&str]) -> Result<f64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let kb: f64 = status
             .lines()
-            .filter(|l| l.starts_with("RssAnon:") || l.starts_with("RssFile:"))
+            .filter(|l| lines.iter().any(|wanted| l.starts_with(wanted)))
             .filter_map(|l| l.split_whitespace().nth(1)?.parse::<f64>().ok())
             .sum();
         Ok(kb / 1024.0)

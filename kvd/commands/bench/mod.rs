@@ -1,4 +1,4 @@
-//! `kvd bench session`: what a session costs, against a daemon of its own.
+//! `kvd bench session`: what a session costs, against a daemon of its own. The other benches are in modules of their own.
 //!
 //! Copies are given as ratios to plain memcpy of the same run, in interleaved rounds, because machines differ and their
 //! neighbours too. Progress goes to standard error, results to standard output.
@@ -7,6 +7,9 @@
 mod copies;
 mod daemon;
 mod lookups;
+pub(super) mod nvme;
+pub(super) mod restart;
+mod scratch;
 
 use std::io::Write;
 use std::time::Duration;
@@ -71,7 +74,7 @@ pub(crate) fn run(json: bool) -> Result<()> {
     super::print(&render(&results)?)
 }
 
-fn render(results: &Results) -> Result<String> {
+fn render(results: &impl serde::Serialize) -> Result<String> {
     let mut text = String::new();
     if let serde_json::Value::Object(fields) = serde_json::to_value(results)? {
         for (name, value) in fields {

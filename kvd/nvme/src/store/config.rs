@@ -14,6 +14,8 @@ pub struct StoreConfig {
     pub segment_bytes: u64,
     /// Bytes of both halves of the journal; by default a 2048th of the capacity, from 1 to 128 MiB.
     pub journal_bytes: Option<u64>,
+    /// Bytes of the smallest blocks that a full store has room to list.
+    pub small_block: u64,
     /// Most operations taken and not answered.
     pub max_queue: usize,
     /// How long what was written may wait for company before it is made durable.
@@ -35,6 +37,7 @@ impl StoreConfig {
             capacity,
             segment_bytes: 64 << 20,
             journal_bytes: None,
+            small_block: 64 << 10,
             max_queue: 1024,
             flush_us: 2_000,
             flush_blocks: 64,

@@ -1,5 +1,5 @@
 //! Where the areas of a store lie: computed once from its capacity when it is formatted, then read from the superblock. The
-//! checkpoint areas are made so that a store full of 64 KiB blocks fits. Deliberately absent: what the areas hold.
+//! checkpoint areas are made so that a store full of small blocks fits (64 KiB, unless told otherwise). Deliberately absent: what the areas hold.
 
 use kvd_core::tier::{Place, STORE_PAGE, StoreShape, stride_of};
 
@@ -16,8 +16,6 @@ pub(crate) const HEADS_BYTES: u64 = 16 * PAGE as u64;
 pub(crate) const NAME_SLOT: u64 = (64 << 10) + PAGE as u64;
 /// The smallest half of a journal, pages.
 const HALF_LEAST: u64 = 64;
-/// The smallest blocks that a full store has room to list.
-const SMALL_BLOCK: u64 = 64 << 10;
 /// So many more are listed in any store.
 const LIST_LEAST: u64 = 1024;
 
@@ -51,7 +49,7 @@ impl Layout {
         let checkpoints_at = journal_at + 2 * half * PAGE as u64;
         let most = capacity.saturating_sub(checkpoints_at) / segment;
         for segments in (1..=most.min(u32::MAX.into())).rev() {
-            let listed = segments * segment / stride_of(SMALL_BLOCK) + LIST_LEAST;
+            let listed = segments * segment / stride_of(config.small_block.max(1)) + LIST_LEAST;
             let pages = listed.div_ceil(PER_PAGE as u64);
             let segments_at =
                 (checkpoints_at + 2 * pages * PAGE as u64).next_multiple_of(HEADS_BYTES);

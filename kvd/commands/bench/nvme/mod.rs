@@ -1,0 +1,192 @@
+//! `kvd bench nvme`: storing and loading through a store on a real file, against plain direct transfers on the same file system.
+//!
+//! Every figure stands beside its limit, measured in turns (raw write, store, raw read, load); of several turns the best of each
+//! counts, because neighbours only ever slow things down. Depth is blocks asked for and not answered: a store is answered when block
+//! and record are durable, which the raw run does once at its end. Deliberately absent: sockets, and the core that decides.
+
+mod lane;
+
+use anyhow::Result;
+use clap::{Arg, ArgMatches, Command};
+use comfy_table::{Table, presets};
+use kvd_nvme::io::{RawReport, RawRun, raw};
+
+use self::lane::{DEPTH_MOST, Lane};
+use super::scratch::Scratch;
+use super::{Shape, progress};
+
+/// Turns of each row.
+const TURNS: usize = 3;
+/// Blocks that a run moves are no more than this for each block of depth, so that small blocks at depth 1 end some day.
+const BLOCKS_PER_DEPTH: u64 = 400;
+const DEPTHS: [usize; 4] = [1, 4, 16, DEPTH_MOST];
+
+/// One row. The names are what `--json` prints; they are only ever added to.
+#[derive(Debug, serde::Serialize)]
+struct Row {
+    /// Bytes of a block. Its header takes 4 KiB more, which are moved and not counted.
+    block: u64,
+    order: &'static str,
+    depth: usize,
+    /// Blocks of one run.
+    blocks: u64,
+    /// Plain transfers, 10^9 bytes a second.
+    raw_write_gbps: f64,
+    raw_read_gbps: f64,
+    /// The store's, checks included.
+    store_gbps: f64,
+    load_gbps: f64,
+    store_ratio: f64,
+    load_ratio: f64,
+    /// Seconds of CPU for 10^9 bytes that are stored and loaded again, and of the plain transfers for the same.
+    cpu_s_per_gb: f64,
+    raw_cpu_s_per_gb: f64,
+}
+
+/// Its flags.
+pub(crate) fn command() -> Command {
+    let text = |name, value| Arg::new(name).long(name).value_name(value);
+    Command::new("nvme")
+        .about("Stores and loads through an NVMe store, against plain transfers on the same file system")
+        .arg(text("dir", "DIR").help("Where: a directory on the device; it is emptied afterwards [default: the system's for temporary files]"))
+        .arg(text("bytes", "SIZE").default_value("512MiB").help("Most bytes that one run moves; twice as many are taken on the device"))
+        .arg(text("block", "SIZE").help("Only blocks of this size: 2MiB, 1152KiB or 64KiB"))
+        .arg(text("depth", "N").value_parser(clap::value_parser!(usize)).help("Only this depth: 1, 4, 16 or 64"))
+}
+
+fn size(args: &ArgMatches, name: &str) -> Result<Option<u64>> {
+    let Some(text) = args.get_one::<String>(name) else {
+        return Ok(None);
+    };
+    let size: bytesize::ByteSize = text
+        .parse()
+        .map_err(|error| anyhow::anyhow!("--{name}: {error}; write it like 512MiB"))?;
+    Ok(Some(size.as_u64()))
+}
+
+/// Measures and prints.
+pub(crate) fn run(args: &ArgMatches) -> Result<()> {
+    let bytes = size(args, "bytes")?.unwrap_or(512 << 20).max(64 << 20);
+    let block = size(args, "block")?;
+    let depth = args.get_one::<usize>("depth").copied();
+    let directory = args.get_one::<String>("dir").map(Into::into);
+    let scratch = Scratch::new(directory.as_ref(), "nvme")?;
+    let mut rows = Vec::new();
+    // 8 heads of 16 tokens, K and V of 128 numbers of 2 bytes; as many layers as make the size.
+    for layers in [32, 18, 1] {
+        let shape = Shape::new(layers, 8, 512);
+        if block.is_none_or(|block| block == shape.part.bytes() as u64) {
+            measure(&scratch, &shape, bytes, depth, &mut rows)?;
+        }
+    }
+    if args.get_flag("json") {
+        return crate::commands::print(&format!("{}\n", serde_json::to_string_pretty(&rows)?));
+    }
+    crate::commands::print(&render(&rows))
+}
+
+fn measure(
+    scratch: &Scratch,
+    shape: &Shape,
+    bytes: u64,
+    depth: Option<usize>,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
+    let block = shape.part.bytes() as u64;
+    progress(&format!("blocks of {} KiB: taking space", block >> 10));
+    let mut lane = Lane::open(scratch.path(), shape, bytes)?;
+    let file = scratch.path().join("raw");
+    let most = lane.places().min(bytes / block);
+    // Space that was never written is not what a device is like in use: all of it is written once.
+    let run = |blocks: u64, depth, random, write| RawRun {
+        bytes: blocks * block,
+        block: block as usize,
+        depth,
+        write,
+        random,
+    };
+    raw(&file, &run(most, DEPTH_MOST, false, true))?;
+    lane.store(most, DEPTH_MOST, false)?;
+    lane.drop_all()?;
+    for order in ["sequential", "random"] {
+        for depth in DEPTHS.into_iter().filter(|d| depth.is_none_or(|o| o == *d)) {
+            let random = order == "random";
+            let blocks = most.min(BLOCKS_PER_DEPTH * depth as u64);
+            progress(&format!(
+                "blocks of {} KiB, {order}, depth {depth}",
+                block >> 10
+            ));
+            let mut best = [RawReport {
+                gbps: 0.0,
+                cpu_s_per_gb: f64::MAX,
+            }; 4];
+            for _ in 0..TURNS {
+                let turn = [
+                    raw(&file, &run(blocks, depth, random, true))?,
+                    lane.store(blocks, depth, random)?,
+                    raw(&file, &run(blocks, depth, random, false))?,
+                    lane.load(depth)?,
+                ];
+                lane.drop_all()?;
+                for (best, one) in best.iter_mut().zip(turn) {
+                    best.gbps = best.gbps.max(one.gbps);
+                    best.cpu_s_per_gb = best.cpu_s_per_gb.min(one.cpu_s_per_gb);
+                }
+            }
+            let [raw_write, store, raw_read, load] = best;
+            rows.push(Row {
+                block,
+                order,
+                depth,
+                blocks,
+                raw_write_gbps: raw_write.gbps,
+                raw_read_gbps: raw_read.gbps,
+                store_gbps: store.gbps,
+                load_gbps: load.gbps,
+                store_ratio: store.gbps / raw_write.gbps,
+                load_ratio: load.gbps / raw_read.gbps,
+                cpu_s_per_gb: store.cpu_s_per_gb + load.cpu_s_per_gb,
+                raw_cpu_s_per_gb: raw_write.cpu_s_per_gb + raw_read.cpu_s_per_gb,
+            });
+        }
+    }
+    lane.report();
+    Ok(())
+}
+
+fn render(rows: &[Row]) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_MARKDOWN);
+    table.set_header([
+        "block",
+        "order",
+        "depth",
+        "raw write",
+        "store",
+        "ratio",
+        "raw read",
+        "load",
+        "ratio",
+        "CPU s/GB",
+        "raw CPU",
+    ]);
+    for row in rows {
+        let number = |value: f64| format!("{value:.2}");
+        table.add_row([
+            format!("{} KiB", row.block >> 10),
+            row.order.to_owned(),
+            row.depth.to_string(),
+            number(row.raw_write_gbps),
+            number(row.store_gbps),
+            number(row.store_ratio),
+            number(row.raw_read_gbps),
+            number(row.load_gbps),
+            number(row.load_ratio),
+            number(row.cpu_s_per_gb),
+            number(row.raw_cpu_s_per_gb),
+        ]);
+    }
+    format!(
+        "{table}\nBest of {TURNS} turns, 10^9 bytes a second of payload; each block carries a header of 4 KiB, which is not counted.\n"
+    )
+}
