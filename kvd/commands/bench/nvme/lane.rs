@@ -20,8 +20,9 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::super::{Random, Shape, progress};
 
-/// Most blocks under way.
-pub(super) const DEPTH_MOST: usize = 64;
+/// Bytes of blocks under way, at most, and most blocks.
+const MEMORY: u64 = 128 << 20;
+const DEPTH_MOST: usize = 256;
 /// How long one answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -77,7 +78,7 @@ impl Lane {
         });
         let device = device.map_err(|error| anyhow::anyhow!("{error}"))?;
         let arena = Arena::create(
-            (2 * DEPTH_MOST as u64 * geometry.slot_bytes()).next_multiple_of(2 << 20),
+            (2 * depth(&geometry) as u64 * geometry.slot_bytes()).next_multiple_of(2 << 20),
             Some(2 << 20),
             HugePages::Auto,
         )?;
@@ -101,6 +102,11 @@ impl Lane {
         Ok(lane)
     }
 
+    /// Most blocks under way.
+    pub(super) fn depth(&self) -> usize {
+        depth(&self.geometry)
+    }
+
     /// Blocks that fit.
     pub(super) fn places(&self) -> u64 {
         u64::from(self.shape.segments) * self.per_segment()
@@ -120,7 +126,7 @@ impl Lane {
         let head = self.geometry.head_bytes() as usize;
         let heads = self.geometry.heads as usize;
         let mut block = vec![0; self.geometry.block_bytes() as usize];
-        for piece in 0..DEPTH_MOST {
+        for piece in 0..self.depth() {
             for word in block.chunks_mut(8) {
                 word.copy_from_slice(&random.next().to_le_bytes()[..word.len()]);
             }
@@ -194,7 +200,7 @@ impl Lane {
 
     /// Has the store forget them all.
     pub(super) fn drop_all(&mut self) -> Result<()> {
-        self.run(Doing::Drop, DEPTH_MOST)?;
+        self.run(Doing::Drop, self.depth())?;
         self.stored.clear();
         Ok(())
     }
@@ -238,7 +244,7 @@ impl Lane {
         self.next_op += 1;
         let op = OpId(self.next_op * DEPTH_MOST as u64 + piece as u64);
         let memory = match doing {
-            Doing::Load => DEPTH_MOST + piece,
+            Doing::Load => self.depth() + piece,
             Doing::Store | Doing::Drop => piece,
         };
         let range = HostRange {
@@ -264,7 +270,7 @@ impl Lane {
         for (piece, number) in last.iter().enumerate() {
             let Some(number) = number else { continue };
             self.arena
-                .read(self.offset(DEPTH_MOST + piece), &mut there)?;
+                .read(self.offset(self.depth() + piece), &mut there)?;
             self.arena
                 .read(self.offset(self.stored[*number]), &mut wanted)?;
             ensure!(there == wanted, "block {number} came back different");
@@ -284,6 +290,10 @@ impl Lane {
             .collect();
         progress(&format!("by {}: {}", status.chosen.name, counts.join(", ")));
     }
+}
+
+fn depth(geometry: &GroupGeometry) -> usize {
+    DEPTH_MOST.min((MEMORY / geometry.slot_bytes()) as usize)
 }
 
 fn judge(done: &StoreDone) -> Result<OpId> {

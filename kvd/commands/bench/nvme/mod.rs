@@ -11,7 +11,7 @@ use clap::{Arg, ArgMatches, Command};
 use comfy_table::{Table, presets};
 use kvd_nvme::io::{RawReport, RawRun, raw};
 
-use self::lane::{DEPTH_MOST, Lane};
+use self::lane::Lane;
 use super::scratch::Scratch;
 use super::{Shape, progress};
 
@@ -19,7 +19,7 @@ use super::{Shape, progress};
 const TURNS: usize = 3;
 /// Blocks that a run moves are no more than this for each block of depth, so that small blocks at depth 1 end some day.
 const BLOCKS_PER_DEPTH: u64 = 400;
-const DEPTHS: [usize; 4] = [1, 4, 16, DEPTH_MOST];
+const DEPTHS: [usize; 5] = [1, 4, 16, 64, 256];
 
 /// One row. The names are what `--json` prints; they are only ever added to.
 #[derive(Debug, serde::Serialize)]
@@ -51,7 +51,7 @@ pub(crate) fn command() -> Command {
         .arg(text("dir", "DIR").help("Where: a directory on the device; it is emptied afterwards [default: the system's for temporary files]"))
         .arg(text("bytes", "SIZE").default_value("512MiB").help("Most bytes that one run moves; twice as many are taken on the device"))
         .arg(text("block", "SIZE").help("Only blocks of this size: 2MiB, 1152KiB or 64KiB"))
-        .arg(text("depth", "N").value_parser(clap::value_parser!(usize)).help("Only this depth: 1, 4, 16 or 64"))
+        .arg(text("depth", "N").value_parser(clap::value_parser!(usize)).help("Only this depth: 1, 4, 16, 64 or, for the smallest blocks, 256"))
 }
 
 fn size(args: &ArgMatches, name: &str) -> Result<Option<u64>> {
@@ -95,6 +95,7 @@ fn measure(
     let block = shape.part.bytes() as u64;
     progress(&format!("blocks of {} KiB: taking space", block >> 10));
     let mut lane = Lane::open(scratch.path(), shape, bytes)?;
+    let lane_depth = lane.depth();
     let file = scratch.path().join("raw");
     let most = lane.places().min(bytes / block);
     // Space that was never written is not what a device is like in use: all of it is written once.
@@ -105,11 +106,12 @@ fn measure(
         write,
         random,
     };
-    raw(&file, &run(most, DEPTH_MOST, false, true))?;
-    lane.store(most, DEPTH_MOST, false)?;
+    raw(&file, &run(most, 64, false, true))?;
+    lane.store(most, 64, false)?;
     lane.drop_all()?;
     for order in ["sequential", "random"] {
-        for depth in DEPTHS.into_iter().filter(|d| depth.is_none_or(|o| o == *d)) {
+        let wanted = |d: &usize| *d <= lane_depth && depth.is_none_or(|one| one == *d);
+        for depth in DEPTHS.into_iter().filter(wanted) {
             let random = order == "random";
             let blocks = most.min(BLOCKS_PER_DEPTH * depth as u64);
             progress(&format!(

@@ -7,7 +7,7 @@ use super::Doing;
 use crate::api::Output;
 use crate::evict::chain;
 use crate::ids::StoreId;
-use crate::index::Found;
+use crate::index::{BATCH, Found};
 use crate::log::ChangeKind;
 use crate::record::NamespaceRecord;
 use crate::state::Core;
@@ -38,26 +38,46 @@ impl Core {
         if at >= self.disks.all.len() {
             return;
         }
-        for block in blocks {
-            if !self.recover_one(at, block) {
-                self.drop_unknown(at, block);
+        for blocks in blocks.chunks(BATCH) {
+            let spaces = self.warm_for(at, blocks);
+            for (block, space) in blocks.iter().zip(spaces) {
+                if !space.is_some_and(|space| self.recover_one(at, block, space)) {
+                    self.drop_unknown(at, block);
+                }
             }
         }
         self.ask_drops(at, out);
     }
 
-    fn recover_one(&mut self, at: usize, block: &Recovered) -> bool {
+    /// Numbers of the namespaces of some blocks. A million searches that each wait for memory are what a start would take longest
+    /// for, so the index begins to search for all of these at once.
+    fn warm_for(&self, at: usize, blocks: &[Recovered]) -> [Option<u32>; BATCH] {
+        let disk = &self.disks.all[at];
+        let mut spaces = [None; BATCH];
+        let mut last = None;
+        for (space, block) in spaces.iter_mut().zip(blocks) {
+            *space = match last {
+                Some((id, space)) if id == block.key.namespace => space,
+                _ => disk.space(block.key.namespace),
+            };
+            last = Some((block.key.namespace, *space));
+        }
+        let keys = spaces.iter().zip(blocks).filter_map(|(space, block)| {
+            space.map(|space| (space, block.key.group, &block.key.hash.0))
+        });
+        disk.index.warm(keys);
+        spaces
+    }
+
+    fn recover_one(&mut self, at: usize, block: &Recovered, space: u32) -> bool {
         let kind = self.settings.eviction;
         let most = self.settings.tiers.max_entries as usize;
         let (group, hash) = (block.key.group, block.key.hash.0);
         // Another number of stores divides the blocks otherwise: this one would never be looked for here.
         let elsewhere = self.disks.expected > 0 && self.disks.store_of(&hash) != Some(at);
         let disk = &mut self.disks.all[at];
-        let Some(space) = disk.space(block.key.namespace).filter(|_| !elsewhere) else {
-            return false;
-        };
         let stride = disk.spaces[&space].strides.get(usize::from(group));
-        if stride != Some(&block.place.stride) {
+        if elsewhere || stride != Some(&block.place.stride) {
             return false;
         }
         if disk.index.len() >= most || disk.index.find(space, group, &hash) != Found::Absent {

@@ -131,7 +131,13 @@ impl<I: BlockIo> Store<I> {
             Stage::Recorded => self.begin_flush(now),
             Stage::Idle if !cycle.durable.is_empty() => self.begin_records(now),
             Stage::Idle if due && !cycle.drops.is_empty() => self.begin_records(now),
-            Stage::Idle if due && !cycle.written.is_empty() => self.begin_flush(now),
+            // Once all that was taken is written, there is no company to wait for.
+            Stage::Idle
+                if !cycle.written.is_empty()
+                    && (due || self.unlisted == cycle.written.len() as u64) =>
+            {
+                self.begin_flush(now);
+            }
             _ => {}
         }
     }

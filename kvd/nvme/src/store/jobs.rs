@@ -358,7 +358,7 @@ impl<I: BlockIo> Store<I> {
         match (job.left, job.failed, is_write) {
             (0, true, _) => self.finish(piece.job, StoreError::Io, done),
             (0, false, true) => self.cycle.is_written(piece.job),
-            (0, false, false) => self.finish_read(piece.job, done),
+            (0, false, false) => self.unchecked.push_back(piece.job),
             _ => {}
         }
     }

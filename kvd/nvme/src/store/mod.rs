@@ -107,6 +107,8 @@ pub struct Store<I: BlockIo> {
     health: Health,
     counters: Counters,
     over: Vec<Done<I::Host>>,
+    /// Reads whose bytes are there and not checked.
+    unchecked: VecDeque<u64>,
     #[cfg(feature = "planted")]
     plant: Option<Plant>,
 }
@@ -164,6 +166,7 @@ impl<I: BlockIo> Store<I> {
             health: Health::default(),
             counters: Counters::default(),
             over: Vec::new(),
+            unchecked: VecDeque::new(),
             #[cfg(feature = "planted")]
             plant: None,
         };
@@ -186,20 +189,30 @@ impl<I: BlockIo> Store<I> {
     /// Moves everything on: starts operations of the device, waits for at most `wait` if nothing is over, and appends what is.
     pub fn turn(&mut self, now_us: u64, wait: Duration, done: &mut Vec<StoreDone>) {
         self.advance(now_us, done);
-        let wait = if done.is_empty() {
+        let wait = if done.is_empty() && self.unchecked.is_empty() {
             wait
         } else {
             Duration::ZERO
         };
-        let mut over = std::mem::take(&mut self.over);
-        self.io.poll(wait, &mut over);
-        for one in over.drain(..) {
-            self.completed(now_us, one, done);
-        }
-        self.over = over;
+        self.look(now_us, wait, done);
         // Only now: what the device has finished while nobody looked is not late.
         self.watch(now_us, done);
         self.advance(now_us, done);
+        if !self.unchecked.is_empty() {
+            // The device gets its next operations before this thread turns to checksums.
+            self.look(now_us, Duration::ZERO, done);
+            self.check_some(done);
+        }
+    }
+
+    /// Takes what the device has finished.
+    fn look(&mut self, now: u64, wait: Duration, done: &mut Vec<StoreDone>) {
+        let mut over = std::mem::take(&mut self.over);
+        self.io.poll(wait, &mut over);
+        for one in over.drain(..) {
+            self.completed(now, one, done);
+        }
+        self.over = over;
     }
 
     fn advance(&mut self, now: u64, done: &mut Vec<StoreDone>) {
@@ -246,6 +259,7 @@ impl<I: BlockIo> Store<I> {
         let begins = !self.health.off && self.has_room();
         let rest = self.merge.as_ref().and_then(Merge::not_before);
         [
+            (!self.unchecked.is_empty()).then_some(0),
             late.map(|since| since + self.config.deadline_us + 1),
             self.cycle.due(&self.config).filter(|_| begins),
             rest.filter(|_| begins),

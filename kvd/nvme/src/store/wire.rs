@@ -113,11 +113,15 @@ impl<'a, I: BlockIo> Wire<'a, I> {
         let at = |page: u64| offset + page * PAGE as u64;
         let at_once = AT_ONCE.min(self.io.depth()).max(1);
         let mut under_way = std::collections::VecDeque::new();
+        // Whole chunks, to be read into again: fresh memory would cost more than the pages.
+        let mut spare: Vec<Aligned> = Vec::new();
         let mut next = 0;
         while next < pages || !under_way.is_empty() {
             while next < pages && under_way.len() < at_once {
                 let count = CHUNK.min(pages - next);
-                let token = self.start_read(at(next), Aligned::new(count as usize));
+                let buffer = spare.pop().filter(|_| count == CHUNK);
+                let buffer = buffer.unwrap_or_else(|| Aligned::new(count as usize));
+                let token = self.start_read(at(next), buffer);
                 under_way.push_back((token, next, count));
                 next += count;
             }
@@ -128,6 +132,9 @@ impl<'a, I: BlockIo> Wire<'a, I> {
                 Ok(buffer) => {
                     for (n, page) in buffer.bytes().chunks_exact(PAGE).enumerate() {
                         each(first + n as u64, Some(page));
+                    }
+                    if count == CHUNK {
+                        spare.push(buffer);
                     }
                 }
                 Err(_) => self.scan_singly(offset, first, count, each)?,
