@@ -147,6 +147,20 @@ impl Daemon {
         self.memory_mb(&["VmHWM:"])
     }
 
+    /// Seconds of CPU that it has taken, to a hundredth.
+    pub(super) fn cpu_s(&self) -> Result<f64> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // The name comes before, in parentheses. Then, from the third field on, user and system time are the 14th and 15th.
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        let ticks: f64 = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .filter_map(|ticks| ticks.parse::<f64>().ok())
+            .sum();
+        Ok(ticks / 100.0)
+    }
+
     fn memory_mb(&self, lines: &[&str]) -> Result<f64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let kb: f64 = status

@@ -16,7 +16,7 @@ use super::scratch::Scratch;
 use super::{Shape, progress};
 
 /// Turns of each row.
-const TURNS: usize = 3;
+const TURNS: usize = 5;
 /// Blocks that a run moves are no more than this for each block of depth, so that small blocks at depth 1 end some day.
 const BLOCKS_PER_DEPTH: u64 = 400;
 const DEPTHS: [usize; 5] = [1, 4, 16, 64, 256];

@@ -34,9 +34,11 @@ struct Results {
     /// From starting the process to being ready, seconds: the one in the middle of several starts, and the slowest.
     restart_s: f64,
     restart_slowest_s: f64,
-    /// The same without a store.
+    /// Seconds of CPU that the daemon had taken by then: how long it would take with nothing else on the machine, or less.
+    restart_cpu_s: f64,
+    /// From starting the process to being ready without a store.
     bare_s: f64,
-    /// Of that, opening the store and telling what it holds.
+    /// Of the last start, opening the store and telling what it holds.
     open_s: f64,
     /// Memory beside the pool, 2^20 bytes: what the store takes, and the daemon with it and without.
     restart_rss_mb: f64,
@@ -85,15 +87,17 @@ pub(crate) fn run(args: &ArgMatches) -> Result<()> {
     results.bare_s = daemon.ready_after.as_secs_f64();
     results.without_store_rss_mb = daemon.rss_mb()?;
     drop(daemon);
-    let mut times = Vec::new();
+    let (mut times, mut cpu) = (Vec::new(), Vec::new());
     for start in 1..=STARTS {
         let daemon = start_on(scratch.path(), capacity)?;
         times.push(daemon.ready_after.as_secs_f64());
+        cpu.push(daemon.cpu_s()?);
         if start == STARTS {
             look(&daemon, &shape, &mut results)?;
         }
     }
     results.restart_s = median(&mut times);
+    results.restart_cpu_s = median(&mut cpu);
     results.restart_slowest_s = times.last().copied().unwrap_or_default();
     results.restart_rss_mb = results.with_store_rss_mb - results.without_store_rss_mb;
     if args.get_flag("json") {

@@ -22,6 +22,8 @@ pub struct StoreConfig {
     pub flush_us: u64,
     /// How many blocks are company enough.
     pub flush_blocks: usize,
+    /// Or how many bytes of them, from one on.
+    pub flush_bytes: u64,
     /// How long one operation of the device may take.
     pub deadline_us: u64,
     /// Random bytes that name a store if one is made now.
@@ -41,6 +43,7 @@ impl StoreConfig {
             max_queue: 1024,
             flush_us: 2_000,
             flush_blocks: 64,
+            flush_bytes: 8 << 20,
             deadline_us: 5_000_000,
             id,
             format: false,

@@ -126,7 +126,7 @@ impl<I: BlockIo> Store<I> {
         let late = cycle
             .since
             .is_some_and(|since| now >= since + self.config.flush_us);
-        let due = late || cycle.waiting() >= self.config.flush_blocks.max(1);
+        let due = late || cycle.waiting() >= self.config.flush_blocks.max(1) || self.is_much();
         match cycle.stage {
             Stage::Recorded => self.begin_flush(now),
             Stage::Idle if !cycle.durable.is_empty() => self.begin_records(now),
@@ -140,6 +140,16 @@ impl<I: BlockIo> Store<I> {
             }
             _ => {}
         }
+    }
+
+    /// Whether what is written is company enough by its bytes, counted as if all blocks were as large as the last.
+    fn is_much(&self) -> bool {
+        let last = self.cycle.written.back().and_then(|id| self.jobs.get(id));
+        let bytes = match last.map(|job| &job.work) {
+            Some(Work::Write(write)) => write.geometry.block_bytes(),
+            _ => 0,
+        };
+        self.cycle.written.len() as u64 * bytes >= self.config.flush_bytes
     }
 
     fn begin_records(&mut self, now: u64) {

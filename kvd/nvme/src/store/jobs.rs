@@ -276,6 +276,10 @@ impl<I: BlockIo> Store<I> {
 
     fn start_piece(&mut self, now: u64, piece: Piece, done: &mut Vec<StoreDone>) {
         let (layout, id) = (self.layout, self.head.id);
+        let spare = match piece.what {
+            What::WriteHead | What::ReadHead => self.spare.pop(),
+            _ => None,
+        };
         let job = self.job(piece.job);
         // A namespace may be waited for by others too.
         if job.failed && !matches!(piece.what, What::Name { .. }) {
@@ -291,7 +295,8 @@ impl<I: BlockIo> Store<I> {
             }
             (Work::Write(write), What::WriteHead) => {
                 let at = layout.block_at(write.to);
-                let mut page = Aligned::new(1);
+                let mut page = spare.unwrap_or_else(|| Aligned::new(1));
+                page.bytes_mut().fill(0);
                 let (header, geometry) = (&write.header, &write.geometry);
                 let sum = encode_block(page.bytes_mut(), &id, header, geometry, at);
                 write.header_crc = sum.unwrap_or(0);
@@ -302,7 +307,7 @@ impl<I: BlockIo> Store<I> {
                 (at, false, write.host.take().map(Buffer::Host))
             }
             (Work::Read(read), What::ReadHead) => {
-                let page = Buffer::Own(Aligned::new(1));
+                let page = Buffer::Own(spare.unwrap_or_else(|| Aligned::new(1)));
                 (layout.block_at(read.from), true, Some(page))
             }
             (Work::Read(read), _) => {
@@ -347,15 +352,19 @@ impl<I: BlockIo> Store<I> {
         };
         job.left -= 1;
         job.failed |= !good;
-        let is_write = match &mut job.work {
-            Work::Write(_) => true,
+        let (is_write, buffer) = match &mut job.work {
+            Work::Write(_) => (true, buffer),
             Work::Read(read) => {
                 read.got(buffer);
-                false
+                (false, None)
             }
-            Work::Drop { .. } => false,
+            Work::Drop { .. } => (false, None),
         };
-        match (job.left, job.failed, is_write) {
+        let (left, failed) = (job.left, job.failed);
+        if let Some(Buffer::Own(page)) = buffer {
+            self.give_back(page);
+        }
+        match (left, failed, is_write) {
             (0, true, _) => self.finish(piece.job, StoreError::Io, done),
             (0, false, true) => self.cycle.is_written(piece.job),
             (0, false, false) => self.unchecked.push_back(piece.job),

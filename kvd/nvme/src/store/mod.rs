@@ -51,7 +51,7 @@ use self::off::Health;
 use self::recover::State;
 use self::table::Table;
 use self::wire::Wire;
-use crate::io::{BlockIo, Done, Op};
+use crate::io::{Aligned, BlockIo, Done, Op, PAGE};
 
 /// A store that is ready, and what it held.
 pub struct Opened<I: BlockIo> {
@@ -107,6 +107,8 @@ pub struct Store<I: BlockIo> {
     health: Health,
     counters: Counters,
     over: Vec<Done<I::Host>>,
+    /// Pages for headers, to be used again.
+    spare: Vec<Aligned>,
     /// Reads whose bytes are there and not checked.
     unchecked: VecDeque<u64>,
     #[cfg(feature = "planted")]
@@ -166,6 +168,7 @@ impl<I: BlockIo> Store<I> {
             health: Health::default(),
             counters: Counters::default(),
             over: Vec::new(),
+            spare: Vec::new(),
             unchecked: VecDeque::new(),
             #[cfg(feature = "planted")]
             plant: None,
@@ -233,6 +236,13 @@ impl<I: BlockIo> Store<I> {
             Purpose::Flush => self.flushed(now, good, done),
             Purpose::Merge => self.merge_step_done(now, good, one.buffer, done),
             Purpose::Probe => self.probed(now, good),
+        }
+    }
+
+    /// A page may be used for another header. As many are kept as may be under way.
+    pub(crate) fn give_back(&mut self, page: Aligned) {
+        if page.bytes().len() == PAGE && self.spare.len() < self.io.depth() {
+            self.spare.push(page);
         }
     }
 

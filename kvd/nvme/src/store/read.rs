@@ -103,7 +103,7 @@ impl<I: BlockIo> Store<I> {
 
     /// Checks what was read, and answers.
     fn finish_read(&mut self, job: u64, done: &mut Vec<StoreDone>) {
-        let Some(job) = self.jobs.remove(&job) else {
+        let Some(mut job) = self.jobs.remove(&job) else {
             return;
         };
         let Work::Read(read) = &job.work else {
@@ -126,6 +126,11 @@ impl<I: BlockIo> Store<I> {
         };
         let op = read.op;
         done.push(StoreDone::Read { op, result });
+        if let Work::Read(read) = &mut job.work
+            && let Some(page) = read.head.take()
+        {
+            self.give_back(page);
+        }
     }
 
     fn check_read(
