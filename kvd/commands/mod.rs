@@ -1,9 +1,10 @@
 //! The command line: which commands there are, their flags, and what a failure looks like from outside.
 //!
-//! Exit codes: 0 it worked, 1 it did not, 2 it was asked wrongly. Settings become flags by the table in `config`.
+//! Exit codes: 0 it worked, 1 it did not, 2 it was asked wrongly; `fsck` says more with them. Settings become flags by the table in `config`.
 
 mod bench;
 mod check;
+mod fsck;
 mod serve;
 mod status;
 mod stores;
@@ -27,6 +28,7 @@ pub(crate) fn main() -> ExitCode {
         Some(("status", args)) => {
             load(args).and_then(|config| status::run(&config, args.get_flag("json")))
         }
+        Some(("fsck", args)) => return fsck::run(args),
         Some(("config", args)) => match args.subcommand() {
             Some(("check", args)) => load(args).and_then(|config| check::run(&config)),
             _ => unreachable!("clap asks for a subcommand"),
@@ -67,6 +69,7 @@ fn command() -> Command {
             )
             .arg(json()),
         )
+        .subcommand(fsck::command().arg(json()))
         .subcommand(
             Command::new("config")
                 .about("About the configuration")

@@ -26,8 +26,10 @@ pub enum Found {
     New,
     /// A file of the wanted size, or a block device.
     Same,
-    /// A file of so many bytes, which has been cut or lengthened.
-    Resized(u64),
+    /// A file of so many bytes, fewer than wanted, which has been lengthened.
+    Lengthened(u64),
+    /// A file of so many bytes, more than wanted. It stays as it is: a store may lie there that needs all of them.
+    Longer(u64),
 }
 
 /// An open file or block device that nobody else has. Unlocked when dropped.
@@ -41,8 +43,8 @@ pub struct Backing {
 }
 
 impl Backing {
-    /// Opens what `path` names: a directory, made if missing, in which the file [`FILE_NAME`] gets exactly `bytes` bytes
-    /// (rounded down to pages); or a block device, of which the first `bytes` bytes, or all, are used.
+    /// Opens what `path` names: a directory, made if missing, in which the file [`FILE_NAME`] gets `bytes` bytes
+    /// (rounded down to pages) if it has fewer; or a block device, of which the first `bytes` bytes, or all, are used.
     ///
     /// # Errors
     /// `Busy` when another process has it, `NoSpace` when the file system has no room, `Unsupported` when it can't do direct I/O
@@ -75,6 +77,38 @@ impl Backing {
             }
             Err(e) => Err(cannot("look at", path, &e)),
         }
+    }
+
+    /// Opens what is there as it is: nothing is made, cut or lengthened.
+    ///
+    /// # Errors
+    /// As [`Backing::open`]; also when there is nothing.
+    pub fn existing(path: &Path) -> Result<Self, OpenError> {
+        let found = std::fs::metadata(path).map_err(|e| cannot("look at", path, &e))?;
+        if !found.is_dir() {
+            return Self::open(path, None);
+        }
+        let path = path.join(FILE_NAME);
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let os = |e| OpenError::os(&format!("cannot open {}", path.display()), e);
+        let file = rustix::fs::open(&path, flags, Mode::empty()).map_err(os)?;
+        lock(&file, &path)?;
+        let stat = rustix::fs::fstat(&file).map_err(os)?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        let bytes = size - size % PAGE as u64;
+        if bytes == 0 || FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(invalid(format!("{} holds no store", path.display())));
+        }
+        let backing = Self {
+            filesystem: filesystem(&file),
+            file,
+            path,
+            bytes,
+            found: Found::Same,
+        };
+        backing.direct()?;
+        check_alignment(&backing.file, &backing.path)?;
+        Ok(backing)
     }
 
     fn device(path: &Path, bytes: Option<u64>) -> Result<Self, OpenError> {
@@ -125,7 +159,8 @@ impl Backing {
         let found = match size {
             _ if new => Found::New,
             size if size == bytes => Found::Same,
-            size => Found::Resized(size),
+            size if size < bytes => Found::Lengthened(size),
+            size => Found::Longer(size),
         };
         let backing = Self {
             filesystem: filesystem(&file),
@@ -137,7 +172,7 @@ impl Backing {
         let ready = backing
             .direct()
             .and_then(|()| check_alignment(&backing.file, &backing.path))
-            .and_then(|()| backing.take_space(size))
+            .and_then(|()| backing.take_space())
             .and_then(|()| backing.settle(directory));
         match ready {
             Ok(()) => Ok(backing),
@@ -173,14 +208,10 @@ impl Backing {
         )
     }
 
-    /// Makes the file exactly as long as wanted, and takes all of its space.
-    fn take_space(&self, size: u64) -> Result<(), OpenError> {
+    /// Makes the file as long as wanted, and takes all of its space.
+    fn take_space(&self) -> Result<(), OpenError> {
         let bytes = self.bytes;
         self.check_room()?;
-        if size > bytes {
-            rustix::fs::ftruncate(&self.file, bytes)
-                .map_err(|e| OpenError::os(&format!("cannot cut {}", self.path.display()), e))?;
-        }
         loop {
             match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, bytes) {
                 Ok(()) => return Ok(()),
@@ -240,7 +271,7 @@ impl Backing {
 
     /// Makes the file's name and size durable, so that a power cut leaves what later flushes have promised.
     fn settle(&self, directory: &Path) -> Result<(), OpenError> {
-        if self.found == Found::Same {
+        if matches!(self.found, Found::Same | Found::Longer(_)) {
             return Ok(());
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -458,12 +489,17 @@ mod tests {
         let again = Backing::open(&directory, Some(MIB)).expect("there");
         assert_eq!(again.found(), Found::Same);
         drop(again);
-        for (bytes, was) in [(2 * MIB, MIB), (MIB / 2, 2 * MIB)] {
+        for (bytes, found) in [
+            (2 * MIB, Found::Lengthened(MIB)),
+            (MIB / 2, Found::Longer(2 * MIB)),
+        ] {
             let again = Backing::open(&directory, Some(bytes)).expect("there");
-            assert_eq!(again.found(), Found::Resized(was));
+            assert_eq!((again.bytes(), again.found()), (bytes, found));
             let stat = rustix::fs::stat(again.path()).expect("there");
-            assert_eq!(stat.st_size, bytes as i64);
+            assert_eq!(stat.st_size, 2 * MIB as i64, "never cut");
         }
+        let again = Backing::existing(&directory).expect("there");
+        assert_eq!((again.bytes(), again.found()), (2 * MIB, Found::Same));
     }
 
     #[test]
