@@ -75,8 +75,8 @@ fn a_flipped_byte_is_found_dropped_and_the_rest_served() {
 #[test]
 fn a_superblock_is_written_again_from_the_other() {
     let home = filled();
-    for copy in 0..2 {
-        flip(&home.file(), HEADS[copy] + 100, 4);
+    for (copy, at) in HEADS.into_iter().enumerate() {
+        flip(&home.file(), at + 100, 4);
         let found = checked(&home, &[], 1);
         assert_eq!(found["findings"][0]["what"], "superblock", "{found}");
         assert_eq!(found["findings"][0]["copy"], copy, "{found}");

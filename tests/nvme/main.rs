@@ -11,5 +11,6 @@ mod faults;
 mod flips;
 mod fsck;
 mod kit;
+mod rot;
 mod serve;
 mod start;
