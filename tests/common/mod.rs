@@ -148,8 +148,33 @@ impl Daemon {
     /// The status, over HTTP.
     pub(crate) fn status(&self) -> Status {
         let (code, body) = self.get("/status");
-        assert_eq!(code, 200, "{body}");
+        assert_eq!(code, 200, "{body}\n{}", self.threads());
         serde_json::from_str(&body).expect("the status is as documented")
+    }
+
+    /// What each thread does just now: name, state, times it ran, and where it waits.
+    pub(crate) fn threads(&self) -> String {
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", self.pid())) else {
+            return String::new();
+        };
+        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        let line = |task: PathBuf| {
+            let stat = read(task.join("stat"));
+            let state = stat.rsplit(") ").next().unwrap_or_default();
+            let fields: Vec<_> = state.split(' ').collect();
+            format!(
+                "{} {} ticks {:?} in {} {}\n",
+                read(task.join("comm")).trim(),
+                fields.first().unwrap_or(&""),
+                fields.get(11..13),
+                read(task.join("wchan")).trim(),
+                read(task.join("syscall")).trim()
+            )
+        };
+        tasks
+            .map_while(Result::ok)
+            .map(|task| line(task.path()))
+            .collect()
     }
 
     /// The default tenant's status.

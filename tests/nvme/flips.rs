@@ -12,17 +12,16 @@ const TRIALS: u32 = 30;
 const SOAK_TRIALS: u32 = 10_000;
 /// Blocks of each of two models. All fit into host memory.
 const BLOCKS: u32 = 96;
-/// Records of one page.
-const PER_PAGE: u64 = 31;
 
 /// A store's file with two models' blocks in it, as it was before it was damaged.
 struct Sample {
     home: Home,
     bytes: Vec<u8>,
     areas: Areas,
-    /// Where the models' names lie, pages of records, and headers of blocks.
+    /// Where the models' names lie, pages of records that count, and headers of blocks.
     names: [u64; 2],
-    records: Vec<u64>,
+    /// With how many records.
+    records: Vec<(u64, u64)>,
     headers: Vec<u64>,
 }
 
@@ -52,7 +51,21 @@ impl Sample {
         };
         let headers = find(areas.segments_at, bytes.len() as u64, b"KVDBLK01");
         assert_eq!(headers.len(), 2 * BLOCKS as usize);
-        let records = find(areas.journal_at, areas.segments_at, b"KVDPAGE1");
+        let mut records = Vec::new();
+        for at in find(areas.journal_at, areas.segments_at, b"KVDPAGE1") {
+            let long = |at: u64| {
+                let field = &bytes[at as usize..][..8];
+                u64::from_le_bytes(field.try_into().expect("8 bytes"))
+            };
+            let (of_checkpoint, epoch) = (bytes[at as usize + 24] == 2, long(at + 32));
+            let counts = match of_checkpoint {
+                true => epoch == long(112),
+                false => epoch >= long(136),
+            };
+            if counts {
+                records.push((at, bytes[at as usize + 28].into()));
+            }
+        }
         assert!(records.len() >= 8, "{records:?}");
         let slots = find(areas.names_at, areas.journal_at, b"KVDNAME1");
         assert_eq!(slots.len(), 2);
@@ -110,7 +123,11 @@ impl Sample {
             0 => HEADS[0] + inside,
             // Header and record take less than this.
             1 => of(dice, &self.names) + dice.below(600),
-            2 | 3 => of(dice, &self.records) + inside,
+            // Half of them in the page's header.
+            2 | 3 => {
+                let page = self.records[dice.below(self.records.len() as u64) as usize].0;
+                page + inside % [PAGE, 128][dice.below(2) as usize]
+            }
             4 | 5 => of(dice, &self.headers) + inside,
             6 | 7 => of(dice, &self.headers) + PAGE + dice.below(64 << 10),
             // Mostly what nothing names.
@@ -119,9 +136,8 @@ impl Sample {
         for (slot, lost) in self.names.iter().zip(&mut cost.models) {
             *lost |= (*slot..*slot + 17 * PAGE).contains(&at);
         }
-        if self.records.contains(&(at - at % PAGE)) {
-            cost.blocks += PER_PAGE;
-        }
+        let page = self.records.iter().find(|page| page.0 == at - at % PAGE);
+        cost.blocks += page.map_or(0, |page| page.1);
         if at >= self.areas.segments_at {
             cost.blocks += 1;
         }

@@ -59,6 +59,8 @@ fn a_smaller_size_costs_no_block_and_a_larger_one_neither() {
     let (code, said) = home.refused(&["--nvme-capacity", "64MiB"]);
     assert_eq!(code, 1, "{said}");
     assert!(said.contains("the store takes 134217728 bytes"), "{said}");
+    let length = std::fs::metadata(home.file()).expect("there").len();
+    assert_eq!(length, 128 << 20, "it was not cut");
     for capacity in ["128MiB", "256MiB"] {
         let daemon = home.serve(&["--nvme-capacity", capacity]);
         assert_eq!(store(&daemon).recovered, 64);
