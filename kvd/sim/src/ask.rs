@@ -62,6 +62,7 @@ pub(crate) enum Ask {
         namespace: u32,
         group: u32,
         hashes: Vec<[u8; 32]>,
+        deadline_ms: u32,
     },
     Release {
         slots: Vec<u32>,
@@ -129,11 +130,12 @@ impl Ask {
                 namespace,
                 group,
                 hashes,
+                deadline_ms,
             } => f(Request::Load {
                 namespace: *namespace,
                 group: *group,
                 hashes,
-                deadline_ms: 0,
+                deadline_ms: *deadline_ms,
             }),
             Ask::Release {
                 slots,

@@ -7,6 +7,7 @@ use kvd_node::NodeSettings;
 use crate::memory::ArenaSpec;
 use crate::options::{Fault, Faults, Options};
 use crate::rng::Rng;
+use crate::tier::TierConfig;
 
 /// A namespace that engines use.
 #[derive(Clone, Debug)]
@@ -46,6 +47,8 @@ pub(crate) struct Config {
     pub(crate) window: usize,
     /// Every so many calls of the node, core checks itself.
     pub(crate) check_every: u64,
+    /// The slower tier.
+    pub(crate) tier: TierConfig,
 }
 
 /// Name of a tenant.
@@ -88,10 +91,10 @@ impl Config {
     pub(crate) fn draw(options: &Options) -> Config {
         let mut rng = Rng::new(options.seed, 1);
         let mut faults = options.faults;
-        for fault in Fault::ALL {
+        for fault in Fault::of_host() {
             // A third of all faults is left out of each run, so that rare ones get the stage now and then.
             if rng.one_in(3) {
-                faults = faults.without(fault);
+                faults = faults.without(*fault);
             }
         }
         let tenants = rng.range(1, 3).min(options.tenants as u64) as usize;
@@ -111,8 +114,11 @@ impl Config {
             .collect();
         let namespaces = Self::namespaces(&mut rng, tenants);
         let most = options.instances as u64;
+        let tier = TierConfig::draw(options, &mut faults);
+        let mut node = Self::node(&mut rng, tight);
+        node.core.tiers = tier.settings.clone();
         Config {
-            node: Self::node(&mut rng, tight),
+            node,
             limits,
             tight,
             arenas,
@@ -123,6 +129,7 @@ impl Config {
             prompt: rng.range(3, 24) as usize,
             window: 1 << rng.range(8, 14),
             check_every: 1,
+            tier,
         }
     }
 

@@ -29,6 +29,13 @@ pub(crate) fn block(seed: u64, geometry: &GroupGeometry, cut: &Cut) -> Vec<u8> {
         .collect()
 }
 
+/// All checksums of a block, parts in order.
+pub(crate) fn block_crcs(seed: u64, geometry: &GroupGeometry, cut: &Cut) -> Vec<u64> {
+    (0..cut.parts())
+        .flat_map(|p| part_crcs(geometry, &cut.part(p), &part(seed, geometry, cut, p)))
+        .collect()
+}
+
 /// Fills `[layer][head]` of `rect`, densely: what a reader of just this rectangle should have got.
 pub(crate) fn fill(seed: u64, geometry: &GroupGeometry, rect: &Rect, bytes: &mut [u8]) {
     let size = geometry.head_bytes() as usize;

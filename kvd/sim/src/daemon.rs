@@ -1,9 +1,10 @@
 //! The daemon's side of a simulated node: the real [`Node`] on simulated ports, and what `kvd-serve` does around it (sockets,
 //! process notices, faulting memory in, ticking), one small step at a time.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
+use kvd_core::tier::{OpId, Place};
 use kvd_core::{InstanceId, Reply, RequestId, Role, SessionId, TenantId};
 use kvd_node::{Effect, Node, Opening, TenantSpec};
 
@@ -15,10 +16,12 @@ use crate::model::Held;
 use crate::plant::Plant;
 use crate::report::{Check, ensure};
 use crate::rng::Rng;
+use crate::tier::SimStores;
+use crate::tiers::{News, Wait};
 use crate::world::World;
 
 /// The very node that the daemon runs.
-pub(crate) type SimNode = Node<SimClock, SimEntropy, SimArena>;
+pub(crate) type SimNode = Node<SimClock, SimEntropy, SimArena, SimStores>;
 
 /// What a client says first.
 pub(crate) struct Hello {
@@ -74,6 +77,8 @@ pub(crate) struct SessionInfo {
     pub(crate) tenant: u16,
     /// Requests without a reply.
     pub(crate) open: BTreeMap<u32, Ask>,
+    /// Of the loads among them.
+    pub(crate) waits: BTreeMap<u32, Wait>,
     /// Short names.
     pub(crate) names: BTreeMap<u32, Rc<NamespaceSpec>>,
 }
@@ -87,6 +92,14 @@ pub(crate) struct Daemon {
     /// A removal that a planted bug has hidden.
     pub(crate) hidden: u64,
     pub(crate) calls: u64,
+    /// What stores have told and the node has not heard.
+    pub(crate) news: VecDeque<(usize, News)>,
+    /// Which stores are on, as far as the node knows.
+    pub(crate) on: Vec<bool>,
+    /// Places of drops that the node has not heard of.
+    pub(crate) drops: BTreeMap<OpId, Place>,
+    /// What a planted bug has told already.
+    pub(crate) told: BTreeSet<OpId>,
 }
 
 impl World {
@@ -94,11 +107,12 @@ impl World {
     pub(crate) fn start_daemon(&mut self) -> Check {
         let seed = self.rng.next();
         let entropy = SimEntropy::new(Rng::new(seed, 2));
-        let node = Node::new(
+        let node = Node::with_stores(
             self.config.node.clone(),
             self.clock.clone(),
             entropy,
             self.arenas.clone(),
+            self.tier.clone(),
         );
         self.daemon = Some(Daemon {
             node,
@@ -106,6 +120,10 @@ impl World {
             jobs: Vec::new(),
             hidden: 0,
             calls: 0,
+            news: VecDeque::new(),
+            on: Vec::new(),
+            drops: BTreeMap::new(),
+            told: BTreeSet::new(),
         });
         self.event("daemon starts", [seed, 0, 0]);
         self.counters.add("daemon starts");
@@ -120,11 +138,12 @@ impl World {
                 node.add_tenant(spec);
             })?;
         }
-        Ok(())
+        self.open_stores()
     }
 
     /// Kills the daemon: its sockets close, its memory lives on in the clients.
     pub(crate) fn kill_daemon(&mut self) {
+        self.kill_stores();
         self.daemon = None;
         self.arenas.forget();
         self.model.daemon_died();
@@ -187,6 +206,11 @@ impl World {
         let changes = self.read_changes()?;
         let settled = self.model.apply(&events, &changes)?;
         self.check_settled(&settled)?;
+        self.check_stored(&changes)?;
+        for begun in self.tier.take_begun() {
+            self.tell_early(begun.store, &begun.op);
+            self.begun(begun)?;
+        }
         for event in &events {
             if let Event::Populate(job) = *event {
                 self.begin_job(job)?;
@@ -203,6 +227,7 @@ impl World {
                 t.fresh
             );
         }
+        self.check_waits()?;
         self.check_daemon()
     }
 
@@ -284,7 +309,8 @@ impl World {
         );
         let Some(ask) = ask else { return Ok(()) };
         let (conn, tenant) = (info.conn, info.tenant);
-        let held = self.judge_reply(session, &ask, &reply)?;
+        let wait = info.waits.remove(&id);
+        let held = self.judge_reply(session, &ask, wait.as_ref(), &reply)?;
         let mapping = match *reply {
             Reply::Registered { .. } => self.arenas.current(tenant),
             _ => None,
@@ -321,6 +347,7 @@ impl World {
             .and_then(|d| d.sessions.get_mut(&token))
         {
             info.open.clear();
+            info.waits.clear();
         }
     }
 
@@ -392,6 +419,7 @@ impl World {
             proc,
             tenant: socket,
             open: BTreeMap::new(),
+            waits: BTreeMap::new(),
             names: BTreeMap::new(),
         };
         let incarnation = daemon.node.incarnation();
@@ -436,12 +464,15 @@ impl World {
         } else {
             self.translated(&ask, socket)
         };
+        let info = self.session(token);
+        let wait = info.and_then(|info| self.wait_of(info, &ask));
         if let Some(info) = self
             .daemon
             .as_mut()
             .and_then(|d| d.sessions.get_mut(&token))
         {
             info.open.insert(id, ask);
+            info.waits.extend(wait.map(|wait| (id, wait)));
         }
         self.event("request", [token, u64::from(id), given.code()]);
         self.counters.add("requests");

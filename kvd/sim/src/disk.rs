@@ -29,39 +29,62 @@ use crate::rng::Rng;
 
 const SECTOR: usize = 512;
 
-/// Bytes of a simulated arena: the driver keeps one handle, the operation has the other.
+/// Bytes that a simulated process and a simulated device share.
+pub(crate) type SharedBytes = Arc<Mutex<Vec<u8>>>;
+
+/// A part of a simulated arena: the driver keeps one handle, the operation has the other.
 #[derive(Clone)]
-pub struct SimHost(Arc<Mutex<Vec<u8>>>);
+pub struct SimHost {
+    bytes: SharedBytes,
+    from: usize,
+    len: usize,
+    hold: Arc<()>,
+}
 
 impl SimHost {
     /// Memory with these bytes, filled up to whole pages.
     pub fn new(mut bytes: Vec<u8>) -> Self {
         bytes.resize(bytes.len().next_multiple_of(PAGE), 0);
-        SimHost(Arc::new(Mutex::new(bytes)))
+        let len = bytes.len();
+        SimHost::part(Arc::new(Mutex::new(bytes)), 0, len)
+    }
+
+    /// A part of memory that others have, too.
+    pub(crate) fn part(bytes: SharedBytes, from: usize, len: usize) -> Self {
+        SimHost {
+            bytes,
+            from,
+            len,
+            hold: Arc::new(()),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is there.
     pub fn bytes(&self) -> Vec<u8> {
-        self.lock().clone()
+        self.lock()[self.from..self.from + self.len].to_vec()
+    }
+
+    fn put(&self, bytes: &[u8]) {
+        self.lock()[self.from..self.from + bytes.len()].copy_from_slice(bytes);
     }
 
     /// Whether an operation may still use it.
     pub fn in_use(&self) -> bool {
-        Arc::strong_count(&self.0) > 1
+        Arc::strong_count(&self.hold) > 1
     }
 }
 
 impl HostBytes for SimHost {
     fn len(&self) -> usize {
-        self.lock().len()
+        self.len
     }
 
     fn read(&self, from: usize, bytes: usize, see: &mut dyn FnMut(&[u8])) {
-        let all = self.lock();
+        let all = &self.lock()[self.from..self.from + self.len];
         // In two pieces, as a ring of pages would be.
         let half = bytes / 2;
         see(&all[from..from + half]);
@@ -114,6 +137,8 @@ struct Disk {
     media: u64,
     now: u64,
     depth: usize,
+    /// Reads into host memory show their first bytes before they are over.
+    piecemeal: bool,
 }
 
 /// A handle to the disk. The disk outlives the store that drives it.
@@ -135,6 +160,7 @@ impl SimDisk {
             media: 0,
             now: 0,
             depth: 16,
+            piecemeal: false,
         })))
     }
 
@@ -157,6 +183,17 @@ impl SimDisk {
         self.0.borrow().now
     }
 
+    /// Lets time pass until `us`, unless it is later already.
+    pub(crate) fn reach(&self, us: u64) {
+        let mut disk = self.0.borrow_mut();
+        disk.now = disk.now.max(us);
+    }
+
+    /// From now on, reads into host memory may show their first bytes before they are over.
+    pub(crate) fn set_piecemeal(&self) {
+        self.0.borrow_mut().piecemeal = true;
+    }
+
     /// Lets time pass.
     pub fn pass(&self, us: u64) {
         self.0.borrow_mut().now += us;
@@ -170,6 +207,7 @@ impl SimDisk {
     /// The process is gone. What was under way may have happened in part.
     pub fn kill(&self) {
         let disk = &mut *self.0.borrow_mut();
+        disk.show_some();
         for flying in std::mem::take(&mut disk.under_way) {
             if let Op::Write { offset, buffer, .. } = &flying.op
                 && !disk.rng.one_in(3)
@@ -231,7 +269,7 @@ fn contents(buffer: &Buffer<SimHost>) -> Vec<u8> {
 fn fill(buffer: &mut Buffer<SimHost>, bytes: &[u8]) {
     match buffer {
         Buffer::Own(own) => own.bytes_mut()[..bytes.len()].copy_from_slice(bytes),
-        Buffer::Host(host) => host.lock()[..bytes.len()].copy_from_slice(bytes),
+        Buffer::Host(host) => host.put(bytes),
     }
 }
 
@@ -355,6 +393,23 @@ impl Disk {
         Ok(())
     }
 
+    /// The first bytes of some reads that are under way.
+    fn show_some(&mut self) {
+        if !self.piecemeal {
+            return;
+        }
+        for flying in &self.under_way {
+            if let Op::Read { offset, buffer, .. } = &flying.op
+                && let Buffer::Host(host) = buffer
+                && self.rng.one_in(3)
+            {
+                let from = *offset as usize;
+                let some = self.rng.below(host.len / SECTOR + 1) * SECTOR;
+                host.put(&self.seen[from..from + some]);
+            }
+        }
+    }
+
     fn complete(&mut self, flying: Flying) -> Done<SimHost> {
         match flying.op {
             Op::Read {
@@ -431,6 +486,7 @@ impl BlockIo for SimDisk {
             .into_iter()
             .partition(|flying| flying.ready_at <= disk.now);
         disk.under_way = waiting;
+        disk.show_some();
         while !ready.is_empty() {
             let at = disk.rng.below(ready.len());
             let flying = ready.swap_remove(at);

@@ -204,6 +204,7 @@ impl World {
                 namespace,
                 group,
                 hashes: chain.hashes,
+                deadline_ms: 0,
             },
         }
     }
@@ -235,6 +236,7 @@ impl World {
                 namespace: 0,
                 group: 0,
                 hashes: chain.hashes,
+                deadline_ms: 0,
             },
         }
     }
@@ -338,6 +340,7 @@ impl World {
                 namespace: 0,
                 group: 0,
                 hashes: chain.hashes,
+                deadline_ms: 0,
             },
             2 => Ask::Abort {
                 slots: vec![0; most + 1],

@@ -5,12 +5,15 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvd_core::settings::MAX_WRITERS;
+use kvd_core::tier::HostRange;
 use kvd_core::{ArenaShape, TenantId};
 use kvd_node::{AdoptedArena, ArenaPort, Pages, PortError};
 
 use crate::content;
+use crate::disk::{SharedBytes, SimHost};
 use crate::plant::Plant;
 
 /// Granularity of the taint map.
@@ -20,7 +23,7 @@ const PAGE: u64 = 4096;
 pub(crate) struct Memory {
     /// Tells memories apart.
     pub(crate) serial: u64,
-    bytes: RefCell<Vec<u8>>,
+    bytes: SharedBytes,
     taint: RefCell<Vec<bool>>,
     /// Serial of the newest generation table over these bytes.
     pub(crate) table: Cell<u64>,
@@ -37,7 +40,7 @@ impl Memory {
         let pages = bytes.div_ceil(PAGE) as usize;
         Memory {
             serial,
-            bytes: RefCell::new(data),
+            bytes: Arc::new(Mutex::new(data)),
             taint: RefCell::new(vec![false; pages]),
             table: Cell::new(serial),
             daemon: Cell::new(0),
@@ -45,33 +48,37 @@ impl Memory {
         }
     }
 
+    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Writes as a process with a mapping does.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
         let from = offset as usize;
-        self.bytes.borrow_mut()[from..from + bytes.len()].copy_from_slice(bytes);
+        self.lock()[from..from + bytes.len()].copy_from_slice(bytes);
     }
 
     /// Reads as a process with a mapping does.
     pub(crate) fn read(&self, offset: u64, out: &mut [u8]) {
         let from = offset as usize;
-        out.copy_from_slice(&self.bytes.borrow()[from..from + out.len()]);
+        out.copy_from_slice(&self.lock()[from..from + out.len()]);
     }
 
     /// How many bytes there are.
     pub(crate) fn len(&self) -> u64 {
-        self.bytes.borrow().len() as u64
+        self.lock().len() as u64
     }
 
     /// Flips one bit.
     pub(crate) fn flip(&self, offset: u64, bit: u32) {
-        self.bytes.borrow_mut()[offset as usize] ^= 1 << (bit % 8);
+        self.lock()[offset as usize] ^= 1 << (bit % 8);
         self.mark(offset, 1);
     }
 
     /// Writes the pattern of unused memory and forgets that these bytes were tampered with.
     pub(crate) fn poison(&self, offset: u64, len: u64, word: u64) {
         let (from, to) = (offset as usize, (offset + len) as usize);
-        content::poison(word, &mut self.bytes.borrow_mut()[from..to]);
+        content::poison(word, &mut self.lock()[from..to]);
         for page in offset / PAGE..(offset + len).div_ceil(PAGE) {
             self.taint.borrow_mut()[page as usize] = false;
         }
@@ -87,6 +94,25 @@ impl Memory {
     /// Whether somebody did, since these bytes were last handed out.
     pub(crate) fn tainted(&self, offset: u64, len: u64) -> bool {
         (offset / PAGE..(offset + len).div_ceil(PAGE)).any(|p| self.taint.borrow()[p as usize])
+    }
+}
+
+/// A part of an arena that a store reads or writes. It reads what is there when the device takes it, not when it is asked to.
+#[derive(Clone)]
+pub(crate) struct SimSpan {
+    /// Of which memory.
+    pub(crate) memory: Rc<Memory>,
+    /// From where on.
+    pub(crate) offset: u64,
+    /// Bytes, in whole pages.
+    pub(crate) len: u64,
+}
+
+impl SimSpan {
+    /// As the device has it.
+    pub(crate) fn host(&self) -> SimHost {
+        let bytes = Arc::clone(&self.memory.bytes);
+        SimHost::part(bytes, self.offset as usize, self.len as usize)
     }
 }
 
@@ -311,7 +337,7 @@ impl SimArena {
 
 impl ArenaPort for SimArena {
     type Offer = Offer;
-    type Span = ();
+    type Span = SimSpan;
 
     fn create(&mut self, tenant: TenantId) -> Result<ArenaShape, PortError> {
         let spec = self.0.specs[usize::from(tenant.0)];
@@ -428,8 +454,14 @@ impl ArenaPort for SimArena {
         state.events.push(Event::Populate(job));
     }
 
-    fn span(&self, _: kvd_core::tier::HostRange) -> Option<()> {
-        None
+    fn span(&self, range: HostRange) -> Option<SimSpan> {
+        let memory = self.current(range.tenant.0)?.memory;
+        let (offset, len) = (range.offset, range.bytes.next_multiple_of(PAGE));
+        (offset + len <= memory.len()).then_some(SimSpan {
+            memory,
+            offset,
+            len,
+        })
     }
 
     fn page_probe(&self, _tenant: TenantId) -> Option<Box<dyn FnOnce() -> Pages + Send>> {

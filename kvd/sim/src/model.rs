@@ -3,9 +3,9 @@
 //!
 //! Checks invariants 2, 3 and 6 as far as they are about slots and announcements. Replies are judged in `replies`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use kvd_core::{BlockHash, Change, ChangeKind, Cut, GroupGeometry, NamespaceId};
+use kvd_core::{BlockHash, Change, ChangeKind, Cut, GroupGeometry, NamespaceId, Tier};
 
 use crate::memory::{Event, Mapping};
 use crate::report::{Check, ensure};
@@ -37,6 +37,8 @@ pub(crate) struct Held {
     pub(crate) cut: Cut,
     /// Its engine may have lied about it.
     pub(crate) suspect: bool,
+    /// It is not stored by an engine, it comes up from a store.
+    pub(crate) coming: bool,
 }
 
 /// One tenant's slots under the daemon that runs now.
@@ -46,6 +48,10 @@ pub(crate) struct Tenant {
     pub(crate) claims: BTreeMap<u32, Held>,
     pub(crate) residents: BTreeMap<u32, Held>,
     pub(crate) by_key: BTreeMap<Key, u32>,
+    /// Blocks that stores are said to hold.
+    pub(crate) stored: BTreeSet<Key>,
+    /// When a block was last removed from host memory.
+    pub(crate) removed: BTreeMap<Key, u64>,
     /// Words that went odd and that no reply has named yet.
     pub(crate) fresh: BTreeMap<u32, u64>,
     /// Where in the change log its reader is.
@@ -57,6 +63,16 @@ impl Tenant {
     /// Whether some reservation of this block is open.
     pub(crate) fn filling(&self, key: &Key) -> bool {
         self.claims.values().any(|held| held.key == *key)
+    }
+
+    /// Whether it is an engine that fills it.
+    pub(crate) fn being_stored(&self, key: &Key) -> bool {
+        self.claims.values().any(|h| h.key == *key && !h.coming)
+    }
+
+    /// Whether it is on its way from a store.
+    pub(crate) fn coming(&self, key: &Key) -> bool {
+        self.claims.values().any(|h| h.key == *key && h.coming)
     }
 
     fn release(&mut self, held: &Held) {
@@ -91,6 +107,8 @@ impl Tenant {
 /// All tenants.
 pub(crate) struct Model {
     pub(crate) tenants: Vec<Tenant>,
+    /// Calls of the node that were taken in.
+    pub(crate) calls: u64,
 }
 
 /// What one call of the node did to slots, for those who must act on it.
@@ -106,6 +124,7 @@ impl Model {
     pub(crate) fn new(tenants: usize) -> Self {
         Model {
             tenants: (0..tenants).map(|_| Tenant::default()).collect(),
+            calls: 0,
         }
     }
 
@@ -129,6 +148,7 @@ impl Model {
     /// Takes in what one call of the node did: words in order, then the change log.
     pub(crate) fn apply(&mut self, events: &[Event], changes: &[Change]) -> Check<Settled> {
         let mut done = Settled::default();
+        self.calls += 1;
         // Claims whose word went even, and residents whose word moved on, in this call.
         let (mut ended, mut dropped) = (Vec::new(), Vec::new());
         for event in events {
@@ -234,7 +254,16 @@ impl Model {
             group: change.group,
             hash: change.hash,
         };
+        let calls = self.calls;
         let t = &mut self.tenants[usize::from(key.tenant)];
+        if change.tier == Tier::Nvme {
+            let (new, what) = match change.kind {
+                ChangeKind::Stored => (t.stored.insert(key), "stored"),
+                ChangeKind::Removed => (t.stored.remove(&key), "removed"),
+            };
+            ensure!(new, 6, "{key:?} was announced as {what} twice in a store");
+            return Ok(());
+        }
         match change.kind {
             ChangeKind::Stored => {
                 ensure!(
@@ -269,6 +298,7 @@ impl Model {
                     6,
                     "the removal of {key:?} was announced, but it was not held"
                 );
+                t.removed.insert(key, calls);
                 let at = dropped.iter().position(|(h, _)| h.key == key);
                 ensure!(
                     at.is_some(),

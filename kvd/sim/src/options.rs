@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+use kvd_nvme::store::Store;
+
+use crate::disk::SimDisk;
 use crate::plant::Plant;
 
 /// A class of faults. Each seed draws which of the allowed ones happen in it.
@@ -29,11 +32,21 @@ pub enum Fault {
     Jump,
     /// Memory can't be faulted in.
     NoMemory,
+    /// A disk fails operations, ends them too early, or takes no writes.
+    DiskIo,
+    /// Bits of a disk flip.
+    DiskRot,
+    /// A disk loses writes, or puts them elsewhere.
+    DiskLost,
+    /// A disk takes its time.
+    DiskStall,
+    /// The disk loses its power when the daemon dies.
+    PowerCut,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 11] = [
+    pub const ALL: [Fault; 16] = [
         Fault::Death,
         Fault::Stall,
         Fault::Detach,
@@ -45,12 +58,27 @@ impl Fault {
         Fault::StaleOffer,
         Fault::Jump,
         Fault::NoMemory,
+        Fault::DiskIo,
+        Fault::DiskRot,
+        Fault::DiskLost,
+        Fault::DiskStall,
+        Fault::PowerCut,
     ];
+
+    /// Those of processes and memory.
+    pub(crate) fn of_host() -> &'static [Fault] {
+        &Self::ALL[..11]
+    }
+
+    /// Those of disks.
+    pub(crate) fn of_disks() -> &'static [Fault] {
+        &Self::ALL[11..]
+    }
 }
 
 /// Which faults are allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Faults(u16);
+pub struct Faults(u32);
 
 impl Faults {
     /// Every one.
@@ -66,12 +94,12 @@ impl Faults {
     /// Without this one.
     #[must_use]
     pub const fn without(self, fault: Fault) -> Self {
-        Faults(self.0 & !(1 << fault as u16))
+        Faults(self.0 & !(1 << fault as u32))
     }
 
     /// Whether this one is allowed.
     pub const fn has(self, fault: Fault) -> bool {
-        self.0 & (1 << fault as u16) != 0
+        self.0 & (1 << fault as u32) != 0
     }
 }
 
@@ -90,10 +118,32 @@ pub struct Options {
     pub instances: usize,
     /// Most extents of an arena.
     pub extents: u32,
+    /// Most stores of the slower tier.
+    pub stores: usize,
     /// How many of the last events a failure shows.
     pub tail: usize,
     /// A mistake to make.
     pub plant: Option<Plant>,
+    /// A mistake of the store.
+    pub store_plant: Option<StorePlant>,
+}
+
+/// Plants a mistake in every store that is opened.
+#[derive(Clone, Copy)]
+pub struct StorePlant(pub fn(&mut Store<SimDisk>));
+
+impl PartialEq for StorePlant {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::fn_addr_eq(self.0, other.0)
+    }
+}
+
+impl Eq for StorePlant {}
+
+impl fmt::Debug for StorePlant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a mistake of the store")
+    }
 }
 
 impl Options {
@@ -106,8 +156,10 @@ impl Options {
             tenants: 3,
             instances: 8,
             extents: 8,
+            stores: 2,
             tail: 60,
             plant: None,
+            store_plant: None,
         }
     }
 
@@ -153,6 +205,10 @@ impl Options {
             extents: self.extents / 2,
             ..*self
         });
+        list.push(Options {
+            stores: self.stores.saturating_sub(1),
+            ..*self
+        });
         list.retain(|o| {
             o != self && o.steps > 0 && o.tenants > 0 && o.instances > 0 && o.extents > 0
         });
@@ -164,8 +220,8 @@ impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "seed {} steps {} tenants {} instances {} extents {}",
-            self.seed, self.steps, self.tenants, self.instances, self.extents
+            "seed {} steps {} tenants {} instances {} extents {} stores {}",
+            self.seed, self.steps, self.tenants, self.instances, self.extents, self.stores
         )?;
         let off: Vec<_> = Fault::ALL
             .iter()
@@ -175,6 +231,9 @@ impl fmt::Display for Options {
             write!(f, " without {off:?}")?;
         }
         if let Some(plant) = self.plant {
+            write!(f, " planted {plant:?}")?;
+        }
+        if let Some(plant) = self.store_plant {
             write!(f, " planted {plant:?}")?;
         }
         Ok(())

@@ -40,11 +40,17 @@ pub enum Plant {
     OldTables,
     /// Now and then a process of one tenant gets to the socket, and the name, of another.
     MixTenants,
+    /// The node is told that a store has forgotten a block before it has.
+    EarlyDrop,
+    /// The node is told that a block could be written when it could not.
+    FailedWrite,
+    /// The node is told that a block has come up before its bytes are there.
+    EarlyRead,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Plant; 18] = [
+    pub const ALL: [Plant; 21] = [
         Plant::DropEvictionWords,
         Plant::LateWords,
         Plant::EarlyDeath,
@@ -63,5 +69,8 @@ impl Plant {
         Plant::ForgetOdd,
         Plant::OldTables,
         Plant::MixTenants,
+        Plant::EarlyDrop,
+        Plant::FailedWrite,
+        Plant::EarlyRead,
     ];
 }

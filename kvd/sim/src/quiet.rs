@@ -18,6 +18,7 @@ impl World {
     pub(crate) fn come_to_rest(&mut self) -> Check {
         self.quiet = true;
         self.event("quiet", [0; 3]);
+        self.tier.heal();
         for p in 0..self.procs.len() {
             self.procs[p].stalled_until = 0;
             let honest = self.instances[self.procs[p].instance].honest();
@@ -44,7 +45,8 @@ impl World {
             w.deaths.is_empty() && w.sockets_quiet()
         })?;
         self.let_times_pass()?;
-        self.check_rest(true)
+        self.check_rest(true)?;
+        self.check_stores_end()
     }
 
     fn sockets_quiet(&self) -> bool {
@@ -63,7 +65,11 @@ impl World {
         };
         let idle = |p: &crate::engine::Proc| !p.alive || p.idle() && online(p);
         let jobs = self.daemon.as_ref().is_none_or(|d| !d.jobs.is_empty());
-        !open && !jobs && self.deaths.is_empty() && self.procs.iter().all(idle)
+        !open
+            && !jobs
+            && self.stores_idle()
+            && self.deaths.is_empty()
+            && self.procs.iter().all(idle)
     }
 
     fn longest(&self) -> u64 {
@@ -72,6 +78,7 @@ impl World {
         core.fill_deadline_us
             .max(core.lease_us)
             .max(lookup)
+            .max(u64::from(core.tiers.max_wait_ms) * 1000)
             .max(self.config.node.adopt_grace_us)
     }
 
@@ -82,6 +89,7 @@ impl World {
             self.step()?;
             self.serve_some()?;
             self.turn_some()?;
+            self.step_stores()?;
             steps += 1;
             if steps > 100_000 {
                 self.clock.advance(1_000);
@@ -120,6 +128,7 @@ impl World {
 
     /// Deadlines and leases run out.
     fn let_times_pass(&mut self) -> Check {
+        self.settle_stores()?;
         for _ in 0..8 {
             let us = self.longest() / 4 + 1_000;
             self.clock.advance(us);
@@ -131,7 +140,7 @@ impl World {
             self.finish_job(false)?;
             self.tick_if_due()?;
         }
-        Ok(())
+        self.settle_stores()
     }
 
     fn check_rest(&mut self, ended: bool) -> Check {

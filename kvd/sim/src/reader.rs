@@ -65,12 +65,14 @@ impl World {
         let Some(namespace) = self.short(p, space) else {
             return;
         };
+        let deadline_ms = self.some_deadline();
         self.send(
             p,
             Ask::Load {
                 namespace,
                 group,
                 hashes,
+                deadline_ms,
             },
             Pending::Load { space },
         );

@@ -13,6 +13,7 @@ use crate::config::{self, NamespaceSpec};
 use crate::model::{Held, Key};
 use crate::report::{Broken, Check, ensure};
 use crate::rng::mix;
+use crate::tiers::Wait;
 use crate::world::World;
 
 impl World {
@@ -21,6 +22,7 @@ impl World {
         &mut self,
         session: u64,
         ask: &Ask,
+        wait: Option<&Wait>,
         reply: &Reply,
     ) -> Check<Vec<Held>> {
         let mut held = Vec::new();
@@ -74,10 +76,11 @@ impl World {
                     namespace,
                     group,
                     hashes,
+                    ..
                 },
                 Reply::Load(found),
             ) => {
-                held = self.judge_load(session, *namespace, *group, hashes, found)?;
+                held = self.judge_load((session, wait), *namespace, *group, hashes, found)?;
                 6
             }
             (Ask::Release { .. }, Reply::Released) => 7,
@@ -210,11 +213,22 @@ impl World {
                             "{key:?} was found, but nobody stored it"
                         );
                     }
-                    Where::Filling => {
-                        ensure!(!held && t.filling(&key), 7, "{key:?} is not being filled")
+                    Where::Filling => ensure!(
+                        !held && t.being_stored(&key),
+                        7,
+                        "{key:?} is not being filled"
+                    ),
+                    Where::Fetching => {
+                        ensure!(!held && t.coming(&key), 7, "{key:?} is not coming up")
+                    }
+                    Where::Nvme => {
+                        hits += 1;
+                        let below = !held && self.is_below(&key);
+                        ensure!(below, 7, "{key:?} is not in a store, or in host memory too");
                     }
                     Where::Absent => {
                         absent += 1;
+                        let held = held || self.is_below(&key);
                         ensure!(!held || !exact, 7, "{key:?} was said to be absent");
                         exact &= !leading;
                     }
@@ -318,6 +332,7 @@ impl World {
             cut,
             suspect: degrees.liar,
             geometry,
+            coming: false,
         };
         let t = &mut self.model.tenants[usize::from(spec.tenant)];
         let Some(mapping) = t.mapping.clone() else {
@@ -356,9 +371,11 @@ impl World {
         Ok(held)
     }
 
+    /// A block is Failed only if a tier held it when it was asked for, or does now; Absent only if none does now, and none did then
+    /// that could not be asked at once, unless it was dropped from host memory meanwhile.
     fn judge_load(
         &mut self,
-        session: u64,
+        (session, wait): (u64, Option<&Wait>),
         short: u32,
         group: u32,
         hashes: &[[u8; 32]],
@@ -384,7 +401,7 @@ impl World {
         let t = &self.model.tenants[usize::from(spec.tenant)];
         let mut all = Vec::new();
         let mut crcs = 0;
-        for (hash, state) in hashes.iter().zip(&found.states) {
+        for (n, (hash, state)) in hashes.iter().zip(&found.states).enumerate() {
             let key = Key {
                 tenant: spec.tenant,
                 namespace: spec.id,
@@ -392,15 +409,21 @@ impl World {
                 hash: BlockHash(*hash),
             };
             let slot = t.by_key.get(&key);
+            let below = self.is_below(&key);
+            let was = wait.is_some_and(|wait| wait.below[n]);
             match state {
-                LoadState::Absent => ensure!(
-                    slot.is_none(),
-                    7,
-                    "{key:?} is held, but a load found it absent"
-                ),
+                LoadState::Absent => {
+                    let removed = t.removed.get(&key).copied().unwrap_or(0);
+                    let lost = wait.is_some_and(|wait| removed > wait.call);
+                    ensure!(
+                        slot.is_none() && !below && (!was || lost),
+                        7,
+                        "{key:?} is held, but a load found it absent (host {slot:?}, below {below}, was {was})"
+                    );
+                }
                 LoadState::Failed => {
                     ensure!(
-                        slot.is_some(),
+                        slot.is_some() || below || was,
                         7,
                         "{key:?} is not held, but a load failed instead of finding it absent"
                     );

@@ -8,12 +8,14 @@ use crate::clock::SimClock;
 use crate::config::Config;
 use crate::daemon::{Conn, Daemon, SessionInfo};
 use crate::engine::{Instance, Proc};
+use crate::kept::AllKept;
 use crate::memory::SimArena;
 use crate::model::Model;
 use crate::options::{Fault, Options};
 use crate::plant::Plant;
 use crate::report::{Check, Counters, EventLog};
 use crate::rng::Rng;
+use crate::tier::SimStores;
 
 /// Everything.
 pub(crate) struct World {
@@ -25,6 +27,9 @@ pub(crate) struct World {
     pub(crate) step: u64,
     pub(crate) counters: Counters,
     pub(crate) arenas: SimArena,
+    pub(crate) tier: SimStores,
+    /// What must be true of the stores.
+    pub(crate) kept: AllKept,
     pub(crate) daemon: Option<Daemon>,
     /// By tenant: serial of the table that clients were given last. Outlives daemons, as the real one's file does.
     pub(crate) given: Vec<Option<u64>>,
@@ -54,7 +59,10 @@ impl World {
     pub(crate) fn new(options: Options) -> World {
         let config = Config::draw(&options);
         let arenas = SimArena::new(config.arenas.clone(), options.plant);
+        let tier = SimStores::new(&config.tier, options.seed, arenas.clone());
         World {
+            kept: AllKept::new(tier.count()),
+            tier,
             rng: Rng::new(options.seed, 0),
             clock: SimClock::new(),
             log: EventLog::new(options.tail),
@@ -109,6 +117,7 @@ impl World {
         if self.rng.one_in(3) {
             self.tick_if_due()?;
         }
+        self.step_stores()?;
         if self.step.is_multiple_of(64) {
             self.conns
                 .retain(|_, conn| conn.client_open || conn.daemon_open);
@@ -177,7 +186,7 @@ impl World {
 
     /// A fault, perhaps.
     fn strike(&mut self) -> Check {
-        let fault = *self.rng.pick(&Fault::ALL);
+        let fault = *self.rng.pick(Fault::of_host());
         let Some(p) = self.some_proc().filter(|_| self.config.faults.has(fault)) else {
             return Ok(());
         };

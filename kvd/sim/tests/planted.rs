@@ -17,10 +17,13 @@ fn shows_as(plant: Plant) -> &'static [u8] {
         Plant::EarlyCommit | Plant::SkipGeneration | Plant::ForgetOdd => &[3],
         Plant::NoDeath | Plant::NoTicks => &[0],
         Plant::SkipCrc => &[1],
-        Plant::LoseReply => &[0, 3, 5, 10],
+        Plant::LoseReply => &[0, 3, 5, 9, 10],
         Plant::DoubleReply => &[5],
         Plant::HideRemoval => &[6],
         Plant::MixTenants => &[10],
+        Plant::EarlyDrop => &[3],
+        Plant::FailedWrite => &[4],
+        Plant::EarlyRead => &[1, 3],
     }
 }
 
