@@ -5,7 +5,7 @@
 
 use std::rc::Rc;
 
-use kvd_core::{LookupReply, Where};
+use kvd_core::{LookupReply, Presence, Where};
 
 use crate::ask::{Ask, OwnChain};
 use crate::engine::{Order, Pending};
@@ -141,11 +141,7 @@ impl World {
         if found.lease != 0 {
             self.procs[p].leases.push(found.lease);
         }
-        let first = found.chains.first();
-        let hits = first.map_or(0, |runs| match (runs.start.first(), runs.place.first()) {
-            (Some(0), Some(Where::Host)) => runs.length[0] as usize,
-            _ => 0,
-        });
+        let hits = found.chains.first().map_or(0, leading_hits);
         if self.quiet {
             return;
         }
@@ -235,4 +231,16 @@ impl World {
             self.procs[worker].orders.push_back(order);
         }
     }
+}
+
+/// Blocks from the first on that can be loaded, from wherever.
+fn leading_hits(runs: &Presence) -> usize {
+    let mut end = 0;
+    for ((start, length), place) in runs.start.iter().zip(&runs.length).zip(&runs.place) {
+        if *start != end || !matches!(place, Where::Host | Where::Nvme | Where::Fetching) {
+            break;
+        }
+        end += length;
+    }
+    end as usize
 }

@@ -175,12 +175,16 @@ impl Core {
         if !disk.on
             || disk.reads >= self.settings.tiers.max_reads
             || self.tenants[t].coming_bytes + slot_bytes > usable / 2
-            || self.index.len() >= self.settings.max_entries as usize
             || self.index.find(asked.space, asked.group, hash) == Found::Crowded
         {
             return None;
         }
         let geometry = namespace.record.groups()[usize::from(asked.group)].clone();
+        while self.index.len() >= self.settings.max_entries as usize {
+            if !self.make_room(t, class, others, out) {
+                return None;
+            }
+        }
         let slot = self.room_for(t, class, others, out)?;
         self.tenants[t].coming_bytes += slot_bytes;
         let host = self.enter_coming(t, asked, hash, (store, stored), slot);
@@ -474,7 +478,15 @@ impl Core {
         if self.wait_for_stores(caller, asked, out) {
             return Ok(None);
         }
-        let reply = self.load_now(caller, asked.namespace, asked.group.into(), asked.hashes)?;
+        let mut reply = self.load_now(caller, asked.namespace, asked.group.into(), asked.hashes)?;
+        for (hash, state) in asked.hashes.iter().zip(&mut reply.states) {
+            // An engine stores it anew, and a store holds it still: not to be had now, but not absent.
+            if *state == LoadState::Absent
+                && self.stored_entry(asked.space, asked.group, hash).is_some()
+            {
+                *state = LoadState::Failed;
+            }
+        }
         if self.settings.tiers.offload == OffloadPolicy::SecondUse {
             for (hash, state) in asked.hashes.iter().zip(&reply.states) {
                 if *state == LoadState::Ready
