@@ -10,12 +10,12 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
-use kvd_core::tier::{Recovered, StoreDone, StoreError, StoreOp, StoreShape};
-use kvd_core::{OffloadPolicy, StoreId, TierSettings};
+use kvd_core::tier::{HostRange, OpId, Recovered, StoreDone, StoreError, StoreOp, StoreShape};
+use kvd_core::{Cut, GroupGeometry, OffloadPolicy, StoreId, TenantId, TierSettings};
 use kvd_node::StorePort;
 use kvd_nvme::store::{Found, OpenError, Store, StoreConfig};
 
-use crate::disk::{DiskFaults, SimDisk};
+use crate::disk::{DiskFaults, SimDisk, SimHost};
 use crate::memory::{SimArena, SimSpan};
 use crate::options::{Fault, Faults, Options, StorePlant};
 use crate::rng::Rng;
@@ -34,8 +34,8 @@ pub(crate) struct TierConfig {
 }
 
 impl TierConfig {
-    /// Draws it, from a stream of its own: what else a seed means does not depend on it. Faults of disks are left out of half of
-    /// the runs, each.
+    /// Draws it, from a stream of its own: what else a seed means does not depend on it. Each fault of disks is left out
+    /// of half of the runs, power cuts of a third.
     pub(crate) fn draw(options: &Options, faults: &mut Faults) -> TierConfig {
         let mut rng = Rng::new(options.seed, 3);
         let count = match rng.one_in(3) {
@@ -44,7 +44,8 @@ impl TierConfig {
         };
         let sound = rng.one_in(3);
         for fault in Fault::of_disks() {
-            if count == 0 || sound || rng.one_in(2) {
+            let cut = *fault == Fault::PowerCut;
+            if count == 0 || sound && !cut || rng.one_in(if cut { 3 } else { 2 }) {
                 *faults = faults.without(*fault);
             }
         }
@@ -97,7 +98,7 @@ impl TierConfig {
                 false => rng.range(30, 120) as u32,
             },
             max_entries: rng.spread(8, 1024) as u32,
-            max_waiting_hashes: rng.spread(2, 64) as u32,
+            max_waiting_hashes: rng.spread(4, 256) as u32,
             max_wait_ms: rng.spread(1, 200) as u32,
             load_bytes_per_us: 100,
         }
@@ -201,13 +202,13 @@ impl SimStores {
         }
     }
 
-    /// Opens a store, and gives what it held, and the time by its disk.
+    /// Opens a store, and gives what it held. Its disk does not fail until it is armed.
     pub(crate) fn open(
         &self,
         at: usize,
         now: u64,
         plant: Option<StorePlant>,
-    ) -> Result<(Held, u64), OpenError> {
+    ) -> Result<Held, OpenError> {
         let one = &mut self.0.borrow_mut().all[at];
         one.disk.set_faults(DiskFaults::default());
         one.disk.reach(now);
@@ -221,14 +222,55 @@ impl SimStores {
                 Found::Block(block) => held.blocks.push(block),
             },
         )?;
-        one.disk.set_faults(one.faults);
         let store = one.store.insert(opened.store);
         if let Some(StorePlant(plant)) = plant {
             plant(store);
         }
         one.config.format = false;
         one.off = false;
-        Ok((held, one.disk.now()))
+        Ok(held)
+    }
+
+    /// Reads one block beside all that the node does. Gives how it is cut, and its bytes.
+    pub(crate) fn read_back(
+        &self,
+        at: usize,
+        block: &Recovered,
+        geometry: &GroupGeometry,
+    ) -> (Result<Cut, StoreError>, Vec<u8>) {
+        let one = &mut self.0.borrow_mut().all[at];
+        let bytes = geometry.block_bytes();
+        let host = SimHost::new(vec![0xaa; bytes as usize]);
+        let Some(store) = &mut one.store else {
+            return (Err(StoreError::Off), Vec::new());
+        };
+        let op = StoreOp::Read {
+            op: OpId(u64::MAX),
+            from: block.place,
+            into: HostRange {
+                tenant: TenantId(0),
+                offset: 0,
+                bytes,
+            },
+            key: block.key,
+            geometry: Box::new(geometry.clone()),
+        };
+        let mut done = Vec::new();
+        done.extend(store.submit(op, Some(host.clone())));
+        for _ in 0..1_000 {
+            if let Some(StoreDone::Read { result, .. }) = done.pop() {
+                return (result.map(|kept| kept.0), host.bytes());
+            }
+            store.turn(one.disk.now(), Duration::from_millis(1), &mut done);
+        }
+        (Err(StoreError::Off), Vec::new())
+    }
+
+    /// From now on a disk fails as it did before its store was opened. Gives the time by the disk.
+    pub(crate) fn arm(&self, at: usize) -> u64 {
+        let one = &self.0.borrow().all[at];
+        one.disk.set_faults(one.faults);
+        one.disk.now()
     }
 
     /// The next time this store is opened, it is made anew, under this name.

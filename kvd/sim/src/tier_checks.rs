@@ -4,15 +4,13 @@
 //! places and host slots are nobody else's (3); what was answered as stored is found by a restart and nothing else is (4, in
 //! `kept`); damage and failure have causes that the simulation knows of (7).
 
-use std::rc::Rc;
-
-use kvd_core::tier::{HostRange, OpId, Place, StoreDone, StoreError, StoreOp};
-use kvd_core::{Change, ChangeKind, Tier};
+use kvd_core::tier::{BlockKey, HostRange, OpId, Place, Recovered, StoreDone, StoreError, StoreOp};
+use kvd_core::{Change, ChangeKind, Cut, Tier};
 
 use crate::checks::ActiveWrite;
 use crate::content;
 use crate::kept::{Asked, Kept, Known};
-use crate::memory::{Memory, SimSpan};
+use crate::memory::SimSpan;
 use crate::model::{Held, Key};
 use crate::options::Fault;
 use crate::report::{Check, ensure};
@@ -273,7 +271,7 @@ impl World {
         &mut self,
         store: usize,
         asked: &Asked,
-        cut: Option<&kvd_core::Cut>,
+        cut: Option<&Cut>,
         error: Option<StoreError>,
     ) -> Check {
         let Asked::Read {
@@ -303,7 +301,9 @@ impl World {
             return Ok(());
         }
         let Some(cut) = cut else { return Ok(()) };
-        let there = self.find_version(store, *place, &kept, memory, *offset, media);
+        let mut found = vec![0; kept.geometry.block_bytes() as usize];
+        memory.read(*offset, &mut found);
+        let there = self.find_version(store, *place, &kept, &found);
         ensure!(
             there.is_some() || kept.suspect,
             1,
@@ -326,28 +326,50 @@ impl World {
     }
 
     /// Which of the blocks that were written to a place has come up. A disk that loses writes may give an older one of the same key.
-    fn find_version(
-        &self,
-        store: usize,
-        place: Place,
-        kept: &Kept,
-        memory: &Rc<Memory>,
-        offset: u64,
-        media: bool,
-    ) -> Option<Kept> {
-        let mut found = vec![0; kept.geometry.block_bytes() as usize];
-        memory.read(offset, &mut found);
-        let is = |kept: &Kept| found == content::block(kept.seed, &kept.geometry, &kept.cut);
+    fn find_version(&self, store: usize, place: Place, kept: &Kept, found: &[u8]) -> Option<Kept> {
+        let is = |kept: &Kept| content::block(kept.seed, &kept.geometry, &kept.cut) == found;
         if is(kept) {
             return Some(kept.clone());
         }
-        let key = kvd_core::tier::BlockKey {
+        let key = BlockKey {
             namespace: kept.key.namespace,
             group: kept.key.group as u8,
             hash: kept.key.hash,
         };
+        let media = self.tier.media_faults(store) > 0;
         let old = self.kept.stores[store].history(place, &key);
         old.into_iter().find(|old| media && is(old))
+    }
+
+    /// What a start has found is read at once, beside all that the node does: it is what was stored there, or its damage has a cause.
+    pub(crate) fn read_back(&mut self, store: usize, block: &Recovered) -> Check {
+        let Some(kept) = self.kept.stores[store].blocks.get(&block.place).cloned() else {
+            return Ok(());
+        };
+        let media = self.tier.media_faults(store) > 0;
+        let (result, found) = self.tier.read_back(store, block, &kept.geometry);
+        match result {
+            Ok(cut) => {
+                let found = &found[..kept.geometry.block_bytes() as usize];
+                let there = self.find_version(store, block.place, &kept, found);
+                let there = there.as_ref().map(|kept| &kept.cut);
+                ensure!(
+                    there == Some(&cut) || kept.suspect,
+                    1,
+                    "{:?} was found in {:?} with other bytes than were stored",
+                    kept.key,
+                    block.place
+                );
+            }
+            Err(error) => ensure!(
+                error == StoreError::Corrupt && (media || kept.unsound || kept.suspect),
+                4,
+                "{:?} was found in {:?}, but {error:?}",
+                kept.key,
+                block.place
+            ),
+        }
+        Ok(())
     }
 
     /// The daemon is dying: what was under way, and what it took.

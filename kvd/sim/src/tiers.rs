@@ -67,11 +67,15 @@ impl World {
             opened = self.tier.open(at, now, plant);
         }
         match opened {
-            Ok((held, until)) => {
-                self.clock.advance(until.saturating_sub(now));
+            Ok(held) => {
                 self.counters
                     .add_n("blocks found", held.blocks.len() as u64);
                 self.kept.stores[at].reopened(&held.blocks, media)?;
+                for block in &held.blocks {
+                    self.read_back(at, block)?;
+                }
+                let until = self.tier.arm(at);
+                self.clock.advance(until.saturating_sub(now));
                 Ok(held)
             }
             Err(error) => {
@@ -88,7 +92,7 @@ impl World {
         }
         self.forget_asked();
         self.count_stores();
-        let power = self.config.faults.has(Fault::PowerCut) && self.rng.one_in(3);
+        let power = self.config.faults.has(Fault::PowerCut) && self.rng.one_in(2);
         if power {
             self.counters.add("power cuts");
         }
@@ -344,7 +348,8 @@ impl World {
             return Ok(());
         }
         self.count_stores();
-        self.tier.kill(false);
+        let power = self.rng.one_in(2);
+        self.tier.kill(power);
         for at in 0..self.tier.count() {
             self.open_store(at)?;
         }

@@ -1,7 +1,8 @@
 //! Deliberate mistakes around the node must be found, each by the invariant that it breaks. A checker that never fails proves
 //! nothing.
 
-use kvd_sim::{Failure, Options, Plant, run_with, shrink};
+use kvd_nvme::store;
+use kvd_sim::{Failure, Options, Plant, StorePlant, run_with, shrink};
 
 /// By which invariants a mistake may show first; 0: the world does not come to rest.
 fn shows_as(plant: Plant) -> &'static [u8] {
@@ -57,6 +58,48 @@ fn every_planted_bug_is_found() {
         assert!(
             shows_as(plant).contains(&found.invariant),
             "{plant:?} was found as {found}"
+        );
+    }
+}
+
+/// Mistakes of the store itself, and how they may show.
+const OF_THE_STORE: [(&str, StorePlant, &[u8]); 4] = [
+    (
+        "JournalFirst",
+        StorePlant(|store| store.plant(store::Plant::JournalFirst)),
+        &[4],
+    ),
+    (
+        "EarlyAnswer",
+        StorePlant(|store| store.plant(store::Plant::EarlyAnswer)),
+        &[4],
+    ),
+    (
+        "ForgetDrops",
+        StorePlant(|store| store.plant(store::Plant::ForgetDrops)),
+        &[4],
+    ),
+    (
+        "SkipCrc",
+        StorePlant(|store| store.plant(store::Plant::SkipCrc)),
+        &[1],
+    ),
+];
+
+#[test]
+fn every_bug_planted_in_the_store_is_found() {
+    for (name, plant, shows_as) in OF_THE_STORE {
+        let run = |seed| {
+            run_with(&Options {
+                store_plant: Some(plant),
+                ..Options::new(seed, 6_000)
+            })
+        };
+        let found = (0..300).find_map(|seed| run(seed).err());
+        let found = found.unwrap_or_else(|| panic!("{name} was not found"));
+        assert!(
+            shows_as.contains(&found.invariant),
+            "{name} was found as {found}"
         );
     }
 }
