@@ -166,6 +166,12 @@ impl AllKept {
         }
     }
 
+    /// Whether a block is being written.
+    pub(crate) fn writes(&self) -> bool {
+        let mut all = self.asked.values();
+        all.any(|(_, asked)| matches!(asked, Asked::Write { .. }))
+    }
+
     /// Whether some store has this block for sure.
     pub(crate) fn has(&self, key: &Key) -> bool {
         let all = self.stores.iter().flat_map(|s| s.blocks.values());

@@ -14,15 +14,18 @@
 //! - **The daemon** dies between two answers or in the middle of one (after any number of writes to its tables) and starts again.
 //!   Engines bring the old arena while others, that do not know yet, still write to it.
 //! - **Memory** is faulted in late, or can't be; refilled extents lose their bytes. Time jumps.
+//! - **Disks** (see `disk`): the node has no store, one or two. They die with the daemon, with any part of what was under way done, and
+//!   may lose their power with it. They fail, stall, fill up, lose writes and rot.
 //! - Sockets keep order and lose nothing while both ends live. Generation words and session tables are written in order, and what
 //!   was written before a word is seen by who sees the word. A dead process writes no more. Engines' instance ids are secret.
 //!
 //! # What is checked
 //!
 //! By the numbers of `docs/invariants.md`: 1 (a load that passes its own checks has the bytes that were committed), 2 and 6 (core's own
-//! check, and the index rebuilt from words and change log alone), 3 (true writers by byte range), 5, 7, 8, 10, and that everything comes
-//! to rest once the faults stop. The disk and its fault model are in `disk`, and are driven by themselves: `disk_run`. Deliberately absent:
-//! object stores, fabrics; they come with their adapters.
+//! check, and the index rebuilt from words and change log alone), 3 (true writers by byte range, stores among them, and places), 4 (what was
+//! stored is found by a restart, nothing else is), 5, 7, 8, 9 (only loads that need a store wait, and not beyond their deadline), 10, and
+//! that everything comes to rest once the faults stop. The disk is driven by itself, too: `disk_run`. Deliberately absent: object
+//! stores, fabrics; they come with their adapters.
 #![forbid(unsafe_code)]
 
 mod ask;

@@ -40,7 +40,7 @@ pub enum Fault {
     DiskLost,
     /// A disk takes its time.
     DiskStall,
-    /// The disk loses its power when the daemon dies.
+    /// The daemon dies in the middle of a write, and then or at other deaths of it the disk loses its power.
     PowerCut,
 }
 

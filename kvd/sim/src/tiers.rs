@@ -236,6 +236,7 @@ impl World {
                 f.misdirected = rate(worst.misdirected);
             }),
             Fault::DiskRot => self.tier.flip(at, &mut self.rng),
+            Fault::PowerCut if self.kept.writes() && self.daemon.is_some() => self.kill_daemon(),
             _ => return,
         }
         self.event("disk fault", [at as u64, fault as u64, u64::from(on)]);

@@ -71,14 +71,19 @@ fn fresh_seeds_hold() {
     }
 }
 
-const HAPPENS: [&str; 14] = [
+const HAPPENS: [&str; 19] = [
     "arenas adopted",
+    "blocks fetched",
+    "blocks found",
+    "blocks kept",
+    "blocks not kept",
     "blocks loaded",
     "blocks stored",
     "byes",
     "daemon deaths",
     "deaths",
     "detaches",
+    "disk faults",
     "lies",
     "lookup hits",
     "orders for another connection",
