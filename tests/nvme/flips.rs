@@ -157,7 +157,7 @@ fn flipped_bytes_cost_what_they_hit_and_no_more() {
         for _ in 0..=dice.below(5) {
             sample.damage(&mut dice, &mut cost, &mut log);
         }
-        let daemon = sample.home.serve(&["--nvme-capacity", "64MiB"]);
+        let mut daemon = sample.home.serve(&["--nvme-capacity", "64MiB"]);
         let mut there = 0;
         for (model, weights) in ["one", "two"].into_iter().enumerate() {
             let mut engine = Engine::of(&daemon, weights);
@@ -181,7 +181,9 @@ fn flipped_bytes_cost_what_they_hit_and_no_more() {
         lost += gone;
         assert_eq!(tier(&daemon, "fetch_failed_io"), 0);
         assert_eq!(store(&daemon).state, "on");
-        drop(daemon);
+        // In order: what a killed process has given to the kernel may be written after its end.
+        daemon.signal(rustix::process::Signal::TERM);
+        assert!(daemon.wait().success(), "{}", daemon.log());
         sample.restore();
     }
     assert!(

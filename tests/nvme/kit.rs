@@ -1,6 +1,7 @@
 //! What these tests share: a place for a store and its daemons, an engine that checks every byte it loads, and a look into the
 //! store's file. Deliberately absent: the crates of the daemon itself; the file is read by `docs/formats.md`.
 
+use std::cell::RefCell;
 use std::io::Read;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use kvd_client::{BlockMover, BlockRef, ChainRef, Identity, LoadOutcome, MoverConfig, Session};
 use kvd_client::{FailReason, StoreOutcome};
 use kvd_core::Cut;
-use kvd_device::HostDevice;
+use kvd_device::{HostDevice, OwnedPages};
 use kvd_node::StoreStatus;
 
 use crate::common::{Daemon, PATIENCE, eventually, geometry, hash, kvd, layout, pages, record};
@@ -50,6 +51,11 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+thread_local! {
+    /// One window, for all engines of a thread: such memory is never given back.
+    static BUFFER: RefCell<OwnedPages> = RefCell::new(pages(WINDOW));
 }
 
 /// What a block holds: no two blocks have a word in common but by chance.
@@ -240,7 +246,15 @@ impl Engine {
 
     /// The same for blocks of one window; it may fail.
     pub(crate) fn store_window(&mut self, owner: u32, numbers: Range<u32>) -> Vec<StoreOutcome> {
-        let mut from = pages(numbers.end - numbers.start);
+        BUFFER.with_borrow_mut(|from| self.store_from(from, owner, numbers))
+    }
+
+    fn store_from(
+        &mut self,
+        from: &mut OwnedPages,
+        owner: u32,
+        numbers: Range<u32>,
+    ) -> Vec<StoreOutcome> {
         for (page, number) in (0..).zip(numbers.clone()) {
             from.fill(page, content(owner, number));
         }
@@ -270,14 +284,22 @@ impl Engine {
         let mut first = numbers.start;
         while first < numbers.end {
             let end = numbers.end.min(first + WINDOW);
-            self.load_window(owner, first..end, &mut all);
+            BUFFER.with_borrow_mut(|to| self.load_window(to, owner, first..end, &mut all));
             first = end;
         }
         all
     }
 
-    fn load_window(&mut self, owner: u32, numbers: Range<u32>, all: &mut Loads) {
-        let to = pages(numbers.end - numbers.start);
+    fn load_window(
+        &mut self,
+        to: &mut OwnedPages,
+        owner: u32,
+        numbers: Range<u32>,
+        all: &mut Loads,
+    ) {
+        for page in 0..numbers.end - numbers.start {
+            to.fill(page, |_| 0xee);
+        }
         let places: Vec<[u32; 1]> = (0..numbers.end - numbers.start).map(|n| [n]).collect();
         let blocks: Vec<_> = places
             .iter()
