@@ -227,7 +227,6 @@ impl World {
                 t.fresh
             );
         }
-        self.check_waits()?;
         self.check_daemon()
     }
 
@@ -479,7 +478,7 @@ impl World {
         self.call(|node| {
             given.lend(|body| node.request(TenantId(socket), SessionId(token), RequestId(id), body))
         })?;
-        Ok(())
+        self.check_waits()
     }
 
     /// For [`Plant::MixTenants`]: the same model's record as the other tenant has it.
@@ -546,6 +545,7 @@ impl World {
         if due.is_some_and(|due| due.0 <= now) {
             self.event("tick", [0; 3]);
             self.call(|node| node.tick())?;
+            self.check_waits()?;
         }
         Ok(())
     }

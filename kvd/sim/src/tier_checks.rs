@@ -292,8 +292,10 @@ impl World {
             return Ok(());
         };
         if error == Some(StoreError::Corrupt) {
+            // Somebody may have written where it came to, before it was checked there.
+            let tampered = memory.tainted(*offset, kept.geometry.slot_bytes());
             ensure!(
-                media || kept.unsound || kept.suspect,
+                media || kept.unsound || kept.suspect || tampered,
                 4,
                 "{:?} in {place:?} is damaged without a cause",
                 kept.key

@@ -168,10 +168,13 @@ impl World {
         let store = StoreId(at as u8);
         match news {
             News::Switched(on) => {
-                daemon.on[at] = on;
                 self.event("store switched", [at as u64, u64::from(on), 0]);
                 self.counters.add("stores switched");
                 self.call(|node| node.store_switched(store, on))?;
+                // Only now: what the clock brought in that call came before.
+                if let Some(daemon) = &mut self.daemon {
+                    daemon.on[at] = on;
+                }
             }
             News::Done(done) => {
                 if let StoreDone::Dropped { op, result: Ok(()) } = &done {

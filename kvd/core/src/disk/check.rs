@@ -113,7 +113,8 @@ impl Core {
     /// Whether a slot in this tenant's pool that nobody fills has a block coming up into it.
     pub(crate) fn check_coming(&self, t: usize, slot: u32) {
         let mut fetches = self.disks.fetches.iter();
-        let found = fetches.find(|(host, _)| self.index.entries.hot[**host].slot == slot);
+        let found = fetches
+            .find(|(host, fetch)| fetch.t == t && self.index.entries.hot[**host].slot == slot);
         let Some((host, fetch)) = found else {
             panic!("slot {slot} is kept for nobody");
         };
