@@ -56,7 +56,11 @@ fn few_spare() -> TierSettings {
 
 impl Node {
     fn new(tiers: TierSettings, extents: u64) -> Node {
-        let mut world = World::new(settings(tiers), extents);
+        Node::with(settings(tiers), extents)
+    }
+
+    fn with(settings: Settings, extents: u64) -> Node {
+        let mut world = World::new(settings, extents);
         world.step(Input::StoreOpened {
             store: STORE,
             shape: store_shape(),
@@ -299,6 +303,56 @@ fn a_load_is_answered_by_its_deadline_and_the_read_goes_on() {
     assert_eq!(reserved, 1, "the store may still write there");
     node.finish_all();
     assert_eq!(node.place_of(hash(0)), Where::Host, "it came in the end");
+}
+
+#[test]
+fn what_is_on_its_way_at_the_deadline_has_failed_though_its_store_went_off() {
+    let mut node = Node::new(few_spare(), 1);
+    node.put(&hashes(0..1));
+    node.finish_all();
+    node.put(&hashes(100..116));
+    node.finish_all();
+    let id = node.ask_load(&hashes(0..1), 20);
+    let on = false;
+    node.world.step(Input::StoreSwitched { store: STORE, on });
+    node.world.now += 20_000;
+    let replies = node.world.step(Input::Tick);
+    node.replies.extend(replies);
+    let states = node.answer(id).expect("answered").states;
+    assert_eq!(states, [LoadState::Failed]);
+    node.finish_all();
+}
+
+#[test]
+fn what_an_engine_stores_anew_is_not_absent_while_a_store_holds_it() {
+    let mut node = Node::new(few_spare(), 1);
+    node.put(&hashes(0..1));
+    node.finish_all();
+    node.put(&hashes(100..116));
+    node.finish_all();
+    let got = node.world.reserve(1, &hashes(0..1), None);
+    assert_eq!(got.states, [ReserveState::Reserved]);
+    let id = node.ask_load(&hashes(0..1), 0);
+    let states = node.answer(id).expect("answered at once").states;
+    assert_eq!(states, [LoadState::Failed]);
+}
+
+#[test]
+fn blocks_that_come_up_count_against_the_most_blocks_of_the_index() {
+    let few = Settings {
+        max_entries: 8,
+        ..settings(few_spare())
+    };
+    let mut node = Node::with(few, 1);
+    node.put(&hashes(0..8));
+    node.finish_all();
+    node.put(&hashes(100..108));
+    node.finish_all();
+    let id = node.ask_load(&hashes(0..4), 0);
+    node.world.core.check();
+    node.finish_all();
+    let states = node.answer(id).expect("answered").states;
+    assert_eq!(states, [LoadState::Ready; 4]);
 }
 
 #[test]
