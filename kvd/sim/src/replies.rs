@@ -409,7 +409,7 @@ impl World {
                 hash: BlockHash(*hash),
             };
             let slot = t.by_key.get(&key);
-            let below = self.is_below(&key);
+            let below = self.is_stored(&key) || t.coming(&key);
             let was = wait.is_some_and(|wait| wait.below[n]);
             match state {
                 LoadState::Absent => {

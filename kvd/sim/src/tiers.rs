@@ -253,10 +253,16 @@ impl World {
         !on.is_empty() && on[((hash.low64() >> 8) % on.len() as u64) as usize]
     }
 
+    /// Whether a store holds the block, on or off: a load must not find it absent.
+    pub(crate) fn is_stored(&self, key: &Key) -> bool {
+        self.model.tenants[usize::from(key.tenant)]
+            .stored
+            .contains(key)
+    }
+
     /// Whether the block could come up from a store now.
     pub(crate) fn is_below(&self, key: &Key) -> bool {
-        let t = &self.model.tenants[usize::from(key.tenant)];
-        t.stored.contains(key) && self.store_on(&key.hash)
+        self.is_stored(key) && self.store_on(&key.hash)
     }
 
     /// What is true when a load is asked for.
@@ -279,7 +285,7 @@ impl World {
                 group: *group,
                 hash: BlockHash(*hash),
             };
-            !t.by_key.contains_key(&key) && (self.is_below(&key) || t.coming(&key))
+            !t.by_key.contains_key(&key) && (self.is_stored(&key) || t.coming(&key))
         };
         let longest = self.config.node.core.tiers.max_wait_ms;
         let ms = match deadline_ms {

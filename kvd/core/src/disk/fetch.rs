@@ -406,8 +406,17 @@ impl Core {
         }
     }
 
-    /// Answers a load with what is in host memory by now. What was below or coming when the load came, and is not here, has failed:
-    /// it is not absent.
+    /// Whether a store holds the block, or it is on its way up from there.
+    fn below_or_coming(&self, space: u32, group: u8, hash: &[u8; 32]) -> bool {
+        let coming = match self.index.find(space, group, hash) {
+            Found::Entry(id) => self.disks.fetches.contains_key(&id),
+            _ => false,
+        };
+        coming || self.stored_entry(space, group, hash).is_some()
+    }
+
+    /// Answers a load with what is in host memory by now. What was below or coming when the load came, or is now, and is not here,
+    /// has failed: it is not absent.
     fn answer(&mut self, waiting: Waiting, out: &mut Vec<Output>) {
         let session = waiting.session;
         let tenant = self.sessions[session].tenant;
@@ -420,20 +429,27 @@ impl Core {
         };
         let reply = self.load_now(caller, waiting.namespace, waiting.group, &waiting.hashes);
         let reply = reply.map(|mut reply| {
-            for at in &waiting.below {
-                let state = &mut reply.states[*at as usize];
-                if *state == LoadState::Absent {
-                    *state = LoadState::Failed;
-                    self.counters.load_absent -= 1;
-                    self.counters.load_failed.below += 1;
-                }
-            }
+            self.fail_what_is_below(&waiting, &mut reply.states);
             Reply::Load(reply)
         });
         let reply = Box::new(reply.unwrap_or_else(Reply::Failure));
         let (session, id) = (waiting.token, waiting.id);
         out.push(Output::Reply { session, id, reply });
         self.relieved(caller.session);
+    }
+
+    fn fail_what_is_below(&mut self, waiting: &Waiting, states: &mut [LoadState]) {
+        let joined = &self.sessions[waiting.session].joined;
+        let space = joined.get(&waiting.namespace).map(|joined| joined.space);
+        for (at, (state, hash)) in (0u32..).zip(states.iter_mut().zip(&waiting.hashes)) {
+            let below = |space| self.below_or_coming(space, waiting.group as u8, hash);
+            let held = waiting.below.contains(&at) || space.is_some_and(below);
+            if *state == LoadState::Absent && held {
+                *state = LoadState::Failed;
+                self.counters.load_absent -= 1;
+                self.counters.load_failed.below += 1;
+            }
+        }
     }
 
     /// The session is detached or over: nobody waits for its loads.
