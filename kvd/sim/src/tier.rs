@@ -61,7 +61,7 @@ impl TierConfig {
         };
         TierConfig {
             stores: (0..count).map(|_| Self::store(&mut rng)).collect(),
-            settings: Self::settings(&mut rng),
+            settings: Self::settings(&mut rng, count as u32),
             worst,
             single: rng.one_in(8),
         }
@@ -79,8 +79,9 @@ impl TierConfig {
         }
     }
 
-    fn settings(rng: &mut Rng) -> TierSettings {
+    fn settings(rng: &mut Rng, stores: u32) -> TierSettings {
         TierSettings {
+            stores,
             offload: match rng.one_in(3) {
                 true => OffloadPolicy::SecondUse,
                 false => OffloadPolicy::WriteThrough,

@@ -59,7 +59,7 @@ impl Core {
             token: self.sessions[caller.session].token,
             id: asked.id,
             namespace: asked.namespace,
-            group: asked.group.into(),
+            group: asked.group,
             hashes: Vec::new(),
             left: 0,
             below: BTreeSet::new(),
@@ -427,7 +427,12 @@ impl Core {
             tenant,
             instance: self.sessions[session].instance,
         };
-        let reply = self.load_now(caller, waiting.namespace, waiting.group, &waiting.hashes);
+        let reply = self.load_now(
+            caller,
+            waiting.namespace,
+            waiting.group.into(),
+            &waiting.hashes,
+        );
         let reply = reply.map(|mut reply| {
             self.fail_what_is_below(&waiting, &mut reply.states);
             Reply::Load(reply)
@@ -440,9 +445,10 @@ impl Core {
 
     fn fail_what_is_below(&mut self, waiting: &Waiting, states: &mut [LoadState]) {
         let joined = &self.sessions[waiting.session].joined;
-        let space = joined.get(&waiting.namespace).map(|joined| joined.space);
+        let space = joined.get(waiting.namespace as usize);
+        let space = space.map(|joined| joined.space);
         for (at, (state, hash)) in (0u32..).zip(states.iter_mut().zip(&waiting.hashes)) {
-            let below = |space| self.below_or_coming(space, waiting.group as u8, hash);
+            let below = |space| self.below_or_coming(space, waiting.group, hash);
             let held = waiting.below.contains(&at) || space.is_some_and(below);
             if *state == LoadState::Absent && held {
                 *state = LoadState::Failed;
@@ -494,15 +500,7 @@ impl Core {
         if self.wait_for_stores(caller, asked, out) {
             return Ok(None);
         }
-        let mut reply = self.load_now(caller, asked.namespace, asked.group.into(), asked.hashes)?;
-        for (hash, state) in asked.hashes.iter().zip(&mut reply.states) {
-            // An engine stores it anew, and a store holds it still: not to be had now, but not absent.
-            if *state == LoadState::Absent
-                && self.stored_entry(asked.space, asked.group, hash).is_some()
-            {
-                *state = LoadState::Failed;
-            }
-        }
+        let reply = self.load_now(caller, asked.namespace, asked.group.into(), asked.hashes)?;
         if self.settings.tiers.offload == OffloadPolicy::SecondUse {
             for (hash, state) in asked.hashes.iter().zip(&reply.states) {
                 if *state == LoadState::Ready

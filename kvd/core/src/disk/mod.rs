@@ -114,7 +114,7 @@ pub(crate) struct Waiting {
     token: SessionId,
     id: RequestId,
     namespace: u32,
-    group: u32,
+    group: u8,
     hashes: Vec<[u8; 32]>,
     /// Blocks that have not come.
     left: u32,
