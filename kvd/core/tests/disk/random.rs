@@ -1,0 +1,120 @@
+//! Operations in any order, ending in any way.
+
+use kvd_core::tier::*;
+use kvd_core::*;
+use proptest::prelude::*;
+
+use crate::common::*;
+use crate::script::*;
+
+/// What may happen to a node with a store.
+#[derive(Clone, Debug)]
+enum Op {
+    Put(u64, u64),
+    Load(u64, u64, u32),
+    Finish(usize, u8),
+    Look(u64, u64),
+    Wait(u64),
+    Switch(bool),
+    Leave,
+    Corrupt(usize),
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let (base, len) = (0u64..40, 1u64..8);
+    let op = prop_oneof![
+        6 => (base.clone(), len.clone()).prop_map(|(b, l)| Op::Put(b, l)),
+        6 => (base.clone(), len.clone(), 0u32..3).prop_map(|(b, l, d)| Op::Load(b, l, d * 50)),
+        16 => (0usize..100, any::<u8>()).prop_map(|(at, how)| Op::Finish(at, how)),
+        2 => (base, len).prop_map(|(b, l)| Op::Look(b, l)),
+        2 => (1u64..100_000).prop_map(Op::Wait),
+        1 => any::<bool>().prop_map(Op::Switch),
+        1 => Just(Op::Leave),
+        1 => (0usize..8).prop_map(Op::Corrupt),
+    ];
+    prop::collection::vec(op, 1..150)
+}
+
+fn error(how: u8) -> Result<(), StoreError> {
+    match how {
+        0..=8 => Err(StoreError::Io),
+        9..=16 => Err(StoreError::Corrupt),
+        17..=24 => Err(StoreError::Off),
+        _ => Ok(()),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, max_shrink_iters: 2000, ..ProptestConfig::default() })]
+
+    /// Whatever order operations end in and however they fail: the books are right after every step, each load gets one answer
+    /// while its session lives, and what is Ready has the checksums it was stored with.
+    #[test]
+    fn nothing_breaks_the_books(ops in ops()) {
+        let mut node = Node::new(few_spare(), 2);
+        let mut asked: Vec<(RequestId, Vec<[u8; 32]>)> = Vec::new();
+        let mut session_lives = true;
+        for op in ops {
+            match op {
+                Op::Put(base, len) if session_lives => drop(node.put(&hashes(base..base + len))),
+                Op::Load(base, len, deadline) if session_lives => {
+                    let list = hashes(base..base + len);
+                    let id = node.ask_load(&list, deadline);
+                    asked.push((id, list));
+                }
+                Op::Look(base, len) if session_lives => {
+                    node.world.lookup(1, &hashes(base..base + len), 100, true);
+                }
+                Op::Finish(at, how) if !node.store.open.is_empty() => {
+                    let at = at % node.store.open.len();
+                    node.finish(at, error(how));
+                }
+                Op::Wait(micros) => {
+                    node.world.now += micros;
+                    let replies = node.world.step(Input::Tick);
+                    node.replies.extend(replies);
+                }
+                Op::Switch(on) => {
+                    let store = STORE;
+                    node.world.step(Input::StoreSwitched { store, on });
+                }
+                Op::Leave if session_lives => {
+                    let session = SessionId(1);
+                    node.world.step(Input::Gone { session });
+                    session_lives = false;
+                    asked.retain(|(id, _)| node.replies.iter().any(|(_, of, _)| of == id));
+                }
+                Op::Corrupt(at) if session_lives => {
+                    let id = node.ask_load(&[hash(at as u64)], 1);
+                    if let Some(reply) = node.answer(id) {
+                        let bad: Vec<u32> = (0..reply.slots.len() as u32).collect();
+                        node.world.release(1, &reply.slots, &reply.generations, &bad);
+                    } else {
+                        asked.push((id, vec![hash(at as u64)]));
+                    }
+                    for extent in std::mem::take(&mut node.world.refills) {
+                        node.world.step(Input::ExtentReady { tenant: A, extent });
+                    }
+                    node.take();
+                }
+                _ => {}
+            }
+            node.take();
+            asked.retain(|(id, list)| {
+                let Some(reply) = node.answer(*id) else { return true };
+                let ready = list.iter().zip(&reply.states).filter(|(_, s)| **s == LoadState::Ready);
+                let wanted: Vec<u64> = ready.flat_map(|(hash, _)| crcs_of(hash)).collect();
+                assert_eq!(reply.crcs, wanted);
+                node.release(&reply);
+                false
+            });
+        }
+        node.finish_all();
+        for extent in std::mem::take(&mut node.world.refills) {
+            node.world.step(Input::ExtentReady { tenant: A, extent });
+        }
+        asked.retain(|(id, _)| node.answer(*id).is_none());
+        assert!(asked.is_empty(), "loads without an answer: {asked:?}");
+        assert_eq!(node.world.status().slots.reserved, 0);
+    }
+}

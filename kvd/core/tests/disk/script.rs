@@ -1,0 +1,182 @@
+//! A node of core alone with a fake store: a script of these tests, which remembers what was written where and asserts that no
+//! place is used twice.
+
+use std::collections::BTreeMap;
+
+use kvd_core::tier::*;
+use kvd_core::*;
+
+use crate::common::*;
+
+pub(crate) const STORE: StoreId = StoreId(0);
+pub(crate) const STRIDE: u64 = stride_of(4096);
+
+/// Checksums of a block, by its hash.
+pub(crate) fn crcs_of(hash: &[u8; 32]) -> Vec<u64> {
+    (0..4).map(|head| low64(hash) ^ head).collect()
+}
+
+/// A fake store of two segments.
+#[derive(Default)]
+pub(crate) struct Script {
+    pub(crate) held: BTreeMap<Place, BlockHeader>,
+    pub(crate) open: Vec<StoreOp>,
+}
+
+pub(crate) struct Node {
+    pub(crate) world: World,
+    pub(crate) store: Script,
+    pub(crate) replies: Vec<(SessionId, RequestId, Reply)>,
+}
+
+pub(crate) fn store_shape() -> StoreShape {
+    StoreShape {
+        segments: 2,
+        segment_bytes: 128 << 10,
+    }
+}
+
+pub(crate) fn settings(tiers: TierSettings) -> Settings {
+    Settings {
+        tiers,
+        // The arenas are so small that half of one would be too little for a test's writes.
+        lease_fraction: 1.0,
+        ..Settings::default()
+    }
+}
+
+pub(crate) fn few_spare() -> TierSettings {
+    TierSettings {
+        spare_places: 2,
+        ..TierSettings::default()
+    }
+}
+
+impl Node {
+    pub(crate) fn new(tiers: TierSettings, extents: u64) -> Node {
+        Node::with(settings(tiers), extents)
+    }
+
+    pub(crate) fn with(settings: Settings, extents: u64) -> Node {
+        let mut world = World::new(settings, extents);
+        world.step(Input::StoreOpened {
+            store: STORE,
+            shape: store_shape(),
+        });
+        world.script(1, 0);
+        Node {
+            world,
+            store: Script::default(),
+            replies: Vec::new(),
+        }
+    }
+
+    /// Takes what the store is asked to do; two operations at one place at once would be a fault.
+    pub(crate) fn take(&mut self) {
+        for (store, op) in std::mem::take(&mut self.world.store_ops) {
+            assert_eq!(store, STORE);
+            if let StoreOp::Write { to, header, .. } = &op {
+                assert!(
+                    !self.store.held.contains_key(to),
+                    "a place in use is written"
+                );
+                let same = |other: &StoreOp| match other {
+                    StoreOp::Write { to: at, .. } | StoreOp::Drop { place: at, .. } => at == to,
+                    StoreOp::Read { from: at, .. } => at == to,
+                };
+                assert!(
+                    !self.store.open.iter().any(same),
+                    "a place under way is written"
+                );
+                assert_eq!(header.crcs, crcs_of(&header.key.hash.0));
+            }
+            self.store.open.push(op);
+        }
+    }
+
+    pub(crate) fn put(&mut self, list: &[[u8; 32]]) -> usize {
+        let got = self.world.reserve(1, list, None);
+        let mut crcs = Vec::new();
+        for (hash, state) in list.iter().zip(&got.states) {
+            if *state == ReserveState::Reserved {
+                crcs.extend(crcs_of(hash));
+            }
+        }
+        let states = self.world.commit(1, &got.slots, &got.generations, &crcs);
+        assert!(states.iter().all(|s| *s == CommitState::Visible));
+        self.take();
+        got.slots.len()
+    }
+
+    /// Ends one operation with this outcome.
+    pub(crate) fn finish(&mut self, at: usize, outcome: Result<(), StoreError>) {
+        let op = self.store.open.remove(at);
+        let done = match op {
+            StoreOp::Write { op, to, header, .. } => {
+                if outcome.is_ok() {
+                    self.store.held.insert(to, *header);
+                }
+                let result = outcome;
+                StoreDone::Written { op, result }
+            }
+            StoreOp::Read { op, from, key, .. } => {
+                let header = &self.store.held[&from];
+                assert_eq!(header.key, key, "another block was asked for");
+                let found = Box::new((header.cut.clone(), header.crcs.clone()));
+                let result = outcome.map(|()| found);
+                StoreDone::Read { op, result }
+            }
+            StoreOp::Drop { op, place, .. } => {
+                if outcome.is_ok() {
+                    self.store.held.remove(&place);
+                }
+                let result = outcome;
+                StoreDone::Dropped { op, result }
+            }
+        };
+        let store = STORE;
+        let replies = self.world.step(Input::StoreDone { store, done });
+        self.replies.extend(replies);
+        self.take();
+    }
+
+    pub(crate) fn finish_all(&mut self) {
+        while !self.store.open.is_empty() {
+            self.finish(0, Ok(()));
+        }
+    }
+
+    /// Asks for a load; the answer is among the replies, now or later.
+    pub(crate) fn ask_load(&mut self, list: &[[u8; 32]], deadline_ms: u32) -> RequestId {
+        self.world.requests += 1;
+        let id = RequestId(self.world.requests);
+        let body = Request::Load {
+            namespace: 0,
+            group: 0,
+            hashes: list,
+            deadline_ms,
+        };
+        let session = SessionId(1);
+        let replies = self.world.step(Input::Request { session, id, body });
+        self.replies.extend(replies);
+        self.take();
+        id
+    }
+
+    pub(crate) fn answer(&mut self, id: RequestId) -> Option<LoadReply> {
+        let at = self.replies.iter().position(|(_, of, _)| *of == id)?;
+        match self.replies.remove(at).2 {
+            Reply::Load(reply) => Some(reply),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) fn place_of(&mut self, hash: [u8; 32]) -> Where {
+        self.world.lookup(1, &[hash], 0, false).chains[0].at(0)
+    }
+
+    /// Ends a load's leases.
+    pub(crate) fn release(&mut self, reply: &LoadReply) {
+        self.world.release(1, &reply.slots, &reply.generations, &[]);
+    }
+}
