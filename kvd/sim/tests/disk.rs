@@ -47,6 +47,15 @@ fn nothing_answered_is_lost_and_nothing_dropped_comes_back() {
     assert_eq!(sum.corrupt, 0);
 }
 
+/// Seeds that found something.
+#[test]
+fn kept_seeds_hold() {
+    // A torn page of the journal with sound records of an earlier epoch.
+    for seed in [132_858_865_155_530] {
+        run_disk(&options(seed, DiskFaults::default())).unwrap_or_else(|text| panic!("{text}"));
+    }
+}
+
 #[test]
 fn errors_and_short_transfers_cost_only_what_they_hit() {
     let faults = DiskFaults {
