@@ -358,20 +358,22 @@ impl Run {
     fn cut_short(&mut self) -> Result<(), String> {
         let store = self.store.take().ok_or("no store")?;
         self.report.cuts += 1;
-        self.sum(store.counters());
         match self.rng.below(3) {
             0 => {
+                self.sum(store.counters());
                 drop(store);
                 self.disk.power_cut();
             }
             1 => {
+                self.sum(store.counters());
                 drop(store);
                 self.disk.kill();
             }
             _ => {
                 let mut done = Vec::new();
                 let wait = Duration::from_millis(10);
-                drop(store.close(self.disk.now(), wait, 200, &mut done));
+                let (_, counters) = store.close(self.disk.now(), wait, 200, &mut done);
+                self.sum(&counters);
                 done.into_iter().try_for_each(|done| self.answered(done))?;
                 self.disk.kill();
             }

@@ -305,15 +305,15 @@ impl<I: BlockIo> Store<I> {
         &self.io
     }
 
-    /// Finishes and makes durable what is under way, in at most `turns` waits of `wait` each, and gives the device back. A
-    /// checkpoint under way is left where it is: the next start goes on from the one before.
+    /// Finishes and makes durable what is under way, in at most `turns` waits of `wait` each, and gives the device and the last counts
+    /// back. A checkpoint under way is left where it is: the next start goes on from the one before.
     pub fn close(
         mut self,
         now_us: u64,
         wait: Duration,
         turns: usize,
         done: &mut Vec<StoreDone>,
-    ) -> I {
+    ) -> (I, Counters) {
         self.config.flush_us = 0;
         let mut over = Vec::new();
         for _ in 0..turns {
@@ -323,6 +323,6 @@ impl<I: BlockIo> Store<I> {
             self.turn(now_us, wait, &mut over);
             done.append(&mut over);
         }
-        self.io
+        (self.io, self.counters)
     }
 }
