@@ -47,13 +47,11 @@ fn nothing_answered_is_lost_and_nothing_dropped_comes_back() {
     assert_eq!(sum.corrupt, 0);
 }
 
-/// Seeds that found something.
+/// A seed that found a torn page of the journal with sound records of an earlier epoch.
 #[test]
-fn kept_seeds_hold() {
-    // A torn page of the journal with sound records of an earlier epoch.
-    for seed in [132_858_865_155_530] {
-        run_disk(&options(seed, DiskFaults::default())).unwrap_or_else(|text| panic!("{text}"));
-    }
+fn a_kept_seed_holds() {
+    let seed = 132_858_865_155_530;
+    run_disk(&options(seed, DiskFaults::default())).unwrap_or_else(|text| panic!("{text}"));
 }
 
 #[test]
