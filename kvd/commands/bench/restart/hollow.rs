@@ -243,6 +243,6 @@ impl Filler {
             }
         }
         let none = Duration::ZERO;
-        store.close(now, none, 1, &mut done).flush()
+        store.close(now, none, 1, &mut done).0.flush()
     }
 }
