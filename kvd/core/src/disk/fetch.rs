@@ -107,14 +107,10 @@ impl Core {
                     self.pin(caller.tenant, id);
                     waiting.pins.push((id, self.index.entries.side[id].serial));
                 }
-                Found::Entry(id) if self.disks.fetches.contains_key(&id) => {
+                _ if self.below_or_coming(asked.space, asked.group, hash) => {
                     waiting.below.insert(at);
                 }
-                _ => {
-                    if self.stored_entry(asked.space, asked.group, hash).is_some() {
-                        waiting.below.insert(at);
-                    }
-                }
+                _ => {}
             }
         }
     }
