@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use kvd_nvme::io::{Backing, DiskIo, IoOptions, OpenErrorKind};
-use kvd_nvme::store::{Finding, Flaw, FsckReport, StoreConfig, fsck};
+use kvd_nvme::store::{Finding, Flaw, FsckReport, fsck};
 use rustix::event::Timespec;
 use serde_json::{Value, json};
 
@@ -75,7 +75,7 @@ pub(super) fn run(args: &ArgMatches) -> ExitCode {
 fn check(path: &Path, repair: bool) -> Result<(PathBuf, FsckReport), String> {
     let backing = open(path)?;
     let store = backing.path().to_owned();
-    let config = StoreConfig::new(backing.bytes(), [0; 16]);
+    let config = super::stores::store_config(backing.bytes()).map_err(|error| error.to_string())?;
     let (io, _) = DiskIo::open(Arc::new(backing), &IoOptions::default())
         .map_err(|error| error.to_string())?;
     let mut shown = None;

@@ -88,6 +88,14 @@ class House:
 
         wait_until("the same engine stores and hits again", full, 60.0, every_s=0.1)
 
+    def goes_on_for(self, seconds: float) -> None:
+        """Asks one new prompt after another."""
+        slowest, begin = 0.0, time.monotonic()
+        while time.monotonic() - begin < seconds:
+            fresh = models.prompt(int(time.monotonic() * 1000) % 100000 + 1000, 100)
+            slowest = max(slowest, self.engine.ask(fresh, max_tokens=4).total_s)
+        print(f"\nslowest request meanwhile: {slowest * 1000:.0f} ms")
+
 
 @pytest.fixture(scope="module")
 def house(module_engines: Engines, module_daemon: Daemon, model: Model) -> House:
@@ -142,6 +150,7 @@ def test_daemon_killed_in_mid_answer(house: House) -> None:
     house.engine.reset_local()
     batch = house.engine.batch([PROMPT])
     assert (batch.external, batch.answers[0].tokens) == (0, house.hit.tokens)
+    house.goes_on_for(30.0 if SOAK else 5.0)
     show_hooks("while the daemon is killed", house.engine.hooks())
     house.daemon.start()
     house.loads_again()
@@ -156,20 +165,12 @@ def test_daemon_hangs_in_mid_answer(house: House) -> None:
     house.engine.begin([LONG, PROMPT], max_tokens=150, progress=True)
     house.engine.wait_tokens(20)
     house.daemon.pause()
-    begin = time.monotonic()
     try:
         answers = house.engine.finish().answers
         assert answers[0].tokens == house.long
         assert answers[1].tokens[:8] == house.hit.tokens
         house.engine.call("reset")
-        slowest = 0.0
-        while True:
-            fresh = models.prompt(int(time.monotonic() * 1000) % 100000 + 1000, 100)
-            one = house.engine.ask(fresh, max_tokens=4)
-            slowest = max(slowest, one.total_s)
-            if time.monotonic() - begin > (30.0 if SOAK else 5.0):
-                break
-        print(f"\nslowest request with a stopped daemon: {slowest * 1000:.0f} ms")
+        house.goes_on_for(30.0 if SOAK else 5.0)
         show_hooks("with a stopped daemon", house.engine.hooks())
     finally:
         house.daemon.resume()

@@ -19,6 +19,8 @@ use kvd_nvme::store::{Counters, Found, Store, StoreConfig, fsck};
 use crate::disk::{DiskFaults, SimDisk, SimHost};
 use crate::disk_model::{Block, Known, Model};
 use crate::rng::Rng;
+use crate::run::catching;
+use crate::tier::next_start;
 
 /// A run.
 #[derive(Clone, Copy, Debug)]
@@ -98,14 +100,19 @@ fn config() -> StoreConfig {
 pub fn run_disk(options: &DiskOptions) -> Result<DiskReport, String> {
     let disk = SimDisk::new(options.seed, BYTES);
     let mut run = Run::new(options, disk)?;
-    run.begin();
-    for step in 0..options.steps {
-        run.step()
-            .map_err(|e| format!("seed {} step {step}: {e}", options.seed))?;
+    let mut step = 0;
+    let result = catching(|| {
+        run.begin();
+        while step < options.steps {
+            run.step()?;
+            step += 1;
+        }
+        run.end()
+    });
+    match result.unwrap_or_else(|text| Err(format!("2: the store panicked: {text}"))) {
+        Ok(()) => Ok(run.report),
+        Err(text) => Err(format!("seed {} step {step}: {text}", options.seed)),
     }
-    run.end()
-        .map_err(|e| format!("seed {} at the end: {e}", options.seed))?;
-    Ok(run.report)
 }
 
 impl Run {
@@ -399,6 +406,7 @@ impl Run {
     fn reopen_with(&mut self, one_in: usize) -> Result<(), String> {
         self.disk.set_faults(DiskFaults::default());
         let mut found: Vec<Recovered> = Vec::new();
+        next_start(&mut self.config);
         let opened = Store::open(self.disk.clone(), &self.config, &mut |one| {
             if let Found::Block(block) = one {
                 found.push(block);
@@ -484,8 +492,12 @@ impl Run {
         self.sum(store.counters());
         drop(store);
         self.disk.kill();
+        next_start(&mut self.config);
         let check = |repair| {
-            fsck(self.disk.clone(), &self.config, repair, &mut |_, _| {}).map_err(|e| e.to_string())
+            let report = fsck(self.disk.clone(), &self.config, repair, &mut |_, _| {});
+            // Its process ends; a checkpoint that it had begun may still be under way.
+            self.disk.kill();
+            report.map_err(|e| e.to_string())
         };
         let media = self.disk.media_faults() > 0;
         let report = check(media)?;

@@ -20,13 +20,8 @@ pub fn run(seed: u64, steps: u64) -> Result<Report, Box<Failure>> {
 /// The first invariant that did not hold.
 pub fn run_with(options: &Options) -> Result<Report, Box<Failure>> {
     let mut world = World::new(*options);
-    let result = catch_unwind(AssertUnwindSafe(|| go(&mut world)));
-    let result = result.unwrap_or_else(|panic| {
-        let text = panic
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-        let text = format!("the node panicked: {}", text.unwrap_or_default());
+    let result = catching(|| go(&mut world)).unwrap_or_else(|text| {
+        let text = format!("the node panicked: {text}");
         Err(Broken { invariant: 2, text })
     });
     match result {
@@ -43,6 +38,17 @@ pub fn run_with(options: &Options) -> Result<Report, Box<Failure>> {
             tail: world.log.words(),
         })),
     }
+}
+
+/// Runs it; an error is the text of a panic.
+pub(crate) fn catching<T>(run: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| {
+        panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+            .unwrap_or_default()
+    })
 }
 
 fn go(world: &mut World) -> Check {

@@ -122,6 +122,12 @@ pub(crate) struct Begun {
     pub(crate) span: Option<SimSpan>,
 }
 
+/// Other random bytes for another start.
+pub(crate) fn next_start(config: &mut StoreConfig) {
+    let next = u128::from_le_bytes(config.start).wrapping_add(1);
+    config.start = next.to_le_bytes();
+}
+
 /// What a store held when it was opened.
 #[derive(Default)]
 pub(crate) struct Held {
@@ -213,6 +219,7 @@ impl SimStores {
         let one = &mut self.0.borrow_mut().all[at];
         one.disk.set_faults(DiskFaults::default());
         one.disk.reach(now);
+        next_start(&mut one.config);
         let mut held = Held::default();
         let opened = Store::open(
             one.disk.clone(),
@@ -278,7 +285,7 @@ impl SimStores {
     pub(crate) fn format_next(&self, at: usize, id: [u8; 16]) {
         let one = &mut self.0.borrow_mut().all[at];
         one.config.format = true;
-        one.config.id = id;
+        one.config.start = id;
     }
 
     /// The process is gone, perhaps with the disks' power.

@@ -47,11 +47,12 @@ fn nothing_answered_is_lost_and_nothing_dropped_comes_back() {
     assert_eq!(sum.corrupt, 0);
 }
 
-/// A seed that found a torn page of the journal with sound records of an earlier epoch.
+/// Seeds that found torn pages of the journal: with sound records of an earlier epoch, and of an earlier start.
 #[test]
-fn a_kept_seed_holds() {
-    let seed = 132_858_865_155_530;
-    run_disk(&options(seed, DiskFaults::default())).unwrap_or_else(|text| panic!("{text}"));
+fn kept_seeds_hold() {
+    for seed in [132_858_865_155_530, 171_167_350_181_345] {
+        run_disk(&options(seed, DiskFaults::default())).unwrap_or_else(|text| panic!("{text}"));
+    }
 }
 
 #[test]

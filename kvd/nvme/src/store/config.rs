@@ -26,15 +26,16 @@ pub struct StoreConfig {
     pub flush_bytes: u64,
     /// How long one operation of the device may take.
     pub deadline_us: u64,
-    /// Random bytes that name a store if one is made now.
-    pub id: [u8; 16],
+    /// Random bytes, others at every start. They tell the records of this start from those of others, and name the store if one is
+    /// made now.
+    pub start: [u8; 16],
     /// Make a store whatever the device holds.
     pub format: bool,
 }
 
 impl StoreConfig {
     /// Usual values for a device of so many bytes.
-    pub fn new(capacity: u64, id: [u8; 16]) -> Self {
+    pub fn new(capacity: u64, start: [u8; 16]) -> Self {
         StoreConfig {
             capacity,
             segment_bytes: 64 << 20,
@@ -45,9 +46,14 @@ impl StoreConfig {
             flush_blocks: 64,
             flush_bytes: 8 << 20,
             deadline_us: 5_000_000,
-            id,
+            start,
             format: false,
         }
+    }
+
+    /// What the records of this start carry.
+    pub(crate) fn salt(&self) -> u64 {
+        u64::from_le_bytes(*self.start.first_chunk().unwrap_or(&[0; 8]))
     }
 }
 

@@ -160,6 +160,7 @@ impl<I: BlockIo> Store<I> {
             return;
         }
         self.cycle.jammed = None;
+        let salt = self.config.salt();
         let mut records = Vec::with_capacity(count);
         while records.len() < count {
             let cycle = &mut self.cycle;
@@ -189,7 +190,7 @@ impl<I: BlockIo> Store<I> {
             };
             self.next_seq += 1;
             self.cycle.named.push(Named { job: id, seq });
-            records.push(record.sealed());
+            records.push(record.sealed(salt));
         }
         let (epoch, at, id) = (self.cycle.epoch, self.cycle.at, self.head.id);
         let mut buffer = Aligned::new(pages);

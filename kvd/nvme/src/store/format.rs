@@ -206,7 +206,8 @@ pub(crate) struct Record {
     pub(crate) header_crc: U64,
     /// First 8 bytes of the namespace's id: its slot may have been given to another since.
     pub(crate) name_check: [u8; 8],
-    zero3: U64,
+    /// That of the start that wrote it to its page.
+    salt: U64,
     crc: U64,
 }
 
@@ -250,7 +251,8 @@ impl Record {
     }
 
     /// Call last.
-    pub(crate) fn sealed(mut self) -> Self {
+    pub(crate) fn sealed(mut self, salt: u64) -> Self {
+        self.salt = salt.into();
         self.crc = tail_crc(self.as_bytes()).into();
         self
     }
@@ -301,11 +303,12 @@ pub(crate) struct PageHeader {
     position: U64,
     first_seq: U64,
     records_crc: U64,
-    rest: [u8; 56],
+    salt: U64,
+    rest: [u8; 48],
     crc: U64,
 }
 
-/// Fills a page with at most [`PER_PAGE`] records.
+/// Fills a page with at most [`PER_PAGE`] records, all sealed with one salt.
 pub(crate) fn encode_page(
     page: &mut [u8],
     store: &[u8; 16],
@@ -324,7 +327,9 @@ pub(crate) fn encode_page(
     head.count = (records.len() as u32).into();
     head.epoch = epoch.into();
     head.position = position.into();
-    head.first_seq = records.first().map_or(0, |record| record.seq.get()).into();
+    let first = records.first();
+    head.first_seq = first.map_or(0, |record| record.seq.get()).into();
+    head.salt = first.map_or(0, |record| record.salt.get()).into();
     head.records_crc = records_crc(page).into();
     head.crc = tail_crc(head.as_bytes()).into();
     page[..RECORD].copy_from_slice(head.as_bytes());
@@ -357,11 +362,12 @@ pub(crate) fn page_records(
         let Ok((record, _)) = Record::ref_from_prefix(&page[RECORD * (at + 1)..]) else {
             return bad + 1;
         };
-        // Under a damaged page, a journal record must also be the one that this page was made with: the sectors of a torn page may
-        // be those of an earlier epoch.
+        // Under a damaged page, a record must also be one that this page was made with: the sectors of a torn page may be those of
+        // an earlier epoch, or of an earlier start that wrote the same numbers to the same page and was cut short, too.
         let its_turn = list == List::Checkpoint
             || record.seq.get() == head.first_seq.get().wrapping_add(at as u64);
-        if whole || (record.sound() && its_turn) {
+        let its_start = record.salt.get() == head.salt.get();
+        if whole || (record.sound() && its_turn && its_start) {
             each(record);
         } else {
             bad += 1;
@@ -530,39 +536,53 @@ pub(crate) fn decode_block(page: &[u8], store: &[u8; 16]) -> Result<BlockPage, F
 mod tests {
     use super::*;
 
-    /// A page torn by a power cut: sound sectors of an earlier epoch among those of this one.
-    #[test]
-    fn a_sound_record_in_the_place_of_another_is_noticed() {
-        let record = |seq| {
-            let key = BlockKey {
-                namespace: NamespaceId([7; 32]),
-                group: 0,
-                hash: BlockHash([seq as u8; 32]),
-            };
-            let place = Place {
-                segment: 0,
-                index: seq as u32,
-                stride: STORE_PAGE,
-            };
-            Record::new(Kind::Stored, seq, 0, &key, place).sealed()
+    const STORE: &[u8; 16] = b"a store to teach";
+
+    fn record(seq: u64, salt: u64) -> Record {
+        let key = BlockKey {
+            namespace: NamespaceId([7; 32]),
+            group: 0,
+            hash: BlockHash([seq as u8; 32]),
         };
-        let store = *b"a store to teach";
-        let of = |first: u64| {
-            let records: Vec<Record> = (first..first + 20).map(record).collect();
-            let mut page = vec![0; 4096];
-            encode_page(&mut page, &store, List::Journal, 1, 0, &records);
-            page
+        let place = Place {
+            segment: 0,
+            index: seq as u32,
+            stride: STORE_PAGE,
         };
-        let (mut torn, old) = (of(400), of(50));
-        torn[1024..1536].copy_from_slice(&old[1024..1536]);
-        let header = page_header(&torn, &store, List::Journal, 0).expect("a header");
-        assert_ne!(records_crc(&torn), header.records_crc.get());
+        Record::new(Kind::Stored, seq, 0, &key, place).sealed(salt)
+    }
+
+    fn page(first: u64, salt: u64) -> Vec<u8> {
+        let records: Vec<Record> = (first..first + 20).map(|seq| record(seq, salt)).collect();
+        let mut page = vec![0; 4096];
+        encode_page(&mut page, STORE, List::Journal, 1, 0, &records);
+        page
+    }
+
+    /// What is taken from a page of which four records, numbers 7 to 10, are those of another.
+    fn torn(mut page: Vec<u8>, other: &[u8]) -> (u64, Vec<u64>) {
+        page[1024..1536].copy_from_slice(&other[1024..1536]);
+        let header = page_header(&page, STORE, List::Journal, 0).expect("a header");
+        assert_ne!(records_crc(&page), header.records_crc.get());
         let mut seen = Vec::new();
-        let bad = page_records(&torn, header, List::Journal, &mut |record| {
+        let bad = page_records(&page, header, List::Journal, &mut |record| {
             seen.push(record.seq.get());
         });
-        // Four records of 128 bytes a sector; the first follows the header.
-        let wanted: Vec<u64> = (400..420).filter(|n| !(407..411).contains(n)).collect();
-        assert_eq!((bad, seen), (4, wanted));
+        (bad, seen)
+    }
+
+    fn wanted() -> (u64, Vec<u64>) {
+        (4, (400..420).filter(|n| !(407..411).contains(n)).collect())
+    }
+
+    #[test]
+    fn a_sound_record_of_an_earlier_epoch_is_noticed() {
+        assert_eq!(torn(page(400, 1), &page(50, 1)), wanted());
+    }
+
+    /// A start was cut short before the header of its page had landed: the next writes the same numbers to the same page.
+    #[test]
+    fn a_sound_record_of_an_earlier_start_is_noticed() {
+        assert_eq!(torn(page(400, 2), &page(400, 1)), wanted());
     }
 }

@@ -242,6 +242,7 @@ impl<I: BlockIo> Store<I> {
     /// Keeps the records that still count.
     fn keep(&mut self, source: Source, buffer: &Aligned) {
         let (id, layout, table) = (self.head.id, &self.layout, &self.table);
+        let salt = self.config.salt();
         let Some(merge) = &mut self.merge else {
             return;
         };
@@ -255,7 +256,7 @@ impl<I: BlockIo> Store<I> {
                 let stored = record.kind() == Some(Kind::Stored) && legal(layout, record);
                 let newest = || table.get(record.place()).map(|(seq, _)| seq);
                 if stored && newest() == Some(record.seq.get()) {
-                    merge.kept.push(*record);
+                    merge.kept.push(record.sealed(salt));
                 }
             });
         }

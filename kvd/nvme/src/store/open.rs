@@ -36,7 +36,7 @@ pub(crate) fn format<I: BlockIo>(
         page += count;
     }
     let mut head = Superblock::new();
-    head.id = config.id;
+    head.id = config.start;
     head.generation = 1.into();
     head.first_epoch = 1.into();
     head.next_seq = 1.into();

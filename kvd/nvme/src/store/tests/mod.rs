@@ -523,9 +523,9 @@ fn decoders_take_any_bytes() {
             page
         };
         let spoilt = spoil(&block, 240, PAGE);
-        blocks += u32::from(format::decode_block(&spoilt, &test.config.id).is_ok());
+        blocks += u32::from(format::decode_block(&spoilt, &test.config.start).is_ok());
         let spoilt = spoil(&name, 128, 128);
-        format::decode_name(&spoilt, &test.config.id, 0);
+        format::decode_name(&spoilt, &test.config.start, 0);
         let spoilt = spoil(&head, 160, PAGE);
         if let format::SuperRead::Sound(head) = format::Superblock::decode(&spoilt) {
             layout::Layout::read(&head);
@@ -534,7 +534,7 @@ fn decoders_take_any_bytes() {
         let sum = crc(&spoilt[128..248]);
         spoilt[248..256].copy_from_slice(&sum.to_le_bytes());
         let list = format::List::Journal;
-        if let Some(head) = format::page_header(&spoilt, &test.config.id, list, 0) {
+        if let Some(head) = format::page_header(&spoilt, &test.config.start, list, 0) {
             format::page_records(&spoilt, head, list, &mut |record| {
                 let legal = recover::legal(&layout, record);
                 records += u32::from(legal && layout.block_at(record.place()) < layout.capacity);

@@ -39,7 +39,7 @@ fn record(seq: u64, namespace: NamespaceId, per_segment: u64) -> Record {
     };
     Record::new(Kind::Stored, seq, 0, &key, place)
         .with_block(Some(BlockHash([1; 32])), 5)
-        .sealed()
+        .sealed(0)
 }
 
 /// A store with a full checkpoint and a full half of the journal, as one that crashed late would be.
@@ -47,7 +47,7 @@ fn make(pages: &Pages, config: &StoreConfig) {
     let mut io = MemoryIo::over(pages);
     let mut wire = Wire::new(&mut io);
     let mut state = format(&mut wire, config).unwrap();
-    let (layout, id) = (state.layout, config.id);
+    let (layout, id) = (state.layout, config.start);
     let per_segment = layout.shape.segment_bytes / stride_of(64 << 10);
     let space = space("m", 1, 16);
     let mut bytes = Aligned::new(name_bytes(space.1.len()) / PAGE);
