@@ -68,8 +68,9 @@ soak: build plugin
 	KVD_TEST_SOAK=1 $(CARGO) test --release $(CRATES) --quiet
 	KVD_TEST_SOAK=1 $(PY) -m pytest tests/vllm -q --durations=25
 
-bench: build
+bench: build plugin
 	target/release/kvd bench session
+	$(PY) scripts/bench_lookup.py
 
 fuzz-build:
 	cd fuzz && $(CARGO) +nightly fuzz build

@@ -1,5 +1,7 @@
 //! Lookups over the socket while a million blocks are held.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -43,6 +45,8 @@ pub(super) fn measure(results: &mut Results) -> Result<()> {
         hashes,
         random: Random(7),
     };
+    results.raw_128_us_p50 = raw(128 * 32, 5_000)?;
+    results.raw_6250_us_p50 = raw(6_250 * 32, 1_000)?;
     (results.lookup_128_us_p50, results.lookup_128_us_p99) = bench.hot(128, 5_000)?;
     (results.lookup_6250_us_p50, results.lookup_6250_us_p99) = bench.hot(6_250, 1_000)?;
     (
@@ -51,6 +55,31 @@ pub(super) fn measure(results: &mut Results) -> Result<()> {
     ) = bench.cold(6_250, 500)?;
     bench.session.close()?;
     Ok(())
+}
+
+/// Sends so many bytes to a thread that answers with a few, again and again. p50 in microseconds.
+fn raw(bytes: usize, times: usize) -> Result<f64> {
+    let (mut near, mut far) = UnixStream::pair()?;
+    let echo = std::thread::spawn(move || -> std::io::Result<()> {
+        let mut request = vec![0; bytes];
+        for _ in 0..times {
+            far.read_exact(&mut request)?;
+            far.write_all(&request[..64])?;
+        }
+        Ok(())
+    });
+    let (mut request, mut answer) = (vec![0; bytes], [0; 64]);
+    let mut taken = Vec::with_capacity(times);
+    for turn in 0..times {
+        request.fill(turn as u8);
+        let begun = Instant::now();
+        near.write_all(&request)?;
+        near.read_exact(&mut answer)?;
+        taken.push(begun.elapsed().as_secs_f64() * 1e6);
+    }
+    let ended = echo.join();
+    ensure!(matches!(ended, Ok(Ok(()))), "the echo failed: {ended:?}");
+    Ok(quantile(&mut taken, 0.5))
 }
 
 /// Makes a million blocks visible, without writing their bytes: nobody loads them.

@@ -48,6 +48,10 @@ struct Results {
     lookup_blocks: u64,
     /// A round trip that asks nothing.
     ping_us_p50: f64,
+    /// As many bytes over a plain Unix socket to another thread and a short answer, blocking: what the sockets and the sleeping cores
+    /// of this machine cost.
+    raw_128_us_p50: f64,
+    raw_6250_us_p50: f64,
     /// Memory of the daemon beside the pool, with a faulted-in pool of 4 GiB and an empty index, 2^20 bytes.
     idle_rss_mb: f64,
     /// The same with `lookup_blocks` blocks.

@@ -221,7 +221,7 @@ pub(crate) unsafe fn run<const MODE: u8>(
         from = from.wrapping_add(16);
         to = to.wrapping_add(16);
     }
-    debug_assert_eq!(len, 0);
+    assert_eq!(len, 0, "runs are multiples of 16 bytes");
     // SAFETY: two words hold 16 bytes.
     unsafe { _mm_storeu_si128(remainder.0.as_mut_ptr().cast(), acc) };
 }
