@@ -9,12 +9,15 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
+use crate::checksum::{Engine, State};
 use crate::generations::GenerationTable;
 use crate::mapping::{Mapping, PageReport};
 use crate::{ArenaShape, Error, ErrorKind, HUGE_PAGE_BYTES, SLOT_MIN_BYTES, memfd};
 
 const EXTENT_MIN: u64 = 2 << 20;
 const EXTENT_MAX: u64 = 1 << 30;
+/// How much [`Arena::sum`] copies at a time where it must, on the stack; a multiple of every unit.
+const SUM_CHUNK: usize = 16 << 10;
 
 /// Whether 2 MiB pages are wanted from the machine's pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -281,6 +284,38 @@ impl Arena {
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(Error::os("cannot read the arena", e)),
             }
+        }
+        Ok(())
+    }
+
+    /// Takes the bytes from `offset` on into a checksum. On ordinary pages they are read where they lie, and whatever others write
+    /// there meanwhile is a mix that the checksum tells; on 2 MiB pages as by [`Arena::read`].
+    ///
+    /// # Errors
+    /// As [`Arena::read`].
+    ///
+    /// # Panics
+    /// When `len` is no multiple of the engine's unit.
+    pub fn sum(
+        &self,
+        offset: u64,
+        len: usize,
+        engine: Engine,
+        state: &mut State,
+    ) -> Result<(), Error> {
+        if self.shape.page_bytes != HUGE_PAGE_BYTES
+            && let Some(address) = self.map.range(offset, len)
+        {
+            engine.is_for(len);
+            // SAFETY: inside the mapping, which `self` keeps; ordinary pages of a file that can't shrink are always readable.
+            unsafe { engine.scan(address, len, state) };
+            return Ok(());
+        }
+        let mut chunk = [0; SUM_CHUNK];
+        for at in (0..len).step_by(SUM_CHUNK) {
+            let copy = &mut chunk[..SUM_CHUNK.min(len - at)];
+            self.read(offset + at as u64, copy)?;
+            engine.take(copy, state);
         }
         Ok(())
     }

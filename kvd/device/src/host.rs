@@ -3,8 +3,8 @@
 //! Deliberately absent: threads. One call uses one core; callers that want more give parts of the work to several.
 
 use kvd_arena::SlotBytes;
+use kvd_arena::checksum::{Engine, State};
 
-use crate::checksum::{Engine, State};
 use crate::view::LayerView;
 use crate::{Device, Error, LoadJob, Loaded, Pages, PartGeometry, StoreJob};
 

@@ -6,11 +6,8 @@
 //! Deliberately absent, until they are built: cuda, hip, level_zero and staged adapters. Also absent: which slot and which
 //! block (the caller's), threads (the connectors'), and conversions of what is inside a cell (the namespace forbids the need).
 
-mod checksum;
 pub mod conformance;
 mod error;
-#[cfg(target_arch = "x86_64")]
-mod fold;
 mod host;
 mod owned;
 mod plan;

@@ -86,7 +86,7 @@ impl HostBytes for SimHost {
     fn read(&self, from: usize, bytes: usize, see: &mut dyn FnMut(&[u8])) {
         let all = &self.lock()[self.from..self.from + self.len];
         // In two pieces, as a ring of pages would be.
-        let half = bytes / 2;
+        let half = bytes / 2 / 16 * 16;
         see(&all[from..from + half]);
         see(&all[from + half..from + bytes]);
     }

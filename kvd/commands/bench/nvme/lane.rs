@@ -52,7 +52,12 @@ enum Doing {
 
 impl Lane {
     /// A new store with room for so many bytes of blocks of one shape.
-    pub(super) fn open(directory: &Path, shape: &Shape, bytes: u64) -> Result<Self> {
+    pub(super) fn open(
+        directory: &Path,
+        shape: &Shape,
+        bytes: u64,
+        pages: HugePages,
+    ) -> Result<Self> {
         let parsed = NamespaceRecord::parse(&shape.record()?)?;
         let geometry = parsed.groups()[0].clone();
         // Segments do not end where blocks do.
@@ -80,7 +85,7 @@ impl Lane {
         let arena = Arena::create(
             (2 * depth(&geometry) as u64 * geometry.slot_bytes()).next_multiple_of(2 << 20),
             Some(2 << 20),
-            HugePages::Auto,
+            pages,
         )?;
         for extent in 0..arena.extents() {
             arena.populate(extent)?;
@@ -100,6 +105,11 @@ impl Lane {
         };
         lane.fill()?;
         Ok(lane)
+    }
+
+    /// Bytes of a page of its memory.
+    pub(super) fn page_bytes(&self) -> u64 {
+        self.arena.shape().page_bytes
     }
 
     /// Most blocks under way.

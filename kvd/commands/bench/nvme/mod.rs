@@ -1,14 +1,16 @@
 //! `kvd bench nvme`: storing and loading through a store on a real file, against plain direct transfers on the same file system.
 //!
-//! Every figure stands beside its limit, measured in turns (raw write, store, raw read, load); of several turns the best of each
-//! counts, because neighbours only ever slow things down. Depth is blocks asked for and not answered: a store is answered when block
-//! and record are durable, which the raw run does once at its end. Deliberately absent: sockets, and the core that decides.
+//! Every figure stands beside its limit, measured in turns (raw write, store, raw write with flushes, raw read, load); of several
+//! turns the best of each counts, because neighbours only ever slow things down. Depth is blocks asked for and not answered: a store
+//! is answered when block and record are durable; one raw run of writes flushes once, at its end, the other after each `depth`
+//! blocks. Deliberately absent: sockets, and the core that decides.
 
 mod lane;
 
 use anyhow::Result;
 use clap::{Arg, ArgMatches, Command};
 use comfy_table::{Table, presets};
+use kvd_arena::HugePages;
 use kvd_nvme::io::{RawReport, RawRun, raw};
 
 use self::lane::Lane;
@@ -26,6 +28,8 @@ const DEPTHS: [usize; 5] = [1, 4, 16, 64, 256];
 struct Row {
     /// Bytes of a block. Its header takes 4 KiB more, which are moved and not counted.
     block: u64,
+    /// Of the pages of the memory that blocks are stored from and loaded into.
+    page: u64,
     order: &'static str,
     depth: usize,
     /// Blocks of one run.
@@ -33,11 +37,15 @@ struct Row {
     /// Plain transfers, 10^9 bytes a second.
     raw_write_gbps: f64,
     raw_read_gbps: f64,
+    /// Plain writes with a flush after each `depth` blocks: what a store promises when it answers.
+    raw_durable_gbps: f64,
     /// The store's, checks included.
     store_gbps: f64,
     load_gbps: f64,
     store_ratio: f64,
     load_ratio: f64,
+    /// The store's to `raw_durable_gbps`.
+    durable_ratio: f64,
     /// Seconds of CPU for 10^9 bytes that are stored and loaded again, and of the plain transfers for the same.
     cpu_s_per_gb: f64,
     raw_cpu_s_per_gb: f64,
@@ -76,7 +84,9 @@ pub(crate) fn run(args: &ArgMatches) -> Result<()> {
     for layers in [32, 18, 1] {
         let shape = Shape::new(layers, 8, 512);
         if block.is_none_or(|block| block == shape.part.bytes() as u64) {
-            measure(&scratch, &shape, bytes, depth, &mut rows)?;
+            for pages in [HugePages::Off, HugePages::Require] {
+                measure(&scratch, &shape, bytes, pages, depth, &mut rows)?;
+            }
         }
     }
     if args.get_flag("json") {
@@ -89,24 +99,32 @@ fn measure(
     scratch: &Scratch,
     shape: &Shape,
     bytes: u64,
+    pages: HugePages,
     depth: Option<usize>,
     rows: &mut Vec<Row>,
 ) -> Result<()> {
     let block = shape.part.bytes() as u64;
     progress(&format!("blocks of {} KiB: taking space", block >> 10));
-    let mut lane = Lane::open(scratch.path(), shape, bytes)?;
+    let mut lane = match Lane::open(scratch.path(), shape, bytes, pages) {
+        Err(error) if pages == HugePages::Require => {
+            progress(&format!("no rows with pages of 2 MiB: {error:#}"));
+            return Ok(());
+        }
+        lane => lane?,
+    };
     let lane_depth = lane.depth();
     let file = scratch.path().join("raw");
     let most = lane.places().min(bytes / block);
     // Space that was never written is not what a device is like in use: all of it is written once.
-    let run = |blocks: u64, depth, random, write| RawRun {
+    let run = |blocks: u64, depth, random, write, durable| RawRun {
         bytes: blocks * block,
         block: block as usize,
         depth,
         write,
         random,
+        durable,
     };
-    raw(&file, &run(most, 64, false, true))?;
+    raw(&file, &run(most, 64, false, true, false))?;
     lane.store(most, 64, false)?;
     lane.drop_all()?;
     for order in ["sequential", "random"] {
@@ -121,12 +139,13 @@ fn measure(
             let mut best = [RawReport {
                 gbps: 0.0,
                 cpu_s_per_gb: f64::MAX,
-            }; 4];
+            }; 5];
             for _ in 0..TURNS {
                 let turn = [
-                    raw(&file, &run(blocks, depth, random, true))?,
+                    raw(&file, &run(blocks, depth, random, true, false))?,
                     lane.store(blocks, depth, random)?,
-                    raw(&file, &run(blocks, depth, random, false))?,
+                    raw(&file, &run(blocks, depth, random, true, true))?,
+                    raw(&file, &run(blocks, depth, random, false, false))?,
                     lane.load(depth)?,
                 ];
                 lane.drop_all()?;
@@ -135,18 +154,21 @@ fn measure(
                     best.cpu_s_per_gb = best.cpu_s_per_gb.min(one.cpu_s_per_gb);
                 }
             }
-            let [raw_write, store, raw_read, load] = best;
+            let [raw_write, store, raw_durable, raw_read, load] = best;
             rows.push(Row {
                 block,
+                page: lane.page_bytes(),
                 order,
                 depth,
                 blocks,
                 raw_write_gbps: raw_write.gbps,
                 raw_read_gbps: raw_read.gbps,
+                raw_durable_gbps: raw_durable.gbps,
                 store_gbps: store.gbps,
                 load_gbps: load.gbps,
                 store_ratio: store.gbps / raw_write.gbps,
                 load_ratio: load.gbps / raw_read.gbps,
+                durable_ratio: store.gbps / raw_durable.gbps,
                 cpu_s_per_gb: store.cpu_s_per_gb + load.cpu_s_per_gb,
                 raw_cpu_s_per_gb: raw_write.cpu_s_per_gb + raw_read.cpu_s_per_gb,
             });
@@ -161,10 +183,13 @@ fn render(rows: &[Row]) -> String {
     table.load_preset(presets::ASCII_MARKDOWN);
     table.set_header([
         "block",
+        "page",
         "order",
         "depth",
         "raw write",
         "store",
+        "ratio",
+        "raw durable",
         "ratio",
         "raw read",
         "load",
@@ -176,11 +201,14 @@ fn render(rows: &[Row]) -> String {
         let number = |value: f64| format!("{value:.2}");
         table.add_row([
             format!("{} KiB", row.block >> 10),
+            format!("{} KiB", row.page >> 10),
             row.order.to_owned(),
             row.depth.to_string(),
             number(row.raw_write_gbps),
             number(row.store_gbps),
             number(row.store_ratio),
+            number(row.raw_durable_gbps),
+            number(row.durable_ratio),
             number(row.raw_read_gbps),
             number(row.load_gbps),
             number(row.load_ratio),

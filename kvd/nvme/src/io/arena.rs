@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use kvd_arena::Arena;
+use kvd_arena::checksum::{Engine, State};
 
 use super::{HostBytes, PAGE};
 
@@ -70,6 +71,16 @@ impl HostBytes for ArenaRange {
                 copy.fill(0);
             }
             see(copy);
+        }
+    }
+
+    fn sum(&self, from: usize, bytes: usize, engine: Engine, state: &mut State) {
+        let end = from.checked_add(bytes).expect("a length");
+        assert!(end <= self.len, "{bytes} bytes at {from} of {}", self.len);
+        let at = self.offset + from as u64;
+        if let Err(error) = self.arena.sum(at, bytes, engine, state) {
+            // What was not taken is missing in the checksum.
+            tracing::error!(%error, "bytes of an arena can't be read and count as damaged");
         }
     }
 }

@@ -26,6 +26,7 @@ mod uring;
 
 use std::time::Duration;
 
+use kvd_arena::checksum::{Engine, State};
 use rustix::io::Errno;
 
 pub use arena::ArenaRange;
@@ -57,6 +58,12 @@ pub trait HostBytes: Send + 'static {
     /// Calls `see` with copies or views of these bytes, in order, without holding them in between. Another process may write
     /// there at the same time; then what is seen is any mix.
     fn read(&self, from: usize, bytes: usize, see: &mut dyn FnMut(&[u8]));
+
+    /// Takes these bytes, a multiple of the engine's unit, into a checksum. By default as [`HostBytes::read`] shows them: in pieces of
+    /// a multiple of 16 bytes, where all of them are one.
+    fn sum(&self, from: usize, bytes: usize, engine: Engine, state: &mut State) {
+        self.read(from, bytes, &mut |seen| engine.take(seen, state));
+    }
 }
 
 /// What an operation reads from or writes to. Moves in, and comes back with the completion.

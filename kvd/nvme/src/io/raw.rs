@@ -28,6 +28,9 @@ pub struct RawRun {
     pub write: bool,
     /// Blocks in a scattered order; else one after the other. Each block once.
     pub random: bool,
+    /// A flush after each `depth` blocks, which all wait for it, as one would who promises that they are durable; else one flush at
+    /// the end. Of writes.
+    pub durable: bool,
 }
 
 /// What came of it.
@@ -204,7 +207,14 @@ impl Load {
             next += 1;
         }
         let mut failed = None;
-        while self.under_way > 0 {
+        while self.under_way > 0 || (next < blocks && failed.is_none()) {
+            if self.under_way == 0 {
+                rustix::fs::fdatasync(&self.file)?;
+                for buffer in 0..run.depth.min((blocks - next) as usize) {
+                    self.push(run, buffer, place(next));
+                    next += 1;
+                }
+            }
             match self.ring.submit_and_wait(1).map_err(|e| errno(&e)) {
                 Ok(_) | Err(Errno::INTR | Errno::AGAIN | Errno::BUSY) => {}
                 Err(e) => return Err(e),
@@ -219,7 +229,7 @@ impl Load {
                     Ok(_) => failed = Some(Errno::IO),
                     Err(e) => failed = Some(e),
                 }
-                if next < blocks && failed.is_none() {
+                if next < blocks && failed.is_none() && !run.durable {
                     self.push(run, entry.user_data() as usize, place(next));
                     next += 1;
                 }
@@ -258,9 +268,12 @@ mod tests {
             depth: 4,
             write: false,
             random: true,
+            durable: false,
         };
         assert!(raw(&path, &run).is_err(), "nothing to read");
         run.write = true;
+        assert!(raw(&path, &run).expect("written").gbps > 0.0);
+        run.durable = true;
         assert!(raw(&path, &run).expect("written").gbps > 0.0);
         run.write = false;
         run.random = false;

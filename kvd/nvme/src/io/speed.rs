@@ -68,6 +68,7 @@ fn adapters_against_raw() {
             depth: DEPTH,
             write: true,
             random: false,
+            durable: false,
         };
         let path = scratch.path().join("raw");
         for write in [true, false] {

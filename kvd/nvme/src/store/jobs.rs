@@ -296,7 +296,6 @@ impl<I: BlockIo> Store<I> {
             (Work::Write(write), What::WriteHead) => {
                 let at = layout.block_at(write.to);
                 let mut page = spare.unwrap_or_else(|| Aligned::new(1));
-                page.bytes_mut().fill(0);
                 let (header, geometry) = (&write.header, &write.geometry);
                 let sum = encode_block(page.bytes_mut(), &id, header, geometry, at);
                 write.header_crc = sum.unwrap_or(0);

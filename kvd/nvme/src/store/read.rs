@@ -147,7 +147,9 @@ impl<I: BlockIo> Store<I> {
             return Ok(page);
         }
         let mut verifier = Verifier::new(&page);
-        host.read(0, read.bytes as usize, &mut |bytes| verifier.feed(bytes));
+        verifier.advance(read.bytes, &mut |at, bytes, engine, state| {
+            host.sum(at as usize, bytes, engine, state);
+        });
         if !verifier.finish() {
             return Err(Flaw::Payload);
         }

@@ -1,4 +1,5 @@
-//! Copying and checking in one pass: the CRC-64/NVME of what was written, kept per KV head over many runs.
+//! Copying and checking in one pass, over memory that others may write: the CRC-64/NVME of what was copied or seen, kept per KV head
+//! over many runs.
 //!
 //! Two ways, chosen once: `fold.rs` where the machine has what it takes and runs are multiples of 16 bytes, else a copy in
 //! steps that stay in the first-level caches with crc-fast over the **destination** of each step. Both give the standard checksum.
@@ -14,7 +15,7 @@ const STEP_BYTES: usize = 32 << 10;
 
 /// How to copy and check; cheap to copy around.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Engine {
+pub enum Engine {
     /// One pass, 256-bit folding.
     #[cfg(target_arch = "x86_64")]
     Fold {
@@ -27,12 +28,12 @@ pub(crate) enum Engine {
 
 /// The checksum of one head, so far. What the words mean is the engine's affair.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct State([u64; 2]);
+pub struct State([u64; 2]);
 
 impl Engine {
     /// The best for runs that are all multiples of `unit` bytes. `stream` asks for stores past the caches, where that is
     /// possible.
-    pub(crate) fn new(unit: usize, stream: bool) -> Self {
+    pub fn new(unit: usize, stream: bool) -> Self {
         #[cfg(target_arch = "x86_64")]
         if unit.is_multiple_of(16) && fold::available() {
             return Self::Fold { stream };
@@ -41,7 +42,8 @@ impl Engine {
         Self::Portable
     }
 
-    pub(crate) fn start(self) -> State {
+    /// The state of nothing yet.
+    pub fn start(self) -> State {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Fold { .. } => State(fold::Remainder::new().0),
@@ -49,7 +51,8 @@ impl Engine {
         }
     }
 
-    pub(crate) fn finish(self, state: State) -> u64 {
+    /// The checksum of all that was taken into `state`.
+    pub fn finish(self, state: State) -> u64 {
         match self {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this engine exists only where the instructions do.
@@ -62,8 +65,7 @@ impl Engine {
     ///
     /// # Safety
     /// `from..+len` is readable, `to..+len` is writable, they do not overlap, and `len` is a multiple of the engine's unit.
-    #[inline]
-    pub(crate) unsafe fn copy(self, from: *const u8, to: *mut u8, len: usize, state: &mut State) {
+    pub unsafe fn copy(self, from: *const u8, to: *mut u8, len: usize, state: &mut State) {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Fold { stream } => {
@@ -97,8 +99,7 @@ impl Engine {
     ///
     /// # Safety
     /// `from..+len` is readable and `len` is a multiple of the engine's unit.
-    #[inline]
-    pub(crate) unsafe fn scan(self, from: *const u8, len: usize, state: &mut State) {
+    pub unsafe fn scan(self, from: *const u8, len: usize, state: &mut State) {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Fold { .. } => {
@@ -120,8 +121,25 @@ impl Engine {
         }
     }
 
+    /// Takes these bytes into `state`.
+    ///
+    /// # Panics
+    /// When they are no multiple of the engine's unit.
+    pub fn take(self, bytes: &[u8], state: &mut State) {
+        self.is_for(bytes.len());
+        // SAFETY: readable as a slice is, and of the engine's unit.
+        unsafe { self.scan(bytes.as_ptr(), bytes.len(), state) };
+    }
+
+    pub(crate) fn is_for(self, len: usize) {
+        assert!(
+            self == Self::Portable || len.is_multiple_of(16),
+            "a run of {len} bytes for an engine of multiples of 16"
+        );
+    }
+
     /// Call after the last copy, before anybody is told of the bytes.
-    pub(crate) fn fence(self) {
+    pub fn fence(self) {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Fold { stream } => {
