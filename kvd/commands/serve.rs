@@ -110,6 +110,7 @@ fn node_settings(values: &Values) -> NodeSettings {
                     Offload::SecondUse => OffloadPolicy::SecondUse,
                 },
                 write_bytes_per_day: values.nvme_write_budget,
+                read_ahead: values.read_ahead,
                 ..TierSettings::default()
             },
             ..Settings::default()

@@ -61,6 +61,7 @@ settings! {
     nvme_write_budget: "SIZE", "Most bytes that each of them takes in a day; or off", budget, show_budget;
     nvme_faults: "PATH", "For tests: a file that says how each of them shall fail; or off", faults, show_faults;
     offload: "CHOICE", "When blocks are written there: write_through or second_use", offload, show_offload;
+    read_ahead: "CHOICE", "Whether a lookup that keeps what it finds begins to bring up what is there: on or off", switch, show_switch;
     http: "ADDRESS", "Where /healthz, /readyz, /metrics and /status listen, like 127.0.0.1:9440; or off", http, show_http;
     socket_mode: "MODE", "Permissions of the sockets, in octal", mode, |v: &u32| format!("{v:04o}");
     directory_mode: "MODE", "Permissions of the sockets' directories, in octal", mode, |v: &u32| format!("{v:04o}");
@@ -258,6 +259,18 @@ fn show_budget(value: &u64) -> String {
         0 => "off".to_owned(),
         bytes => show_size(*bytes),
     }
+}
+
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("choose on or off".to_owned()),
+    }
+}
+
+fn show_switch(value: &bool) -> String {
+    if *value { "on" } else { "off" }.to_owned()
 }
 
 fn faults(text: &str) -> Result<Option<PathBuf>, String> {

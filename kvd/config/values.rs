@@ -155,6 +155,8 @@ pub(crate) struct Values {
     pub(crate) nvme_write_budget: u64,
     pub(crate) nvme_faults: Option<PathBuf>,
     pub(crate) offload: Offload,
+    /// Lookups that lease begin to bring up what is below.
+    pub(crate) read_ahead: bool,
     pub(crate) http: Option<SocketAddr>,
     pub(crate) socket_mode: u32,
     pub(crate) directory_mode: u32,
@@ -191,6 +193,7 @@ impl Values {
             nvme_write_budget: 0,
             nvme_faults: None,
             offload: Offload::WriteThrough,
+            read_ahead: true,
             http: Some(SocketAddr::from(([127, 0, 0, 1], 9440))),
             socket_mode: 0o600,
             directory_mode: 0o700,

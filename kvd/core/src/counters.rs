@@ -136,6 +136,8 @@ pub struct TierCounters {
     pub fetched: u64,
     /// Bytes of their slots.
     pub fetched_bytes: u64,
+    /// Blocks that were begun to be read because a lookup had found them, before any load asked.
+    pub fetched_ahead: u64,
     /// Blocks that could not be read, by reason.
     pub fetch_failed: FetchFailures,
     /// Blocks not read because there was no room, or too much was being read.
@@ -150,7 +152,7 @@ pub struct TierCounters {
 
 impl TierCounters {
     /// Name and count, for metrics and status.
-    pub fn each(&self) -> [(&'static str, u64); 18] {
+    pub fn each(&self) -> [(&'static str, u64); 19] {
         [
             ("offloaded", self.offloaded),
             ("offloaded_bytes", self.offloaded_bytes),
@@ -163,6 +165,7 @@ impl TierCounters {
             ("evicted", self.evicted),
             ("fetched", self.fetched),
             ("fetched_bytes", self.fetched_bytes),
+            ("fetched_ahead", self.fetched_ahead),
             ("fetch_failed_corrupt", self.fetch_failed.corrupt),
             ("fetch_failed_io", self.fetch_failed.io),
             ("fetch_failed_off", self.fetch_failed.off),

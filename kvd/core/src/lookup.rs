@@ -1,7 +1,7 @@
-//! Lookup: which of these blocks are here, in host memory or below, as runs. Deliberately absent: waiting; a block being stored or
-//! coming up is said to be so.
+//! Lookup: which of these blocks are here, in host memory or below, as runs. A lookup that leases what it finds is followed by a load,
+//! so that what is below begins to come up. Deliberately absent: waiting; a block being stored or coming up is said to be so.
 
-use crate::api::{Chain, Failure, LookupReply, NIL, Presence, Reply, Where};
+use crate::api::{Chain, Failure, LookupReply, NIL, Output, Presence, Reply, Where};
 use crate::evict::chain;
 use crate::index::{BATCH, EntryState};
 use crate::state::Core;
@@ -42,6 +42,8 @@ struct Hits {
     below: u64,
     /// Entries to be leased; kept only if a lease is wanted.
     blocks: Vec<u32>,
+    /// Blocks below that a load will ask for: of the unbroken beginning of each chain, if a lease is wanted. Group and hash.
+    ahead: Vec<(u8, [u8; 32])>,
 }
 
 /// How one request looks.
@@ -50,6 +52,8 @@ struct Manner {
     space: u32,
     lease: bool,
     leading: bool,
+    /// What is below is noted, to be brought up.
+    ahead: bool,
 }
 
 impl Core {
@@ -58,8 +62,8 @@ impl Core {
         caller: Caller,
         namespace: u32,
         chains: &[Chain<'_>],
-        lease_ms: u32,
-        leading: bool,
+        (lease_ms, leading): (u32, bool),
+        out: &mut Vec<Output>,
     ) -> Result<Reply, Failure> {
         let space = self.space_of(caller, namespace)?;
         let most = self.settings.max_chains;
@@ -79,6 +83,7 @@ impl Core {
             space,
             lease: lease_ms > 0,
             leading,
+            ahead: lease_ms > 0 && self.settings.tiers.read_ahead,
         };
         let mut hits = Hits::default();
         let looked = chains
@@ -96,6 +101,7 @@ impl Core {
         if !hits.blocks.is_empty() {
             reply.lease = self.lease_lookup(caller.session, &hits.blocks, lease_ms, hits.bytes);
         }
+        self.read_ahead(caller.tenant, space, &hits.ahead, out);
         Ok(Reply::Lookup(reply))
     }
 
@@ -122,6 +128,7 @@ impl Core {
             return presence;
         };
         let (extents, policy) = pool.recency(class);
+        let mut ahead = manner.ahead;
         for (number, batch) in chain.hashes.chunks(BATCH).enumerate() {
             let mut found = [NIL; BATCH];
             index.find_batch(space, group, batch, &mut found);
@@ -155,6 +162,11 @@ impl Core {
                         Where::Host
                     }
                 };
+                match place {
+                    Where::Nvme if ahead => hits.ahead.push((group, batch[at as usize % BATCH])),
+                    Where::Absent => ahead = false,
+                    _ => {}
+                }
                 match place {
                     Where::Absent if manner.leading => {
                         hits.absent += chain.hashes.len() as u64 - u64::from(at);

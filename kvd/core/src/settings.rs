@@ -45,6 +45,8 @@ pub struct TierSettings {
     pub max_waiting_hashes: u32,
     /// Longest that a load waits, milliseconds.
     pub max_wait_ms: u32,
+    /// Lookups that lease begin to bring up what is below.
+    pub read_ahead: bool,
     /// For the estimate in lookups: bytes that a store gives per microsecond.
     pub load_bytes_per_us: u64,
 }
@@ -61,6 +63,7 @@ impl Default for TierSettings {
             max_entries: 1 << 26,
             max_waiting_hashes: 262_144,
             max_wait_ms: 5_000,
+            read_ahead: true,
             load_bytes_per_us: 2_000,
         }
     }

@@ -139,7 +139,7 @@ impl Core {
                 chains,
                 lease_ms,
                 leading,
-            } => self.lookup(caller, namespace, chains, lease_ms, leading),
+            } => self.lookup(caller, namespace, chains, (lease_ms, leading), out),
             Request::Reserve { namespace, chain } => self.reserve(caller, namespace, &chain, out),
             Request::Commit {
                 namespace,

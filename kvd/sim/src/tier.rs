@@ -101,6 +101,7 @@ impl TierConfig {
             max_entries: rng.spread(8, 1024) as u32,
             max_waiting_hashes: rng.spread(4, 256) as u32,
             max_wait_ms: rng.spread(1, 200) as u32,
+            read_ahead: !rng.one_in(4),
             load_bytes_per_us: 100,
         }
     }

@@ -2,8 +2,8 @@
 //! of them have come, failed, or its deadline has passed.
 //!
 //! A block that comes up has a slot that the store alone writes, and an entry that is Filling. Loads of the same block share one
-//! read. A read that fails is a failure, never an absence; the block stays known unless its bytes are wrong. Deliberately absent:
-//! reading ahead of a load, and telling a load's blocks one by one.
+//! read. A read that fails is a failure, never an absence; the block stays known unless its bytes are wrong. A lookup that leases
+//! begins reads ahead of its load, which joins them. Deliberately absent: telling a load's blocks one by one.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ use crate::geometry::Cut;
 use crate::ids::{RequestId, StoreId};
 use crate::index::{Entry, EntryState, Found};
 use crate::log::ChangeKind;
-use crate::pool::SlotState;
+use crate::pool::{Pool, SlotState};
 use crate::settings::OffloadPolicy;
 use crate::state::Core;
 use crate::step::Caller;
@@ -125,6 +125,7 @@ impl Core {
         out: &mut Vec<Output>,
     ) {
         let (mut full, mut others) = (false, true);
+        let wanted = (asked.space, asked.group);
         for at in &waiting.below {
             let hash = &asked.hashes[*at as usize];
             let coming = match self.index.find(asked.space, asked.group, hash) {
@@ -132,7 +133,7 @@ impl Core {
                 _ if full => None,
                 _ => match self.stored_entry(asked.space, asked.group, hash) {
                     Some(stored) => {
-                        let id = self.fetch(caller.tenant, asked, hash, stored, &mut others, out);
+                        let id = self.fetch(caller.tenant, wanted, hash, stored, &mut others, out);
                         full = id.is_none();
                         id
                     }
@@ -153,29 +154,60 @@ impl Core {
         }
     }
 
+    /// Begins to bring up blocks that a lookup has found and leased (group and hash), because a load will ask for them: that one joins
+    /// the reads. Takes at most a quarter of host memory for what is coming; the rest is left for the load to begin.
+    pub(crate) fn read_ahead(
+        &mut self,
+        t: usize,
+        space: u32,
+        wanted: &[(u8, [u8; 32])],
+        out: &mut Vec<Output>,
+    ) {
+        let mut others = true;
+        for (group, hash) in wanted {
+            let usable = self.tenants[t].pool.as_ref().map(Pool::usable_bytes);
+            if usable.is_none_or(|usable| self.tenants[t].coming_bytes > usable / 4) {
+                return;
+            }
+            if matches!(self.index.find(space, *group, hash), Found::Entry(_)) {
+                continue;
+            }
+            let Some(stored) = self.stored_entry(space, *group, hash) else {
+                continue;
+            };
+            if self
+                .fetch(t, (space, *group), hash, stored, &mut others, out)
+                .is_none()
+            {
+                return;
+            }
+            self.tier_counters.fetched_ahead += 1;
+        }
+    }
+
     /// Begins to read one block into host memory. Gives its entry there; `None` when there is no room or too much under way.
     fn fetch(
         &mut self,
         t: usize,
-        asked: &Asked<'_>,
+        (space, group): (u32, u8),
         hash: &[u8; 32],
         (store, stored): (usize, u32),
         others: &mut bool,
         out: &mut Vec<Output>,
     ) -> Option<u32> {
-        let namespace = self.spaces.get(asked.space);
-        let found = &namespace.groups[usize::from(asked.group)];
+        let namespace = self.spaces.get(space);
+        let found = &namespace.groups[usize::from(group)];
         let (class, slot_bytes) = (found.class, found.slot_bytes);
         let usable = self.tenants[t].pool.as_ref()?.usable_bytes();
         let disk = &self.disks.all[store];
         if !disk.on
             || disk.reads >= self.settings.tiers.max_reads
             || self.tenants[t].coming_bytes + slot_bytes > usable / 2
-            || self.index.find(asked.space, asked.group, hash) == Found::Crowded
+            || self.index.find(space, group, hash) == Found::Crowded
         {
             return None;
         }
-        let geometry = namespace.record.groups()[usize::from(asked.group)].clone();
+        let geometry = namespace.record.groups()[usize::from(group)].clone();
         while self.index.len() >= self.settings.max_entries as usize {
             if !self.make_room(t, class, others, out) {
                 return None;
@@ -183,7 +215,7 @@ impl Core {
         }
         let slot = self.room_for(t, class, others, out)?;
         self.tenants[t].coming_bytes += slot_bytes;
-        let host = self.enter_coming(t, asked, hash, (store, stored), slot);
+        let host = self.enter_coming(t, (space, group), hash, (store, stored), slot);
         let disk = &mut self.disks.all[store];
         disk.reads += 1;
         disk.index.entries.hot[stored].pins += 1;
@@ -222,7 +254,7 @@ impl Core {
     fn enter_coming(
         &mut self,
         t: usize,
-        asked: &Asked<'_>,
+        (space, group): (u32, u8),
         hash: &[u8; 32],
         (store, stored): (usize, u32),
         slot: u32,
@@ -231,22 +263,22 @@ impl Core {
         let parent = entries.parent(stored).map(|id| entries.hot[id].hash);
         let entry = Entry {
             hash: *hash,
-            space: asked.space,
+            space,
             slot,
             parent: NIL,
             stamp: self.stamp,
             crcs: NIL,
-            group: asked.group,
+            group,
             state: EntryState::Filling,
             ..Entry::default()
         };
         let id = self.index.insert(entry, 0);
-        let namespace = self.spaces.get_mut(asked.space);
+        let namespace = self.spaces.get_mut(space);
         namespace.coming += 1;
-        let class = namespace.groups[usize::from(asked.group)].class;
+        let class = namespace.groups[usize::from(group)].class;
         if let Some(pool) = &mut self.tenants[t].pool {
             if let Some(parent) = parent
-                && let Found::Entry(parent) = self.index.find(asked.space, asked.group, &parent)
+                && let Found::Entry(parent) = self.index.find(space, group, &parent)
             {
                 let policy = &mut *pool.classes[usize::from(class)].policy;
                 chain::gains_child(policy, &mut self.index.entries, parent);
