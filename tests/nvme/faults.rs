@@ -188,6 +188,30 @@ fn a_device_that_hangs_is_switched_off_and_comes_back() {
 }
 
 #[test]
+fn a_thread_that_panics_leaves_host_memory_and_nothing_waiting() {
+    let mut one = Faulty::new();
+    one.rule("read panic");
+    one.loads_fail_in_time();
+    one.is_off();
+    let log = one.daemon.log();
+    assert!(log.contains("failed by a bug"), "{log}");
+    one.host_memory_serves(2);
+    assert!(
+        tier(&one.daemon, "offload_off") >= 32,
+        "nothing is asked of it"
+    );
+    let loads = one.engine.load(1, 0..32);
+    assert!(loads.loaded.is_empty(), "{loads:?}");
+    assert_eq!(one.daemon.get("/readyz").0, 200);
+    one.host_memory_serves(3);
+    one.rule("");
+    let Faulty { home, daemon, .. } = one;
+    drop(daemon);
+    let daemon = home.serve(&[]);
+    Engine::new(&daemon).load_all(1, 0..BEFORE);
+}
+
+#[test]
 fn a_daemon_ends_in_time_although_its_device_hangs() {
     let mut one = Faulty::new();
     one.rule("all stall");

@@ -3,6 +3,7 @@
 //! Overflow of the queue: the operation is answered `Off` at once, and its memory given back. The thread sleeps in its adapter, until a
 //! completion, a new operation or a deadline of the store. Deliberately absent: what is stored where (`kvd-core`).
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -189,7 +190,7 @@ impl Drop for Device {
         self.queue.take();
         self.wake();
         if let Some(thread) = self.thread.take() {
-            // A thread that panicked has said so; its store is as a crash leaves it.
+            // Its store is as a crash leaves it, should it have panicked.
             let _ = thread.join();
         }
     }
@@ -217,15 +218,18 @@ fn live(
     {
         return;
     }
-    Runner {
+    let mut runner = Runner {
         store,
         queue,
         stop,
         status,
         news,
         began: clock(),
+    };
+    match catch_unwind(AssertUnwindSafe(|| runner.run())) {
+        Ok(()) => runner.end(),
+        Err(_) => runner.give_up(),
     }
-    .run();
 }
 
 fn open(
@@ -293,7 +297,7 @@ fn backing(config: &DeviceConfig) -> Result<Backing, String> {
 }
 
 impl<N: Fn(DeviceNews) -> bool> Runner<N> {
-    fn run(mut self) {
+    fn run(&mut self) {
         let (mut done, mut was_off) = (Vec::new(), false);
         while !self.stop.load(Ordering::Acquire) {
             self.take_jobs(&mut done);
@@ -318,7 +322,6 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
             }
             self.note(off);
         }
-        self.end();
     }
 
     fn take_jobs(&mut self, done: &mut Vec<StoreDone>) {
@@ -336,6 +339,24 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
         status.off = off;
         status.blocks = self.store.blocks();
         status.counters.clone_from(self.store.counters());
+    }
+
+    /// After a panic: the store is off for the rest of this daemon's life, everything that was asked is answered, and so is what is
+    /// asked until nobody asks any more.
+    fn give_up(self) {
+        tracing::error!(
+            "the thread of the store has failed by a bug; blocks there are not found until the daemon is started again"
+        );
+        self.note(true);
+        let Self {
+            store, queue, news, ..
+        } = self;
+        news(DeviceNews::Switched(false));
+        news(DeviceNews::Done(store.abandon()));
+        while let Ok((op, host)) = queue.recv() {
+            drop(host);
+            news(DeviceNews::Done(vec![op.refused(StoreError::Off)]));
+        }
     }
 
     /// Makes durable what is under way, if the device still answers.

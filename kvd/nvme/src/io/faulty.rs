@@ -30,6 +30,8 @@ pub enum Fault {
     Short,
     /// It is kept until this changes.
     Stall,
+    /// The thread panics, as it would for a bug.
+    Panic,
 }
 
 /// What becomes of each kind of operation.
@@ -61,8 +63,8 @@ impl Rules {
         }
     }
 
-    /// Lines of an operation (`read`, `write`, `flush`, `all`) and a fault (`none`, `stall`, `short`, `eio`, `enospc`, or a number of
-    /// an error). Later lines override; what is not named is done.
+    /// Lines of an operation (`read`, `write`, `flush`, `all`) and a fault (`none`, `stall`, `short`, `panic`, `eio`, `enospc`, or a
+    /// number of an error). Later lines override; what is not named is done.
     ///
     /// # Errors
     /// With the line that is none of these.
@@ -75,6 +77,7 @@ impl Rules {
                 "none" => Fault::None,
                 "stall" => Fault::Stall,
                 "short" => Fault::Short,
+                "panic" => Fault::Panic,
                 "eio" => Fault::Error(Errno::IO),
                 "enospc" => Fault::Error(Errno::NOSPC),
                 number => match number.parse::<u16>() {
@@ -205,6 +208,7 @@ impl<B: BlockIo> Faulty<B> {
                     .push(job.done(Err(IoError::Short { got, wanted })));
             }
             Fault::Stall => self.kept.push_back(job),
+            Fault::Panic => panic!("the rules of faults say so"),
         }
     }
 }

@@ -32,7 +32,7 @@ mod wire;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use kvd_core::tier::{StoreDone, StoreOp, StoreShape};
+use kvd_core::tier::{StoreDone, StoreError, StoreOp, StoreShape};
 
 pub use self::config::{Counters, OpenError, RecoveryReport, StoreConfig};
 pub use self::format::{Flaw, VERSION};
@@ -303,6 +303,14 @@ impl<I: BlockIo> Store<I> {
     /// The device, for its own gauges and its waker.
     pub fn io(&self) -> &I {
         &self.io
+    }
+
+    /// Gives everything up after a panic: waits until the device uses no memory any more, and answers what was taken.
+    pub fn abandon(self) -> Vec<StoreDone> {
+        let Self { io, jobs, .. } = self;
+        drop(io);
+        let refusals = jobs.values().map(|job| job.refusal(StoreError::Io));
+        refusals.collect()
     }
 
     /// Finishes and makes durable what is under way, in at most `turns` waits of `wait` each, and gives the device and the last counts
