@@ -8,12 +8,14 @@
 
 PYTHON ?= python3
 VENV := .venv/vllm
+# How long `make sim` runs fresh seeds.
+SIM_FOR = 60s
 PY := $(VENV)/bin/python
 CARGO := cargo
 CRATES := --workspace --exclude kvd-python
 export CARGO_TERM_PROGRESS_WHEN = never
 
-.PHONY: demo test check soak gpu-check wheel build venv plugin fmt clippy unit blackbox vllm demo-short bench fuzz-build tools help
+.PHONY: demo test check soak gpu-check wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench fuzz-build tools help
 
 help:
 	@sed -n '2,8p' Makefile | cut -c3-
@@ -55,6 +57,9 @@ unit:
 blackbox:
 	$(CARGO) test --release $(CRATES) --quiet
 
+sim: build
+	target/release/kvd sim --for $(SIM_FOR)
+
 vllm: build plugin
 	$(PY) -m pytest tests/vllm tests/gpu -q --durations=25
 
@@ -62,9 +67,10 @@ check: tools
 	@$(PYTHON) scripts/stages.py fmt clippy unit
 
 test: tools
-	@$(PYTHON) scripts/stages.py venv fmt clippy blackbox plugin vllm demo-short
+	@$(PYTHON) scripts/stages.py venv fmt clippy blackbox sim plugin vllm demo-short
 
-soak: build plugin
+soak: SIM_FOR = 10m
+soak: build plugin sim
 	KVD_TEST_SOAK=1 $(CARGO) test --release $(CRATES) --quiet
 	KVD_TEST_SOAK=1 $(PY) -m pytest tests/vllm -q --durations=25
 

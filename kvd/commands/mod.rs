@@ -6,6 +6,7 @@ mod bench;
 mod check;
 mod fsck;
 mod serve;
+mod sim;
 mod status;
 mod stores;
 
@@ -29,6 +30,7 @@ pub(crate) fn main() -> ExitCode {
             load(args).and_then(|config| status::run(&config, args.get_flag("json")))
         }
         Some(("fsck", args)) => return fsck::run(args),
+        Some(("sim", args)) => return sim::run(args),
         Some(("config", args)) => match args.subcommand() {
             Some(("check", args)) => load(args).and_then(|config| check::run(&config)),
             _ => unreachable!("clap asks for a subcommand"),
@@ -70,6 +72,7 @@ fn command() -> Command {
             .arg(json()),
         )
         .subcommand(fsck::command().arg(json()))
+        .subcommand(sim::command())
         .subcommand(
             Command::new("config")
                 .about("About the configuration")

@@ -42,6 +42,7 @@ mod kept;
 mod lies;
 mod link;
 mod memory;
+mod mixes;
 mod model;
 mod options;
 mod plant;
@@ -60,6 +61,7 @@ mod world;
 
 pub use disk::{DiskFaults, SimDisk, SimHost};
 pub use disk_run::{DiskOptions, DiskReport, FlipReport, flips, run_disk};
+pub use mixes::DiskMix;
 pub use options::{Fault, Faults, Options, StorePlant};
 pub use plant::Plant;
 pub use report::{Counters, Failure, Report};

@@ -6,27 +6,17 @@
 mod common;
 
 use kvd_nvme::store::{Plant, Store};
-use kvd_sim::{DiskFaults, DiskOptions, DiskReport, SimDisk, flips, run_disk};
+use kvd_sim::{DiskFaults, DiskMix, DiskOptions, DiskReport, SimDisk, flips, run_disk};
 
 use common::{fresh_seed, soak};
 
-fn options(seed: u64, faults: DiskFaults) -> DiskOptions {
-    DiskOptions {
-        seed,
-        steps: 3_000,
-        faults,
-        cuts: 150,
-        plant: None,
-    }
-}
-
 /// Runs many seeds, and gives the sum of what happened.
-fn many(seeds: u64, faults: DiskFaults) -> DiskReport {
+fn many(seeds: u64, mix: DiskMix) -> DiskReport {
     let seeds = if soak() { seeds * 200 } else { seeds };
     let first = fresh_seed();
     let mut sum = DiskReport::default();
     for seed in first..first + seeds {
-        let report = run_disk(&options(seed, faults)).unwrap_or_else(|text| panic!("{text}"));
+        let report = run_disk(&mix.options(seed)).unwrap_or_else(|text| panic!("{text}"));
         sum.written += report.written;
         sum.read += report.read;
         sum.dropped += report.dropped;
@@ -43,7 +33,7 @@ fn many(seeds: u64, faults: DiskFaults) -> DiskReport {
 
 #[test]
 fn nothing_answered_is_lost_and_nothing_dropped_comes_back() {
-    let sum = many(8, DiskFaults::default());
+    let sum = many(8, DiskMix::CUTS);
     assert_eq!(sum.corrupt, 0);
 }
 
@@ -51,64 +41,37 @@ fn nothing_answered_is_lost_and_nothing_dropped_comes_back() {
 #[test]
 fn kept_seeds_hold() {
     for seed in [132_858_865_155_530, 171_167_350_181_345] {
-        run_disk(&options(seed, DiskFaults::default())).unwrap_or_else(|text| panic!("{text}"));
+        run_disk(&DiskMix::CUTS.options(seed)).unwrap_or_else(|text| panic!("{text}"));
     }
 }
 
 #[test]
 fn errors_and_short_transfers_cost_only_what_they_hit() {
-    let faults = DiskFaults {
-        eio: 200,
-        short: 300,
-        ..DiskFaults::default()
-    };
-    let sum = many(5, faults);
+    let sum = many(5, DiskMix::ERRORS);
     assert!(sum.failed > 0 && sum.corrupt == 0);
 }
 
 #[test]
 fn a_disk_that_stalls_or_keeps_failing_is_switched_off_and_on() {
-    let faults = DiskFaults {
-        stall: 500,
-        sticky: 2_000,
-        ..DiskFaults::default()
-    };
-    assert!(many(5, faults).switched_off > 0);
+    assert!(many(5, DiskMix::FAILING).switched_off > 0);
 }
 
 #[test]
 fn a_full_disk_fails_writes_and_nothing_else() {
-    let faults = DiskFaults {
-        full: true,
-        ..DiskFaults::default()
-    };
-    let report = run_disk(&options(fresh_seed(), faults)).unwrap_or_else(|text| panic!("{text}"));
+    let report =
+        run_disk(&DiskMix::FULL.options(fresh_seed())).unwrap_or_else(|text| panic!("{text}"));
     // What was still under way when the disk had room again.
     assert!(report.written < 100 && report.failed > 100, "{report:?}");
 }
 
 #[test]
 fn lost_and_misdirected_writes_are_damage_and_never_wrong_bytes() {
-    let faults = DiskFaults {
-        lost: 300,
-        misdirected: 300,
-        ..DiskFaults::default()
-    };
-    assert!(many(5, faults).corrupt > 0);
+    assert!(many(5, DiskMix::LOST).corrupt > 0);
 }
 
 #[test]
 fn everything_at_once_never_gives_wrong_bytes() {
-    let faults = DiskFaults {
-        eio: 400,
-        sticky: 4_000,
-        short: 600,
-        stall: 1_000,
-        lost: 1_000,
-        misdirected: 1_000,
-        ..DiskFaults::default()
-    };
-    let sum = many(5, faults);
+    let sum = many(5, DiskMix::EVERYTHING);
     assert!(sum.failed > 0);
 }
 
@@ -172,7 +135,8 @@ fn planted_mistakes_are_found() {
             run_disk(&DiskOptions {
                 plant,
                 cuts: 30,
-                ..options(seed, faults)
+                faults,
+                ..DiskMix::CUTS.options(seed)
             })
         };
         let found = (1..200).find_map(|seed| run(seed).err());
