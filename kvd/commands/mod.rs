@@ -39,6 +39,7 @@ pub(crate) fn main() -> ExitCode {
             Some(("session", args)) => bench::run(args.get_flag("json")),
             Some(("nvme", args)) => bench::nvme::run(args),
             Some(("restart", args)) => bench::restart::run(args),
+            Some(("stall", args)) => bench::stall::run(args),
             _ => unreachable!("clap asks for a subcommand"),
         },
         _ => unreachable!("clap asks for a subcommand"),
@@ -94,7 +95,8 @@ fn command() -> Command {
                         .arg(json()),
                 )
                 .subcommand(bench::nvme::command().arg(json()))
-                .subcommand(bench::restart::command().arg(json())),
+                .subcommand(bench::restart::command().arg(json()))
+                .subcommand(bench::stall::command().arg(json())),
         )
 }
 

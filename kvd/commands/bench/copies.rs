@@ -1,5 +1,6 @@
 //! Stores and loads against memcpy, in interleaved rounds.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -102,6 +103,26 @@ fn gbps(begun: Instant) -> f64 {
     TURN_BYTES as f64 / begun.elapsed().as_secs_f64() / 1e9
 }
 
+/// Stores blocks from these pages, all of which must become visible.
+pub(super) fn store(
+    mover: &mut BlockMover,
+    session: &mut Session,
+    namespace: u32,
+    chain: ChainRef<'_>,
+    (source, pages): (&OwnedPages, Range<u32>),
+) -> Result<()> {
+    let numbers: Vec<[u32; 1]> = pages.map(|n| [n]).collect();
+    let at = source.pages();
+    let from: Vec<_> = numbers.iter().map(|n| BlockRef { at, pages: n }).collect();
+    let outcomes = mover.store(session, namespace, chain, &from)?;
+    ensure!(
+        outcomes.iter().all(|o| *o == StoreOutcome::Visible),
+        "not every block was stored: {:?}",
+        outcomes.last()
+    );
+    Ok(())
+}
+
 impl Bench {
     fn memcpy(&mut self) -> f64 {
         let (from, to) = &mut self.plain;
@@ -118,30 +139,21 @@ impl Bench {
     }
 
     fn store(&mut self, hashes: &[u8]) -> Result<f64> {
-        let numbers: Vec<[u32; 1]> = (0..self.source.pages().pages()).map(|n| [n]).collect();
-        let from: Vec<_> = numbers
-            .iter()
-            .map(|n| BlockRef {
-                at: self.source.pages(),
-                pages: n,
-            })
-            .collect();
         let chain = ChainRef {
             group: 0,
             hashes,
             parent: None,
         };
+        let pages = 0..self.source.pages().pages();
         let begun = Instant::now();
-        let outcomes = self
-            .mover
-            .store(&mut self.session, self.namespace, chain, &from)?;
-        let speed = gbps(begun);
-        ensure!(
-            outcomes.iter().all(|o| *o == StoreOutcome::Visible),
-            "not every block was stored: {:?}",
-            outcomes.last()
-        );
-        Ok(speed)
+        store(
+            &mut self.mover,
+            &mut self.session,
+            self.namespace,
+            chain,
+            (&self.source, pages),
+        )?;
+        Ok(gbps(begun))
     }
 
     fn load(&mut self, hashes: &[u8]) -> Result<f64> {

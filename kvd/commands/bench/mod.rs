@@ -10,6 +10,7 @@ mod lookups;
 pub(super) mod nvme;
 pub(super) mod restart;
 mod scratch;
+pub(super) mod stall;
 
 use std::io::Write;
 use std::time::Duration;
