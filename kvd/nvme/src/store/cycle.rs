@@ -144,7 +144,7 @@ impl<I: BlockIo> Store<I> {
 
     /// Whether what is written is company enough by its bytes, counted as if all blocks were as large as the last.
     fn is_much(&self) -> bool {
-        let last = self.cycle.written.back().and_then(|id| self.jobs.get(id));
+        let last = self.cycle.written.back().and_then(|id| self.jobs.get(*id));
         let bytes = match last.map(|job| &job.work) {
             Some(Work::Write(write)) => write.geometry.block_bytes(),
             _ => 0,
@@ -171,7 +171,7 @@ impl<I: BlockIo> Store<I> {
             else {
                 break;
             };
-            let Some(job) = self.jobs.get(&id) else {
+            let Some(job) = self.jobs.get(id) else {
                 continue;
             };
             let seq = self.next_seq;
@@ -260,7 +260,7 @@ impl<I: BlockIo> Store<I> {
         let jobs = &self.jobs;
         let (mut covered, mut left) = (Vec::new(), VecDeque::new());
         for id in self.cycle.written.drain(..) {
-            match jobs.get(&id).map(|job| &job.work) {
+            match jobs.get(id).map(|job| &job.work) {
                 Some(Work::Write(write)) if names.is_written(write.name) => covered.push(id),
                 _ => left.push_back(id),
             }
@@ -298,7 +298,7 @@ impl<I: BlockIo> Store<I> {
 
     fn answer_named(&mut self, done: &mut Vec<StoreDone>) {
         for named in std::mem::take(&mut self.cycle.named) {
-            let Some(job) = self.jobs.remove(&named.job) else {
+            let Some(job) = self.jobs.remove(named.job) else {
                 continue;
             };
             match job.work {

@@ -1,6 +1,7 @@
 //! The bytes of a store: superblocks, namespace slots, pages of records, headers of blocks. `docs/formats.md` says the same in a
 //! table. Every piece has a CRC-64/NVME of its own, so that damage stays where it is. Deliberately absent: when what is written.
 
+use kvd_core::geometry::MAX_PARTS;
 use kvd_core::tier::{BlockHeader, BlockKey, Place, STORE_PAGE};
 use kvd_core::{BlockHash, Cut, GroupGeometry, GroupKind, NamespaceId};
 use zerocopy::little_endian::{U16, U32, U64};
@@ -400,6 +401,9 @@ struct BlockHead {
     cell_bytes: U32,
 }
 
+/// Most bounds of layers and heads together.
+const MOST_BOUNDS: usize = 2 * (MAX_PARTS + 1);
+
 /// Where the checksums begin in the header page of a block with so many bounds.
 fn crcs_at(bounds: usize) -> usize {
     (size_of::<BlockHead>() + 4 * bounds).next_multiple_of(8)
@@ -493,13 +497,11 @@ pub(crate) fn decode_block(page: &[u8], store: &[u8; 16]) -> Result<BlockPage, F
     if crcs_at + 8 * crcs > PAGE - 8 {
         return Err(Flaw::Header);
     }
-    let word = |bytes: &[u8; 4]| u32::from_le_bytes(*bytes);
-    let bounds: Vec<u32> = rest[..4 * (layers + heads)]
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(word)
-        .collect();
+    let mut bounds = [0; MOST_BOUNDS];
+    let bounds = bounds.get_mut(..layers + heads).ok_or(Flaw::Geometry)?;
+    for (bound, word) in bounds.iter_mut().zip(rest.as_chunks::<4>().0) {
+        *bound = u32::from_le_bytes(*word);
+    }
     let sums = page[crcs_at..crcs_at + 8 * crcs].as_chunks::<8>().0;
     let geometry = GroupGeometry {
         kind: GroupKind::Opaque,

@@ -12,7 +12,7 @@ use kvd_core::{GroupGeometry, NamespaceRecord};
 use super::format::{block_fits, encode_block, encode_name, name_bytes};
 use super::names::Slotted;
 use super::read::ReadJob;
-use super::{Purpose, Store};
+use super::{Purpose, Store, slots};
 use crate::io::{Aligned, BlockIo, Buffer, HostBytes, Op, PAGE};
 
 /// Operations of the device that parts of jobs leave free for flushes, records, checkpoints.
@@ -110,7 +110,7 @@ impl<I: BlockIo> Store<I> {
             self.counters.refused_off += 1;
             return Err(refused(&op, StoreError::Off));
         }
-        if self.jobs.len() >= self.config.max_queue {
+        if self.jobs.len() >= self.config.max_queue.min(slots::MOST) {
             self.counters.refused_queue += 1;
             return Err(refused(&op, StoreError::Off));
         }
@@ -238,19 +238,14 @@ impl<I: BlockIo> Store<I> {
     }
 
     fn add<const N: usize>(&mut self, work: Work<I::Host>, parts: [What; N]) -> u64 {
-        self.next_job += 1;
-        let job = self.next_job;
         let left = N as u32;
         let (begun, failed) = (false, false);
-        self.jobs.insert(
-            job,
-            Job {
-                work,
-                left,
-                begun,
-                failed,
-            },
-        );
+        let job = self.jobs.insert(Job {
+            work,
+            left,
+            begun,
+            failed,
+        });
         let pieces = parts.into_iter().map(|what| Piece { job, what });
         self.pieces.extend(pieces);
         job
@@ -259,7 +254,7 @@ impl<I: BlockIo> Store<I> {
     /// A job that is known to be there.
     pub(crate) fn job(&mut self, job: u64) -> &mut Job<I::Host> {
         self.jobs
-            .get_mut(&job)
+            .get_mut(job)
             .expect("a job stays until it is answered")
     }
 
@@ -346,7 +341,7 @@ impl<I: BlockIo> Store<I> {
                 self.fail_writes_of(slot, done);
             }
         }
-        let Some(job) = self.jobs.get_mut(&piece.job) else {
+        let Some(job) = self.jobs.get_mut(piece.job) else {
             return;
         };
         job.left -= 1;
@@ -388,11 +383,12 @@ impl<I: BlockIo> Store<I> {
         let listed: BTreeSet<u64> = self.cycle.named.iter().map(|named| named.job).collect();
         let mut over = Vec::new();
         for (id, job) in self.jobs.iter_mut() {
-            if which(job) && !listed.contains(id) {
+            if which(job) && !listed.contains(&id) {
                 job.failed = true;
-                over.extend((job.left == 0).then_some(*id));
+                over.extend((job.left == 0).then_some(id));
             }
         }
+        over.sort_unstable();
         for id in over {
             self.cycle.forget(id);
             self.finish(id, StoreError::Io, done);
@@ -401,7 +397,7 @@ impl<I: BlockIo> Store<I> {
 
     /// Answers a job with an error, and gives up what it holds.
     pub(crate) fn finish(&mut self, job: u64, error: StoreError, done: &mut Vec<StoreDone>) {
-        let Some(job) = self.jobs.remove(&job) else {
+        let Some(job) = self.jobs.remove(job) else {
             return;
         };
         if let Work::Write(write) = &job.work {

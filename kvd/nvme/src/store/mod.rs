@@ -23,13 +23,14 @@ mod open;
 mod plant;
 mod read;
 mod recover;
+mod slots;
 mod table;
 #[cfg(test)]
 mod tests;
 mod verify;
 mod wire;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use kvd_core::tier::{StoreDone, StoreError, StoreOp, StoreShape};
@@ -49,6 +50,7 @@ use self::merge::Merge;
 use self::names::Names;
 use self::off::Health;
 use self::recover::State;
+use self::slots::Slots;
 use self::table::Table;
 use self::wire::Wire;
 use crate::io::{Aligned, BlockIo, Done, Op, PAGE};
@@ -94,14 +96,12 @@ pub struct Store<I: BlockIo> {
     names: Names,
     next_seq: u64,
     /// What was taken and not answered. Bounded by `max_queue`.
-    jobs: BTreeMap<u64, Job<I::Host>>,
-    next_job: u64,
+    jobs: Slots<Job<I::Host>>,
     /// Writes among them that have no record yet.
     unlisted: u64,
     /// Parts of jobs that wait for the device.
     pieces: VecDeque<Piece>,
-    flights: BTreeMap<u64, Flight>,
-    next_token: u64,
+    flights: Slots<Flight>,
     cycle: Cycle,
     merge: Option<Merge>,
     health: Health,
@@ -157,12 +157,10 @@ impl<I: BlockIo> Store<I> {
             table: state.table,
             names: state.names,
             next_seq: state.next_seq,
-            jobs: BTreeMap::new(),
-            next_job: 0,
+            jobs: Slots::new(),
             unlisted: 0,
             pieces: VecDeque::new(),
-            flights: BTreeMap::new(),
-            next_token: 0,
+            flights: Slots::new(),
             cycle,
             merge,
             health: Health::default(),
@@ -225,7 +223,7 @@ impl<I: BlockIo> Store<I> {
     }
 
     fn completed(&mut self, now: u64, one: Done<I::Host>, done: &mut Vec<StoreDone>) {
-        let Some(flight) = self.flights.remove(&one.token) else {
+        let Some(flight) = self.flights.remove(one.token) else {
             return;
         };
         let good = one.result.is_ok();
@@ -252,13 +250,11 @@ impl<I: BlockIo> Store<I> {
     }
 
     fn start(&mut self, now: u64, purpose: Purpose, op: impl FnOnce(u64) -> Op<I::Host>) {
-        self.next_token += 1;
-        let token = self.next_token;
         if matches!(purpose, Purpose::Flush) {
             self.counters.flushes += 1;
         }
         let since = now;
-        self.flights.insert(token, Flight { since, purpose });
+        let token = self.flights.insert(Flight { since, purpose });
         self.io.start(op(token));
     }
 

@@ -115,9 +115,10 @@ impl<I: BlockIo> Store<I> {
                 } else {
                     StoreError::Off
                 };
-                over.push((*id, error));
+                over.push((id, error));
             }
         }
+        over.sort_unstable_by_key(|(id, _)| *id);
         for (id, error) in over {
             self.finish(id, error, done);
         }

@@ -92,7 +92,7 @@ impl<I: BlockIo> Store<I> {
         while left > 0
             && let Some(job) = self.unchecked.pop_front()
         {
-            let bytes = match self.jobs.get(&job).map(|job| &job.work) {
+            let bytes = match self.jobs.get(job).map(|job| &job.work) {
                 Some(Work::Read(read)) => read.bytes,
                 _ => 0,
             };
@@ -103,7 +103,7 @@ impl<I: BlockIo> Store<I> {
 
     /// Checks what was read, and answers.
     fn finish_read(&mut self, job: u64, done: &mut Vec<StoreDone>) {
-        let Some(mut job) = self.jobs.remove(&job) else {
+        let Some(mut job) = self.jobs.remove(job) else {
             return;
         };
         let Work::Read(read) = &job.work else {
