@@ -185,14 +185,14 @@ fn check_block<I: BlockIo>(
     if geometry.is_none() || stride_of(bytes) != place.stride {
         return Ok(Err(Some(Flaw::Geometry)));
     }
-    let mut verifier = Verifier::new(&page);
+    let mut verifier = Verifier::new(&page, Vec::new());
     let mut readable = true;
     let pages = bytes.div_ceil(STORE_PAGE);
     wire.scan(at + STORE_PAGE, pages, &mut |_, page| match page {
         Some(page) => verifier.feed(page),
         None => readable = false,
     })?;
-    Ok(match (readable, verifier.finish()) {
+    Ok(match (readable, verifier.finish().0) {
         (false, _) => Err(None),
         (true, false) => Err(Some(Flaw::Payload)),
         (true, true) => Ok(bytes),

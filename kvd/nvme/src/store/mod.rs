@@ -33,6 +33,7 @@ mod wire;
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use kvd_arena::checksum::State as Sum;
 use kvd_core::tier::{StoreDone, StoreError, StoreOp, StoreShape};
 
 pub use self::config::{Counters, OpenError, RecoveryReport, StoreConfig};
@@ -109,6 +110,8 @@ pub struct Store<I: BlockIo> {
     over: Vec<Done<I::Host>>,
     /// Pages for headers, to be used again.
     spare: Vec<Aligned>,
+    /// Memory for sums of what is checked, to be used again.
+    sums: Vec<Sum>,
     /// Reads whose bytes are there and not checked.
     unchecked: VecDeque<u64>,
     #[cfg(feature = "planted")]
@@ -167,6 +170,7 @@ impl<I: BlockIo> Store<I> {
             counters: Counters::default(),
             over: Vec::new(),
             spare: Vec::new(),
+            sums: Vec::new(),
             unchecked: VecDeque::new(),
             #[cfg(feature = "planted")]
             plant: None,

@@ -134,7 +134,7 @@ impl<I: BlockIo> Store<I> {
     }
 
     fn check_read(
-        &self,
+        &mut self,
         read: &ReadJob<I::Host>,
         head: &Aligned,
         host: &I::Host,
@@ -146,11 +146,13 @@ impl<I: BlockIo> Store<I> {
         if self.plant == Some(super::Plant::SkipCrc) {
             return Ok(page);
         }
-        let mut verifier = Verifier::new(&page);
+        let mut verifier = Verifier::new(&page, std::mem::take(&mut self.sums));
         verifier.advance(read.bytes, &mut |at, bytes, engine, state| {
             host.sum(at as usize, bytes, engine, state);
         });
-        if !verifier.finish() {
+        let good;
+        (good, self.sums) = verifier.finish();
+        if !good {
             return Err(Flaw::Payload);
         }
         Ok(page)

@@ -25,14 +25,15 @@ pub(crate) struct Verifier<'a> {
 }
 
 impl<'a> Verifier<'a> {
-    pub(crate) fn new(page: &'a BlockPage) -> Self {
+    /// `sums` is memory to use.
+    pub(crate) fn new(page: &'a BlockPage, sums: Vec<State>) -> Self {
         let head_bytes = page.geometry.head_bytes();
         let mut verifier = Verifier {
             page,
             engine: Engine::new(head_bytes as usize, false),
             head_bytes,
             part: 0,
-            sums: Vec::new(),
+            sums,
             layers: 0,
             at: 0,
             layer: 0,
@@ -106,9 +107,10 @@ impl<'a> Verifier<'a> {
         self.begin_part();
     }
 
-    /// Whether all of the block came, and every checksum is right.
-    pub(crate) fn finish(self) -> bool {
-        self.good && self.part == self.page.header.cut.parts()
+    /// Whether all of the block came, and every checksum is right; and the memory back.
+    pub(crate) fn finish(self) -> (bool, Vec<State>) {
+        let good = self.good && self.part == self.page.header.cut.parts();
+        (good, self.sums)
     }
 }
 
@@ -170,9 +172,9 @@ mod tests {
                 crc: 0,
             };
             let check = |page: &BlockPage, step: usize, bytes: &[u8]| {
-                let mut verifier = Verifier::new(page);
+                let mut verifier = Verifier::new(page, Vec::new());
                 bytes.chunks(step).for_each(|piece| verifier.feed(piece));
-                verifier.finish()
+                verifier.finish().0
             };
             for step in steps {
                 assert!(check(&page, *step, &bytes));
