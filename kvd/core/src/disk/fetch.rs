@@ -155,7 +155,8 @@ impl Core {
     }
 
     /// Begins to bring up blocks that a lookup has found and leased (group and hash), because a load will ask for them: that one joins
-    /// the reads. Takes at most a quarter of host memory for what is coming; the rest is left for the load to begin.
+    /// the reads. Takes at most a quarter of host memory for what is coming and half of a store's reads, so that loads find room; the
+    /// rest is left for the load to begin.
     pub(crate) fn read_ahead(
         &mut self,
         t: usize,
@@ -175,6 +176,9 @@ impl Core {
             let Some(stored) = self.stored_entry(space, *group, hash) else {
                 continue;
             };
+            if self.disks.all[stored.0].reads >= self.settings.tiers.max_reads / 2 {
+                continue;
+            }
             if self
                 .fetch(t, (space, *group), hash, stored, &mut others, out)
                 .is_none()

@@ -41,10 +41,11 @@ fn a_block_goes_down_and_comes_up_again() {
 }
 
 /// Ten blocks, of which four were pushed out of host memory.
-fn with_some_away(read_ahead: bool) -> (Node, Vec<[u8; 32]>) {
+fn with_some_away(read_ahead: bool, max_reads: u32) -> (Node, Vec<[u8; 32]>) {
     let mut node = Node::new(
         TierSettings {
             read_ahead,
+            max_reads,
             ..few_spare()
         },
         1,
@@ -64,7 +65,7 @@ fn with_some_away(read_ahead: bool) -> (Node, Vec<[u8; 32]>) {
 
 #[test]
 fn a_lookup_that_leases_reads_ahead_of_its_load() {
-    let (mut node, away) = with_some_away(true);
+    let (mut node, away) = with_some_away(true, 100);
     node.world.lookup(1, &away, 0, true);
     node.take();
     assert!(
@@ -89,13 +90,17 @@ fn a_lookup_that_leases_reads_ahead_of_its_load() {
 }
 
 #[test]
-fn reading_ahead_stops_at_a_gap_and_can_be_switched_off() {
-    let (mut node, away) = with_some_away(true);
+fn reading_ahead_stops_at_a_gap_leaves_room_and_can_be_switched_off() {
+    let (mut node, away) = with_some_away(true, 100);
     let gap = [away[0], hash(9_999), away[1]];
     node.world.lookup(1, &gap, 1000, false);
     node.take();
     assert_eq!(node.store.open.len(), 1, "behind a gap nothing is loaded");
-    let (mut node, away) = with_some_away(false);
+    let (mut node, away) = with_some_away(true, 4);
+    node.world.lookup(1, &away, 1000, true);
+    node.take();
+    assert_eq!(node.store.open.len(), 2, "half is for loads");
+    let (mut node, away) = with_some_away(false, 100);
     node.world.lookup(1, &away, 1000, true);
     node.take();
     assert!(node.store.open.is_empty());
