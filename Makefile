@@ -4,6 +4,7 @@
 #   make check       the edit loop: format, lints, unit and property tests, house rules
 #   make soak        the long statistical runs of which `make test` has a small sample
 #   make gpu-check   measure what the device path hangs on; for a machine with an NVIDIA GPU (no registry needed)
+#   make bench-baselines  foyer and LMCache beside `kvd bench nvme`; BENCH="--dir DIR --bytes SIZE" goes to both
 #   make wheel       the Python package `kvdaemon`, in target/wheels
 
 PYTHON ?= python3
@@ -15,10 +16,10 @@ CARGO := cargo
 CRATES := --workspace --exclude kvd-python
 export CARGO_TERM_PROGRESS_WHEN = never
 
-.PHONY: demo test check soak gpu-check wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench fuzz-build tools help
+.PHONY: demo test check soak gpu-check wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-baselines fuzz-build tools help
 
 help:
-	@sed -n '2,8p' Makefile | cut -c3-
+	@sed -n '2,9p' Makefile | cut -c3-
 
 tools:
 	@command -v $(CARGO) >/dev/null || { echo "kvd needs Rust (cargo). Install rustup from your distribution or rustup.rs, then run make again."; exit 1; }
@@ -77,6 +78,11 @@ soak: build plugin sim
 bench: build plugin
 	target/release/kvd bench session
 	$(PY) scripts/bench_lookup.py
+
+bench-baselines: tools
+	$(CARGO) build --release --manifest-path benches/baselines/foyer/Cargo.toml --target-dir target/baselines
+	target/baselines/release/kvd-baseline-foyer $(BENCH)
+	@$(PYTHON) benches/baselines/lmcache.py $(BENCH)
 
 fuzz-build:
 	cd fuzz && $(CARGO) +nightly fuzz build
