@@ -128,6 +128,7 @@ fn measure(
         depth,
         write,
         random,
+        durable: false,
     };
     raw(&file, &run(most, 16, false, true))?;
     take_space(&directory, plan(most, DEPTHS[DEPTHS.len() - 1]))?;

@@ -36,6 +36,7 @@ fn main() -> Result<()> {
             depth: of("depth")? as usize,
             write,
             random: false,
+            durable: false,
         })
     };
     let write = raw(file, &run(true)?)?;
