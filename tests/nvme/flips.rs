@@ -1,6 +1,7 @@
 //! Bytes of the store's file that change while no daemon runs, everywhere. The daemon starts, serves what is sound, and never a wrong
 //! byte; only without any superblock it refuses, and leaves the file as it is.
 
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 use crate::common::eventually;
@@ -8,8 +9,9 @@ use crate::kit::{
     Areas, Dice, Engine, HEADS, Home, PAGE, flip, offloaded, page, soak, store, tier,
 };
 
-const TRIALS: u32 = 30;
-const SOAK_TRIALS: u32 = 10_000;
+/// Bytes that are changed in all, in a normal run and in a long one. One to five in each trial.
+const CORRUPTIONS: u32 = 90;
+const SOAK_CORRUPTIONS: u32 = 30_000;
 /// Blocks of each of two models. All fit into host memory.
 const BLOCKS: u32 = 96;
 
@@ -20,8 +22,8 @@ struct Sample {
     areas: Areas,
     /// Where the models' names lie, pages of records that count, and headers of blocks.
     names: [u64; 2],
-    /// With how many records.
-    records: Vec<(u64, u64)>,
+    /// With how many records, and whether of a checkpoint.
+    records: Vec<(u64, u64, bool)>,
     headers: Vec<u64>,
 }
 
@@ -63,10 +65,11 @@ impl Sample {
                 false => epoch >= long(136),
             };
             if counts {
-                records.push((at, bytes[at as usize + 28].into()));
+                records.push((at, bytes[at as usize + 28].into(), of_checkpoint));
             }
         }
         assert!(records.len() >= 8, "{records:?}");
+        assert!(records.iter().any(|page| page.2) && records.iter().any(|page| !page.2));
         let slots = find(areas.names_at, areas.journal_at, b"KVDNAME1");
         assert_eq!(slots.len(), 2);
         let of = |weights: &[u8]| {
@@ -105,6 +108,35 @@ impl Sample {
     }
 }
 
+/// How many bytes were changed where.
+#[derive(Debug, Default)]
+struct Tally {
+    superblock: u32,
+    names: u32,
+    journal: u32,
+    checkpoint: u32,
+    headers: u32,
+    data: u32,
+    elsewhere: u32,
+}
+
+impl Tally {
+    fn all(&self) -> u32 {
+        let Self {
+            superblock,
+            names,
+            journal,
+            checkpoint,
+            headers,
+            data,
+            elsewhere,
+        } = *self;
+        let each = [superblock, names, journal, checkpoint, headers, data];
+        assert!(each.iter().all(|count| *count > 0), "{self:?}");
+        each.iter().sum::<u32>() + elsewhere
+    }
+}
+
 /// What a trial may cost at most.
 #[derive(Debug, Default)]
 struct Cost {
@@ -114,25 +146,44 @@ struct Cost {
 }
 
 impl Sample {
-    fn damage(&self, dice: &mut Dice, cost: &mut Cost, log: &mut Vec<(u64, u8)>) {
+    fn damage(
+        &self,
+        dice: &mut Dice,
+        cost: &mut Cost,
+        log: &mut Vec<(u64, u8)>,
+        tally: &mut Tally,
+    ) {
         let of = |dice: &mut Dice, all: &[u64]| all[dice.below(all.len() as u64) as usize];
         let inside = dice.below(PAGE);
         let end = self.bytes.len() as u64;
-        let at = match dice.below(9) {
+        let (at, count) = match dice.below(9) {
             // Always the same copy, so that the other is sound.
-            0 => HEADS[0] + inside,
+            0 => (HEADS[0] + inside, &mut tally.superblock),
             // Header and record take less than this.
-            1 => of(dice, &self.names) + dice.below(600),
+            1 => (of(dice, &self.names) + dice.below(600), &mut tally.names),
             // Half of them in the page's header.
-            2 | 3 => {
-                let page = self.records[dice.below(self.records.len() as u64) as usize].0;
-                page + inside % [PAGE, 128][dice.below(2) as usize]
+            kind @ (2 | 3) => {
+                let of_checkpoint = kind == 3;
+                let pages = self.records.iter().filter(|page| page.2 == of_checkpoint);
+                let pages: Vec<u64> = pages.map(|page| page.0).collect();
+                let at = of(dice, &pages) + inside % [PAGE, 128][dice.below(2) as usize];
+                match of_checkpoint {
+                    true => (at, &mut tally.checkpoint),
+                    false => (at, &mut tally.journal),
+                }
             }
-            4 | 5 => of(dice, &self.headers) + inside,
-            6 | 7 => of(dice, &self.headers) + PAGE + dice.below(64 << 10),
+            4 | 5 => (of(dice, &self.headers) + inside, &mut tally.headers),
+            6 | 7 => {
+                let at = of(dice, &self.headers) + PAGE + dice.below(64 << 10);
+                (at, &mut tally.data)
+            }
             // Mostly what nothing names.
-            _ => self.areas.names_at + dice.below(end - self.areas.names_at),
+            _ => {
+                let at = self.areas.names_at + dice.below(end - self.areas.names_at);
+                (at, &mut tally.elsewhere)
+            }
         };
+        *count += 1;
         for (slot, lost) in self.names.iter().zip(&mut cost.models) {
             *lost |= (*slot..*slot + 17 * PAGE).contains(&at);
         }
@@ -152,11 +203,19 @@ fn flipped_bytes_cost_what_they_hit_and_no_more() {
     let sample = Sample::new();
     let mut dice = Dice::new(2);
     let (mut lost, mut corrupt) = (0, 0);
-    for trial in 0..if soak() { SOAK_TRIALS } else { TRIALS } {
+    let (mut trial, mut changed, mut tally) = (0, 0, Tally::default());
+    let wanted = if soak() {
+        SOAK_CORRUPTIONS
+    } else {
+        CORRUPTIONS
+    };
+    while changed < wanted {
         let (mut cost, mut log) = (Cost::default(), Vec::new());
         for _ in 0..=dice.below(5) {
-            sample.damage(&mut dice, &mut cost, &mut log);
+            sample.damage(&mut dice, &mut cost, &mut log, &mut tally);
         }
+        trial += 1;
+        changed += log.len() as u32;
         let mut daemon = sample.home.serve(&["--nvme-capacity", "64MiB"]);
         let mut there = 0;
         for (model, weights) in ["one", "two"].into_iter().enumerate() {
@@ -186,6 +245,11 @@ fn flipped_bytes_cost_what_they_hit_and_no_more() {
         assert!(daemon.wait().success(), "{}", daemon.log());
         sample.restore();
     }
+    assert_eq!(tally.all(), changed);
+    let _ = writeln!(
+        std::io::stderr(),
+        "{changed} bytes were changed in {trial} trials ({tally:?}): {lost} blocks were gone, {corrupt} of them seen to be damaged"
+    );
     assert!(
         lost > 0 && corrupt > 0,
         "nothing was hit: {lost}, {corrupt}"
