@@ -9,6 +9,9 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 
 use crate::io::PAGE;
 
+/// Highest generation, checkpoint or epoch that counts: none comes near it, and what follows it is a number too.
+pub(crate) const MOST_NUMBER: u64 = 1 << 62;
+
 /// The format that this build writes and reads.
 pub const VERSION: u32 = 1;
 
@@ -28,7 +31,7 @@ pub(crate) fn crc(bytes: &[u8]) -> u64 {
 
 /// The CRC over the records of a page, CRC-64/XZ. Each record ends with a CRC of the other polynomial: one of that over all of them
 /// would not change when a sound record stands in the place of another, as on a page that was torn.
-fn records_crc(page: &[u8]) -> u64 {
+pub(crate) fn records_crc(page: &[u8]) -> u64 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Xz, &page[RECORD..])
 }
 
@@ -346,7 +349,8 @@ pub(crate) fn page_header<'a>(
     let (head, _) = PageHeader::ref_from_prefix(page).ok()?;
     let mine = head.magic == PAGE_MAGIC && head.store == *store;
     let here = head.list.get() == list as u32 + 1 && head.position.get() == position;
-    let legal = (1..=PER_PAGE as u32).contains(&head.count.get());
+    let legal =
+        (1..=PER_PAGE as u32).contains(&head.count.get()) && head.epoch.get() <= MOST_NUMBER;
     (mine && here && legal && tail_holds(head.as_bytes())).then_some(head)
 }
 

@@ -5,7 +5,7 @@ use kvd_core::tier::{Place, STORE_PAGE, StoreShape, stride_of};
 
 use super::OpenError;
 use super::config::StoreConfig;
-use super::format::{PER_PAGE, Superblock};
+use super::format::{MOST_NUMBER, PER_PAGE, Superblock};
 use crate::io::PAGE;
 
 /// The two superblocks, with room between them.
@@ -109,6 +109,9 @@ impl Layout {
             && shape.segment_bytes.is_power_of_two()
             && shape.segments > 0
             && head.checkpoint_used.get() <= layout.checkpoint_pages
+            && [head.generation, head.checkpoint, head.first_epoch]
+                .iter()
+                .all(|number| number.get() <= MOST_NUMBER)
             && fits(
                 layout.names_at,
                 layout.name_slots.into(),

@@ -1,4 +1,4 @@
-//! A device in memory for the store's own tests: sparse, completes everything at the next poll, in order. Faults are the simulated
+//! A device in memory for the store's own tests and its fuzzers: sparse, completes everything at the next poll, in order. Faults are the simulated
 //! disk's affair (`kvd-sim`).
 
 use std::cell::RefCell;

@@ -13,8 +13,13 @@ mod config;
 mod cycle;
 mod format;
 mod fsck;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod jobs;
 mod layout;
+#[cfg(any(test, feature = "fuzzing"))]
+mod memory;
 mod merge;
 mod names;
 mod off;

@@ -17,8 +17,8 @@ use super::table::Table;
 use super::wire::Wire;
 use crate::io::{BlockIo, PAGE};
 
-/// Highest sequence number; 48 bits.
-const MOST_SEQ: u64 = (1 << 48) - 1;
+/// Highest sequence number that counts: half of what 48 bits hold, so that there are numbers for what comes after it.
+const MOST_SEQ: u64 = 1 << 47;
 
 /// Something that a store held when it was opened.
 #[derive(Clone, Copy, Debug)]

@@ -105,7 +105,7 @@ mod tests {
         all.sort_unstable();
         assert_eq!(all, [(b, 'b'), (c, 'c')]);
         assert_eq!(slots.values().count(), slots.len());
-        (slots.remove(b), slots.remove(c));
+        assert_eq!((slots.remove(b), slots.remove(c)), (Some('b'), Some('c')));
         assert!(slots.is_empty());
     }
 }

@@ -1,7 +1,7 @@
 //! The store on a device in memory: formats and refusals, limits, and how fast a start is. What faults do to it is tested on the
 //! simulated disk.
 
-mod memory;
+mod fuzz;
 mod speed;
 
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use kvd_core::tier::{
 };
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 
-use self::memory::{MemoryIo, Owned, Pages};
 use super::format::crc;
+use super::memory::{MemoryIo, Owned, Pages};
 use super::*;
 use crate::io::PAGE;
 

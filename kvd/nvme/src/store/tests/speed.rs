@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use kvd_core::tier::{BlockHeader, BlockKey, OpId, Place, StoreOp, stride_of};
 use kvd_core::{BlockHash, Cut, GroupGeometry, GroupKind, NamespaceId};
 
-use super::memory::{MemoryIo, Pages};
 use super::{MIB, space};
 use crate::io::{Aligned, PAGE};
 use crate::store::format::{
     BlockPage, Kind, List, PER_PAGE, Record, crc, encode_name, encode_page, name_bytes,
 };
+use crate::store::memory::{MemoryIo, Pages};
 use crate::store::open::{format, head_page};
 use crate::store::verify::Verifier;
 use crate::store::wire::Wire;
