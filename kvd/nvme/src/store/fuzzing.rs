@@ -294,9 +294,9 @@ fn block(page: &[u8]) -> bool {
         ..key
     };
     assert!(check_header(page, &STORE, found.offset, &other, None).is_err());
-    let mut verifier = Verifier::new(&found);
+    let mut verifier = Verifier::new(&found, Vec::new());
     verifier.feed(page);
-    let all = verifier.finish();
+    let all = verifier.finish().0;
     assert!(!all || geometry.block_bytes() <= PAGE as u64);
     true
 }

@@ -97,7 +97,11 @@ impl Turns<'_> {
 
     fn work(&self, tell: &SyncSender<(Run, Result<Held, Box<Broken>>)>) {
         while let Some(run) = self.next() {
-            if tell.send((run, run.go())).is_err() {
+            let result = run.go();
+            if result.is_err() {
+                self.stop();
+            }
+            if tell.send((run, result)).is_err() {
                 return;
             }
         }
@@ -136,12 +140,7 @@ pub(crate) fn run(wanted: &Wanted, first: u64, see: &mut dyn FnMut(&Sum)) -> std
         let mut told = begun;
         loop {
             match hear.recv_timeout(TELL) {
-                Ok((run, result)) => {
-                    if result.is_err() {
-                        turns.stop();
-                    }
-                    sum.add(run, result);
-                }
+                Ok((run, result)) => sum.add(run, result),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
