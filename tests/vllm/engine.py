@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -164,7 +165,9 @@ class Engine:
         self._buffer = b""
         down_read, self._down = os.pipe()
         self._up, up_write = os.pipe()
-        whole_env = environment(env, threads, in_process)
+        # vLLM's own sockets: it leaves them where they are when it is killed.
+        self._sockets = tempfile.TemporaryDirectory(prefix="kvd-engine-")
+        whole_env = environment(env, threads, in_process) | {"VLLM_RPC_BASE_PATH": self._sockets.name}
         self._process: subprocess.Popen[bytes] | None = None
         try:
             if nursery is not None:
@@ -330,6 +333,7 @@ class Engine:
             fd = self.__dict__.pop(name, None)
             if fd is not None:
                 os.close(fd)
+        self._sockets.cleanup()
 
     def __enter__(self) -> Engine:
         return self
