@@ -39,14 +39,14 @@ pub(crate) fn openers(values: &Values) -> anyhow::Result<Vec<Box<dyn StoreOpener
 
 /// How a store of so many bytes is made and driven.
 pub(crate) fn store_config(capacity: u64) -> anyhow::Result<StoreConfig> {
-    let mut id = [0; 16];
-    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
+    let mut start = [0; 16];
+    rustix::rand::getrandom(&mut start, rustix::rand::GetRandomFlags::empty())?;
     Ok(StoreConfig {
         segment_bytes: (capacity / 32)
             .next_power_of_two()
             .clamp(SEGMENT_MIN, SEGMENT_MAX),
         max_queue: QUEUE,
-        ..StoreConfig::new(capacity, id)
+        ..StoreConfig::new(capacity, start)
     })
 }
 

@@ -98,19 +98,19 @@ fn config() -> StoreConfig {
 
 /// Runs a store. An error says what went wrong, by the number of the invariant.
 pub fn run_disk(options: &DiskOptions) -> Result<DiskReport, String> {
-    let disk = SimDisk::new(options.seed, BYTES);
-    let mut run = Run::new(options, disk)?;
     let mut step = 0;
     let result = catching(|| {
+        let mut run = Run::new(options, SimDisk::new(options.seed, BYTES))?;
         run.begin();
         while step < options.steps {
             run.step()?;
             step += 1;
         }
-        run.end()
+        run.end()?;
+        Ok(run.report)
     });
     match result.unwrap_or_else(|text| Err(format!("2: the store panicked: {text}"))) {
-        Ok(()) => Ok(run.report),
+        Ok(report) => Ok(report),
         Err(text) => Err(format!("seed {} step {step}: {text}", options.seed)),
     }
 }
@@ -540,6 +540,11 @@ pub struct FlipReport {
 /// Fills a store, then opens `images` copies of it with `bits` flipped bits each, and reads all that is found. `blocks_only` keeps the
 /// damage out of everything that is not a block; then each bit costs at most one block.
 pub fn flips(seed: u64, images: u32, bits: u32, blocks_only: bool) -> Result<FlipReport, String> {
+    catching(|| flip(seed, images, bits, blocks_only))
+        .unwrap_or_else(|text| Err(format!("seed {seed}: 2: the store panicked: {text}")))
+}
+
+fn flip(seed: u64, images: u32, bits: u32, blocks_only: bool) -> Result<FlipReport, String> {
     let disk = SimDisk::new(seed, BYTES);
     let options = DiskOptions {
         seed,

@@ -282,7 +282,7 @@ impl SimStores {
         one.disk.now()
     }
 
-    /// The next time this store is opened, it is made anew, under this name.
+    /// The next time this store is opened, it is made anew, under the name after this.
     pub(crate) fn format_next(&self, at: usize, id: [u8; 16]) {
         let one = &mut self.0.borrow_mut().all[at];
         one.config.format = true;

@@ -108,27 +108,27 @@ fn planted_mistakes_are_found() {
             "journal first",
             Some(|s| s.plant(Plant::JournalFirst)),
             none,
-            &["4:"],
+            &[" 4: "],
         ),
         (
             "early answers",
             Some(|s| s.plant(Plant::EarlyAnswer)),
             none,
-            &["4:"],
+            &[" 4: "],
         ),
         (
             "forgotten drops",
             Some(|s| s.plant(Plant::ForgetDrops)),
             none,
-            &["4:", "7:"],
+            &[" 4: ", " 7: "],
         ),
         (
             "unchecked reads",
             Some(|s| s.plant(Plant::SkipCrc)),
             damage,
-            &["1:"],
+            &[" 1: "],
         ),
-        ("deaf flushes", None, deaf, &["4:"]),
+        ("deaf flushes", None, deaf, &[" 4: "]),
     ];
     for (name, plant, faults, shows_as) in plants {
         let run = |seed| {
@@ -142,7 +142,7 @@ fn planted_mistakes_are_found() {
         let found = (1..200).find_map(|seed| run(seed).err());
         let text = found.unwrap_or_else(|| panic!("{name}: not found"));
         assert!(
-            shows_as.iter().any(|number| text.contains(number)),
+            shows_as.iter().any(|number| text.contains(number)) && !text.contains("panicked"),
             "{name}: found as {text}"
         );
     }

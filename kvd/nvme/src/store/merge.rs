@@ -1,5 +1,5 @@
 //! A checkpoint: every record that still counts, of the checkpoint before and of the half of the journal that is full, copied to the
-//! other checkpoint area. One operation of at most 64 pages is under way at a time, between other work, so that nobody waits for it;
+//! other checkpoint area under a salt of its own. One operation of at most 64 pages is under way at a time, between other work, so that nobody waits for it;
 //! keys are read from the device, not kept. Then a flush, and the two superblocks one after the other, each with a flush: from
 //! then on the half is free.
 //!
@@ -242,7 +242,8 @@ impl<I: BlockIo> Store<I> {
     /// Keeps the records that still count.
     fn keep(&mut self, source: Source, buffer: &Aligned) {
         let (id, layout, table) = (self.head.id, &self.layout, &self.table);
-        let salt = self.config.salt();
+        // An area's pages of two checkpoints before are sound, too.
+        let salt = self.config.salt() ^ (self.head.checkpoint.get() + 1);
         let Some(merge) = &mut self.merge else {
             return;
         };
