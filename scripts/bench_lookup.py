@@ -58,7 +58,7 @@ def main() -> None:
         try:
             with kvdaemon.connect(daemon.socket, timeout=30.0) as session:
                 blocks = session.register({"model": "bench", "weights": "bench"}, block_bytes=BLOCK)
-                while json.loads(session.status())["tiers"]["host"]["state"] != "ready":
+                while daemon.status()["tiers"]["host"]["state"] != "ready":
                     time.sleep(0.02)  # all memory is there
                 print(f"storing {args.blocks} blocks", file=sys.stderr)
                 hashes = fill(blocks, args.blocks)
