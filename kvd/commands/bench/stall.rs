@@ -3,7 +3,7 @@
 //! Rounds of three kinds take turns, so that noise hits all alike: the device takes what is written; it hangs (told by
 //! `--nvme-faults`); there is no device at all, in a daemon of its own. A round in which the device should hang counts only if the
 //! daemon's own counts show that blocks were taken for the device, that none came back before it was let go, that all did
-//! afterwards, and that more were dropped because too many hung; else the bench fails. Deliberately absent: loads of what only
+//! afterwards, and that others were dropped meanwhile; else the bench fails. Deliberately absent: loads of what only
 //! the device has; they end by their deadline, which is tested (`tests/nvme/faults.rs`) and not measured.
 
 use std::path::PathBuf;
@@ -25,8 +25,9 @@ use super::{Random, Shape, progress, quantile};
 
 /// Host memory of each daemon: the blocks that are looked up, as many as may hang (half of it), and some more.
 const CAPACITY: u64 = 768 * MIB;
-/// Size of the store.
-const STORE: u64 = 4 * GIB;
+/// Size of the store: full after about half of the usual rounds. Until then what hangs is limited by the queue, then by the places
+/// that are kept free.
+const STORE: u64 = 8 * GIB;
 /// Blocks that are looked up.
 const HOT: u32 = 128;
 /// Blocks stored in a round: more than may hang, so that the last ones are dropped.
@@ -71,9 +72,11 @@ struct Results {
     store_p99_ratio_bare: f64,
     lookup_p50_ratio_bare: f64,
     lookup_p99_ratio_bare: f64,
-    /// Blocks whose writes hung until the device was let go, and blocks that were dropped meanwhile, in all stalled rounds.
+    /// Of the blocks of all stalled rounds: those whose writes hung until the device was let go, those that were dropped because too
+    /// much was being written already, and those because no place was free.
     hung: u64,
-    dropped: u64,
+    dropped_queue_full: u64,
+    dropped_no_place: u64,
     /// Blocks that healthy rounds dropped because the device was slower than the stores.
     healthy_dropped: u64,
     /// Seconds of CPU that the daemon took in the healthy, the stalled and the bare rounds.
@@ -154,6 +157,9 @@ struct Bench {
 struct Seen {
     offloaded: u64,
     dropped: u64,
+    /// Of those.
+    queue_full: u64,
+    no_place: u64,
     /// Neither yet.
     under_way: u64,
     on: bool,
@@ -209,11 +215,7 @@ impl Bench {
             for turn in 0..3 {
                 match if round % 2 == 0 { turn } else { 2 - turn } {
                     0 => results.healthy_dropped += self.healthy(&mut healthy)?,
-                    1 => {
-                        let (hung, dropped) = self.stalled(&mut stalled)?;
-                        results.hung += hung;
-                        results.dropped += dropped;
-                    }
+                    1 => self.stalled(&mut stalled, &mut results)?,
                     _ => self.bare.round(&mut self.random, &self.source, &mut bare)?,
                 }
             }
@@ -236,8 +238,8 @@ impl Bench {
         Ok(after.dropped - before.dropped)
     }
 
-    /// A round while the device hangs. How many blocks hung, and how many were dropped.
-    fn stalled(&mut self, times: &mut Times) -> Result<(u64, u64)> {
+    /// A round while the device hangs.
+    fn stalled(&mut self, times: &mut Times, results: &mut Results) -> Result<()> {
         let before = self.settled()?;
         self.rule("all stall")?;
         let round = self.tiered.round(&mut self.random, &self.source, times);
@@ -262,7 +264,10 @@ impl Bench {
             "{hung} blocks hung, and {} were written once the device was let go",
             after.offloaded - before.offloaded
         );
-        Ok((hung, dropped))
+        results.hung += hung;
+        results.dropped_queue_full += during.queue_full - before.queue_full;
+        results.dropped_no_place += during.no_place - before.no_place;
+        Ok(())
     }
 
     /// From now on the device does so.
@@ -357,6 +362,8 @@ impl Lane {
         Ok(Seen {
             offloaded,
             dropped,
+            queue_full: tier("offload_queue_full"),
+            no_place: tier("offload_no_place"),
             under_way: self.stored - offloaded - dropped,
             on: store.state == "on",
             stalls: store.counts.get("stalls").copied().unwrap_or(0),
@@ -445,12 +452,13 @@ fn render(r: &Results) -> String {
         [r.lookup_p99_ratio, r.lookup_p99_ratio_bare],
     );
     format!(
-        "{table}\n{} stores and {} lookups of each kind; while the device hung, {} blocks waited for it and {} were dropped (healthy: {}).\n\
+        "{table}\n{} stores and {} lookups of each kind; while the device hung, {} blocks waited for it, {} were dropped because too many did and {} because no place was free (healthy: {} in all).\n\
          Seconds of CPU of the daemon: {:.2} without a store, {:.2} healthy, {:.2} stalled.\n",
         r.stores,
         r.lookups,
         r.hung,
-        r.dropped,
+        r.dropped_queue_full,
+        r.dropped_no_place,
         r.healthy_dropped,
         r.bare_cpu_s,
         r.healthy_cpu_s,
