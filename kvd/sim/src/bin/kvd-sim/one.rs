@@ -26,8 +26,10 @@ pub(crate) enum Run {
 /// Every invariant held.
 #[derive(Clone, Debug)]
 pub(crate) struct Held {
-    /// Steps that were made.
+    /// Steps in which anything could go wrong.
     pub(crate) steps: u64,
+    /// Steps of the quiet end of a world, in which nothing new begins.
+    pub(crate) quiet: u64,
     /// Digest of the event log. Disks have none.
     pub(crate) hash: Option<u64>,
     /// What happened how often.
@@ -69,6 +71,14 @@ impl Run {
         }
     }
 
+    /// Steps that it was told to make, without the quiet end.
+    pub(crate) fn steps(&self) -> u64 {
+        match self {
+            Run::World(options) => options.steps,
+            Run::Disk { steps, .. } => u64::from(*steps),
+        }
+    }
+
     /// Runs it. A panic outside of what the library catches is a failure of this seed, too.
     pub(crate) fn go(&self) -> Result<Held, Box<Broken>> {
         catch_unwind(AssertUnwindSafe(|| self.go_on())).unwrap_or_else(|panic| {
@@ -91,7 +101,8 @@ impl Run {
         match self {
             Run::World(options) => match run_with(options) {
                 Ok(report) => Ok(Held {
-                    steps: report.steps,
+                    steps: options.steps,
+                    quiet: report.steps.saturating_sub(options.steps),
                     hash: Some(report.event_log_hash),
                     counters: report.counters.each().collect(),
                 }),
@@ -105,6 +116,7 @@ impl Run {
                 match run_disk(&options) {
                     Ok(report) => Ok(Held {
                         steps: u64::from(*steps),
+                        quiet: 0,
                         hash: None,
                         counters: vec![
                             ("blocks dropped", report.dropped),

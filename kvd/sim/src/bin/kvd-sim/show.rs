@@ -42,7 +42,7 @@ pub(crate) fn one(run: &Run, held: Option<&Held>, broken: Option<&Smallest>, jso
                 .iter()
                 .map(|(name, n)| ((*name).to_owned(), json!(n)))
                 .collect();
-            json!({ "steps": held.steps, "event_log_hash": held.hash.map(hash), "counters": counters })
+            json!({ "steps": held.steps, "quiet_steps": held.quiet, "event_log_hash": held.hash.map(hash), "counters": counters })
         });
         let mut all = json!({ "seed": run.seed(), "options": options(run), "command": repeat(run), "failure": failure(broken) });
         if let (Some(all), Value::Object(held)) = (all.as_object_mut(), held) {
@@ -54,9 +54,10 @@ pub(crate) fn one(run: &Run, held: Option<&Held>, broken: Option<&Smallest>, jso
     if let Some(held) = held {
         let _ = writeln!(
             text,
-            "{}: every invariant held in {} steps",
+            "{}: every invariant held in {} steps and {} of the quiet end",
             options(run),
-            held.steps
+            held.steps,
+            held.quiet
         );
         if let Some(sum) = held.hash {
             let _ = writeln!(text, "event log hash {}", hash(sum));
@@ -83,6 +84,7 @@ pub(crate) fn sum(sum: &Sum, broken: Option<&Smallest>, json: bool) -> String {
             "steps": sum.steps(),
             "world_steps": sum.world_steps,
             "disk_steps": sum.disk_steps,
+            "quiet_steps": sum.quiet_steps,
             "seconds": sum.time.as_secs_f64(),
             "steps_per_minute": sum.rate(),
             "step": STEP,
@@ -109,12 +111,13 @@ pub(crate) fn sum(sum: &Sum, broken: Option<&Smallest>, json: bool) -> String {
     );
     let _ = writeln!(
         text,
-        "{} steps in {:.1} s, {} a minute: {} of worlds, {} of disks",
+        "{} steps in {:.1} s, {} a minute: {} of worlds, {} of disks; not counted: {} of the quiet ends of worlds",
         sum.steps(),
         sum.time.as_secs_f64(),
         sum.rate(),
         sum.world_steps,
-        sum.disk_steps
+        sum.disk_steps,
+        sum.quiet_steps
     );
     let _ = writeln!(text, "a step is {STEP}");
     text
