@@ -2,6 +2,7 @@
 #   make demo        build, start the daemon, and show a real vLLM reusing what another process computed
 #   make test        everything that must hold, real vLLM included; prints where the minutes went
 #   make check       the edit loop: format, lints, unit and property tests, house rules
+#   make sim         fresh seeds of the simulator, for a minute or SIM_FOR=10m
 #   make soak        the long statistical runs of which `make test` has a small sample
 #   make gpu-check   measure what the device path hangs on; for a machine with an NVIDIA GPU (no registry needed)
 #   make bench-baselines  foyer and LMCache beside `kvd bench nvme`; BENCH="--dir DIR --bytes SIZE" goes to both
@@ -19,7 +20,7 @@ export CARGO_TERM_PROGRESS_WHEN = never
 .PHONY: demo test check soak gpu-check wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-baselines fuzz-build tools help
 
 help:
-	@sed -n '2,9p' Makefile | cut -c3-
+	@sed -n '2,10p' Makefile | cut -c3-
 
 tools:
 	@command -v $(CARGO) >/dev/null || { echo "kvd needs Rust (cargo). Install rustup from your distribution or rustup.rs, then run make again."; exit 1; }

@@ -254,6 +254,26 @@ fn asking_wrongly_is_told_apart_from_failing() {
 }
 
 #[test]
+fn the_simulator_is_the_program_beside() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let own = directory.path().join("kvd");
+    std::fs::hard_link(env!("CARGO_BIN_EXE_kvd"), &own).expect("linked");
+    let sim = |args: &[&str]| {
+        let mut command = std::process::Command::new(&own);
+        command.arg("sim").args(args).output().expect("runs")
+    };
+    let out = sim(&["--seed", "1"]);
+    assert!(!out.status.success());
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert!(text.contains("cargo build --release -p kvd-sim"), "{text}");
+    // Any program does: all arguments reach it, flags too, and its status comes back.
+    std::os::unix::fs::symlink("/bin/sh", directory.path().join("kvd-sim")).expect("linked");
+    let out = sim(&["-c", "echo \"$@\"; exit 7", "sh", "--help", "--json", "--"]);
+    assert_eq!(out.status.code(), Some(7));
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "--help --json --\n");
+}
+
+#[test]
 fn tenants_have_sockets_of_their_own() {
     let directory = Arc::new(tempfile::tempdir().expect("a directory"));
     let file = directory.path().join("kvd.toml");

@@ -258,7 +258,7 @@ fn nothing_names_the_machine_it_was_written_on() {
 #[test]
 fn make_knows_every_target_that_the_readme_names() {
     let makefile = std::fs::read_to_string(root().join("Makefile")).expect("a Makefile");
-    for target in ["demo", "test", "check", "soak", "gpu-check"] {
+    for target in ["demo", "test", "check", "sim", "soak", "gpu-check"] {
         assert!(
             makefile
                 .lines()
