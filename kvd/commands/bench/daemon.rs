@@ -11,6 +11,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use kvd_node::Status;
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const GIB: u64 = 1 << 30;
@@ -123,6 +124,13 @@ impl Daemon {
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         Ok(answer)
+    }
+
+    /// What it says of itself.
+    pub(super) fn status(&self) -> Result<Status> {
+        let answer = self.get("/status")?;
+        let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
+        serde_json::from_str(body).context("/status is not understood")
     }
 
     /// Waits until the whole arena has been faulted in. There is one after a session has registered.

@@ -5,7 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use kvd_client::{ChainRef, Session};
+use kvd_client::{ChainRef, LookupReply, Session};
+use kvd_wire::session::Where;
 
 use super::daemon::{Daemon, GIB, MIB};
 use super::{Random, Results, Shape, progress, quantile};
@@ -16,8 +17,6 @@ const BLOCKS: usize = 1_000_000;
 const BATCH: usize = 8_192;
 /// Room for them, at 4 KiB each, in whole extents.
 const CAPACITY: u64 = 4 * GIB + 256 * MIB;
-/// `WHERE_HOST` of the session's IDL.
-const WHERE_HOST: i32 = 1;
 
 /// Measures lookups, and the daemon's memory before and after the blocks are there.
 pub(super) fn measure(results: &mut Results) -> Result<()> {
@@ -150,6 +149,14 @@ impl Bench {
     }
 }
 
+/// Blocks of the first chain that are there.
+pub(super) fn found(reply: &LookupReply, place: Where) -> u64 {
+    let runs = &reply.chains[0];
+    let there = runs.length.iter().zip(&runs.r#where);
+    let there = there.filter(|(_, at)| **at == place as i32);
+    there.map(|(length, _)| u64::from(*length)).sum()
+}
+
 /// Looks up blocks that are all in host memory. Microseconds.
 pub(super) fn lookup(session: &mut Session, namespace: u32, packed: &[u8]) -> Result<f64> {
     let chain = ChainRef {
@@ -160,10 +167,7 @@ pub(super) fn lookup(session: &mut Session, namespace: u32, packed: &[u8]) -> Re
     let begun = Instant::now();
     let reply = session.lookup(namespace, &[chain], 0, false)?;
     let us = begun.elapsed().as_secs_f64() * 1e6;
-    let runs = &reply.chains[0];
-    let host = runs.length.iter().zip(&runs.r#where);
-    let host = host.filter(|(_, place)| **place == WHERE_HOST);
-    let found: u64 = host.map(|(length, _)| u64::from(*length)).sum();
+    let found = found(&reply, Where::Host);
     ensure!(
         found == packed.len() as u64 / 32,
         "{found} blocks of {} were found in host memory",

@@ -15,7 +15,6 @@ use clap::{Arg, ArgMatches, Command};
 use comfy_table::{Table, presets};
 use kvd_client::{BlockMover, ChainRef, Session};
 use kvd_device::{HostDevice, OwnedPages};
-use kvd_node::Status;
 
 use super::copies::store;
 use super::daemon::{Daemon, GIB, MIB};
@@ -351,9 +350,7 @@ impl Lane {
     }
 
     fn seen(&self) -> Result<Seen> {
-        let answer = self.daemon.get("/status")?;
-        let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
-        let status: Status = serde_json::from_str(body).context("/status is not understood")?;
+        let status = self.daemon.status()?;
         let store = status.stores.first().context("the daemon has no store")?;
         let tier = |name: &str| status.tier.counts.get(name).copied().unwrap_or(0);
         let over = ["queue_full", "budget", "no_place", "off", "failed"];

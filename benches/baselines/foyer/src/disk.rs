@@ -19,8 +19,7 @@ use foyer::{
     HybridCacheBuilder, HybridCachePolicy, IoEngineConfig, Load, PsyncIoEngineConfig, RecoverMode,
     UringIoEngineConfig,
 };
-use kvd_nvme::io::RawReport;
-use rustix::time::{ClockId, clock_gettime};
+use kvd_nvme::io::{RawReport, cpu_seconds, scattered};
 use tokio::runtime::Runtime;
 
 /// What foyer allots and evicts at once.
@@ -216,7 +215,11 @@ impl Disk {
     /// Loads the blocks that were stored, in the order in which they were or in a scattered one.
     pub(crate) fn load(&self, random: bool) -> Result<RawReport> {
         let blocks = self.stored.len();
-        let step = if random { scattered(blocks) } else { 1 };
+        let step = if random {
+            scattered(blocks as u64) as usize
+        } else {
+            1
+        };
         let next = Arc::new(AtomicUsize::new(0));
         let before = self.cache.statistics().disk_read_bytes();
         let clock = Clock::start();
@@ -310,20 +313,6 @@ fn noise(bytes: usize, state: &mut u64) -> Bytes {
     block.into()
 }
 
-/// A step over so many places that comes to each once, and far from the one before.
-fn scattered(places: usize) -> usize {
-    let gcd = |mut a: usize, mut b: usize| {
-        while b > 0 {
-            (a, b) = (b, a % b);
-        }
-        a
-    };
-    let near = (places as f64 * 0.618) as usize;
-    (near.max(1)..)
-        .find(|step| gcd(*step, places) == 1)
-        .unwrap_or(1)
-}
-
 struct Clock {
     begun: Instant,
     cpu: f64,
@@ -345,10 +334,4 @@ impl Clock {
             cpu_s_per_gb: (cpu_seconds() - self.cpu) / gb,
         }
     }
-}
-
-/// Of all threads of this process.
-fn cpu_seconds() -> f64 {
-    let now = clock_gettime(ClockId::ProcessCPUTime);
-    now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
 }

@@ -20,7 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::ticket::{Cell, Submitted};
 use super::{LinkConfig, LinkRegistered, Namespace, NamespaceState, Shared, lock};
-use crate::connection::{Connection, Mode, Progress};
+use crate::connection::{Connection, Mode, Progress, now};
 use crate::epoch::Epoch;
 use crate::handshake::{self, Past};
 use crate::pending::{Kind, undo};
@@ -81,14 +81,6 @@ pub(super) struct Worker {
     past: Vec<Arc<Epoch>>,
     retry_at: Instant,
     backoff: Duration,
-}
-
-#[allow(
-    clippy::disallowed_methods,
-    reason = "this thread is an edge: it times connects and requests"
-)]
-fn now() -> Instant {
-    Instant::now()
 }
 
 impl Worker {

@@ -14,9 +14,8 @@ use kvd_core::tier::{
 };
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 use kvd_nvme::device::{Device, DeviceConfig, DeviceNews};
-use kvd_nvme::io::{ArenaRange, IoOptions, RawReport};
+use kvd_nvme::io::{ArenaRange, IoOptions, RawReport, cpu_seconds, scattered};
 use kvd_nvme::store::Found;
-use rustix::time::{ClockId, clock_gettime};
 
 use super::super::{Random, Shape, progress};
 
@@ -315,23 +314,4 @@ fn judge(done: &StoreDone) -> Result<OpId> {
         None => Ok(*op),
         Some(error) => bail!("the store failed: {error:?}"),
     }
-}
-
-/// A step over so many places that comes to each once, and far from the one before.
-fn scattered(places: u64) -> u64 {
-    let gcd = |mut a: u64, mut b: u64| {
-        while b > 0 {
-            (a, b) = (b, a % b);
-        }
-        a
-    };
-    let near = (places as f64 * 0.618) as u64;
-    (near.max(1)..)
-        .find(|step| gcd(*step, places) == 1)
-        .unwrap_or(1)
-}
-
-fn cpu_seconds() -> f64 {
-    let now = clock_gettime(ClockId::ProcessCPUTime);
-    now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
 }

@@ -9,8 +9,10 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use clap::{Arg, ArgMatches, Command};
+use kvd_wire::session::Where;
 
 use super::daemon::{Daemon, MIB};
+use super::lookups::found;
 use super::scratch::Scratch;
 use super::{Random, Shape, median, progress};
 
@@ -23,8 +25,6 @@ const SAMPLE: usize = 20_000;
 const AT_A_TIME: usize = 1_000;
 /// Blocks of one prompt.
 const CHAIN: u64 = 64;
-/// `WHERE_NVME` of the session's IDL.
-const WHERE_NVME: i32 = 2;
 
 /// What was measured. The names are what `--json` prints; they are only ever added to.
 #[derive(Debug, Default, serde::Serialize)]
@@ -125,10 +125,8 @@ fn hash(number: u64) -> [u8; 32] {
 fn look(daemon: &Daemon, shape: &Shape, results: &mut Results) -> Result<()> {
     results.with_store_rss_mb = daemon.rss_mb()?;
     results.peak_rss_mb = daemon.peak_mb()?;
-    let status = daemon.get("/status")?;
-    let open = status.split("\"open_s\":").nth(1).unwrap_or_default();
-    let end = open.find([',', '}']).unwrap_or(0);
-    results.open_s = open[..end].parse().unwrap_or_default();
+    let status = daemon.status()?;
+    results.open_s = status.stores.first().map_or(0.0, |store| store.open_s);
     progress("looking up");
     let (mut session, namespace) = shape.open(daemon)?;
     let mut random = Random(5);
@@ -143,10 +141,7 @@ fn look(daemon: &Daemon, shape: &Shape, results: &mut Results) -> Result<()> {
             parent: None,
         };
         let reply = session.lookup(namespace, &[chain], 0, false)?;
-        let runs = &reply.chains[0];
-        let nvme = runs.length.iter().zip(&runs.r#where);
-        let nvme = nvme.filter(|(_, place)| **place == WHERE_NVME);
-        results.found += nvme.map(|(length, _)| u64::from(*length)).sum::<u64>();
+        results.found += found(&reply, Where::Nvme);
         results.looked_up += AT_A_TIME as u64;
     }
     session.close()?;

@@ -129,13 +129,14 @@ fn invalid(text: String) -> OpenError {
     OpenError::new(OpenErrorKind::Invalid, text)
 }
 
-fn cpu_seconds() -> f64 {
+/// CPU time of all threads of this process so far, seconds.
+pub fn cpu_seconds() -> f64 {
     let now = clock_gettime(ClockId::ProcessCPUTime);
     now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
 }
 
-/// A block's place in the scattered order: every one once, because the step and the number of blocks have no common divisor.
-fn scattered(blocks: u64) -> u64 {
+/// A step over so many places that comes to each once, because the two have no common divisor, and far from the one before.
+pub fn scattered(blocks: u64) -> u64 {
     let gcd = |mut a: u64, mut b: u64| {
         while b > 0 {
             (a, b) = (b, a % b);
@@ -201,16 +202,15 @@ impl Load {
         let step = if run.random { scattered(blocks) } else { 1 };
         let place =
             |number: u64| (u128::from(number) * u128::from(step) % u128::from(blocks)) as u64;
-        let mut next = 0;
-        for buffer in 0..run.depth.min(usize::try_from(blocks).unwrap_or(usize::MAX)) {
-            self.push(run, buffer, place(next));
-            next += 1;
-        }
-        let mut failed = None;
+        let (mut next, mut failed) = (0, None);
         while self.under_way > 0 || (next < blocks && failed.is_none()) {
             if self.under_way == 0 {
-                rustix::fs::fdatasync(&self.file)?;
-                for buffer in 0..run.depth.min((blocks - next) as usize) {
+                // Not the first: the durable promise for those before.
+                if next > 0 {
+                    rustix::fs::fdatasync(&self.file)?;
+                }
+                let left = usize::try_from(blocks - next).unwrap_or(usize::MAX);
+                for buffer in 0..run.depth.min(left) {
                     self.push(run, buffer, place(next));
                     next += 1;
                 }
