@@ -65,4 +65,5 @@ pub use mixes::DiskMix;
 pub use options::{Fault, Faults, Options, StorePlant};
 pub use plant::Plant;
 pub use report::{Counters, Failure, Report};
-pub use run::{run, run_with, shrink};
+pub use rng::fresh_seed;
+pub use run::{catching, run, run_with, shrink};

@@ -1,6 +1,9 @@
-//! The one source of chance in a simulation: xoshiro256** from a seed and a stream name.
+//! The one source of chance in a simulation: xoshiro256** from a seed and a stream name. Beside it, a seed to begin with.
 //!
 //! Own code, because a seed kept in `tests/seeds` must mean the same run for ever; general-purpose crates promise no such thing.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
 
 /// A stream of numbers that follows from its seed.
 #[derive(Clone, Debug)]
@@ -21,6 +24,11 @@ pub(crate) fn mix(words: &[u64]) -> u64 {
         let mut state = sum ^ word;
         splitmix(&mut state)
     })
+}
+
+/// A seed that nobody has had. 48 bits of it, so that every reader of JSON keeps them all.
+pub fn fresh_seed() -> u64 {
+    RandomState::new().build_hasher().finish() >> 16
 }
 
 impl Rng {

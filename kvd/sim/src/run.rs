@@ -40,8 +40,11 @@ pub fn run_with(options: &Options) -> Result<Report, Box<Failure>> {
     }
 }
 
-/// Runs it; an error is the text of a panic.
-pub(crate) fn catching<T>(run: impl FnOnce() -> T) -> Result<T, String> {
+/// Runs it.
+///
+/// # Errors
+/// The text of a panic.
+pub fn catching<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(run)).map_err(|panic| {
         panic
             .downcast_ref::<String>()

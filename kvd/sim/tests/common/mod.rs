@@ -1,8 +1,5 @@
 //! What the simulator's tests share: long runs and fresh seeds.
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
-
 /// True in long runs.
 pub(crate) fn soak() -> bool {
     std::env::var("KVD_TEST_SOAK").is_ok_and(|v| v == "1")
@@ -12,6 +9,6 @@ pub(crate) fn soak() -> bool {
 pub(crate) fn fresh_seed() -> u64 {
     match std::env::var("KVD_SIM_SEED") {
         Ok(text) => text.parse().expect("KVD_SIM_SEED is a number"),
-        Err(_) => RandomState::new().build_hasher().finish() >> 16,
+        Err(_) => kvd_sim::fresh_seed(),
     }
 }

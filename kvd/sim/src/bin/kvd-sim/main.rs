@@ -9,12 +9,11 @@ mod fresh;
 mod one;
 mod show;
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use flags::Wanted;
+use kvd_sim::fresh_seed;
 
 fn main() -> ExitCode {
     let wanted = match flags::wanted(&flags::command().get_matches()) {
@@ -35,16 +34,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// A seed that nobody has had. 48 bits of it, so that every reader of JSON keeps them all.
-fn fresh_seed() -> u64 {
-    RandomState::new().build_hasher().finish() >> 16
-}
-
 /// Whether all held.
 fn one_seed(wanted: &Wanted) -> std::io::Result<bool> {
     let run = wanted.run(wanted.first.unwrap_or_default(), 0);
     let result = run.go();
-    let broken = result.as_ref().err().map(one::smallest);
+    let broken = result.as_ref().err().map(|broken| one::smallest(broken));
     print(&show::one(
         &run,
         result.as_ref().ok(),

@@ -1,8 +1,6 @@
 //! One run, of a world or of a disk, and what came of it.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use kvd_sim::{DiskMix, DiskOptions, Failure, Options, run_disk, run_with, shrink};
+use kvd_sim::{DiskMix, DiskOptions, Failure, Options, catching, run_disk, run_with, shrink};
 
 /// Most runs that are tried to make a failing one smaller.
 const TRIES: usize = 60;
@@ -81,16 +79,12 @@ impl Run {
 
     /// Runs it. A panic outside of what the library catches is a failure of this seed, too.
     pub(crate) fn go(&self) -> Result<Held, Box<Broken>> {
-        catch_unwind(AssertUnwindSafe(|| self.go_on())).unwrap_or_else(|panic| {
-            let text = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied());
+        catching(|| self.go_on()).unwrap_or_else(|text| {
             Err(Box::new(Broken {
                 run: *self,
                 step: None,
                 invariant: None,
-                text: format!("the simulator panicked: {}", text.unwrap_or_default()),
+                text: format!("the simulator panicked: {text}"),
                 events: Vec::new(),
                 failure: None,
             }))
@@ -174,23 +168,17 @@ impl Broken {
 }
 
 /// Looks for a smaller run of a world that fails alike. Panics on the way are expected, and say nothing; no other run may be under way.
-pub(crate) fn smallest(found: impl AsRef<Broken>) -> Smallest {
-    let found = found.as_ref().clone();
+pub(crate) fn smallest(found: &Broken) -> Smallest {
+    let found = found.clone();
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let small = found.failure.clone().and_then(|failure| {
         let before = failure.options;
-        let small = catch_unwind(AssertUnwindSafe(|| shrink(failure, TRIES))).ok()?;
+        let small = catching(|| shrink(failure, TRIES)).ok()?;
         (small.options != before).then(|| Broken::of_world(small))
     });
     std::panic::set_hook(hook);
     Smallest { found, small }
-}
-
-impl AsRef<Broken> for Broken {
-    fn as_ref(&self) -> &Broken {
-        self
-    }
 }
 
 #[cfg(test)]
@@ -203,7 +191,7 @@ mod tests {
     fn a_planted_bug_is_made_smaller_and_can_be_repeated() {
         let planted = |seed| Run::World(Options::new(seed, 6_000).with_plant(Plant::EarlyCommit));
         let found = (0..300).find_map(|seed| planted(seed).go().err());
-        let found = smallest(found.expect("it is found"));
+        let found = smallest(&found.expect("it is found"));
         assert_eq!(found.found.invariant, Some(3));
         let small = found.small.expect("fewer steps do");
         let again = small.run.go().expect_err("it fails again");
