@@ -16,8 +16,6 @@ use crate::{ArenaShape, Error, ErrorKind, HUGE_PAGE_BYTES, SLOT_MIN_BYTES, memfd
 
 const EXTENT_MIN: u64 = 2 << 20;
 const EXTENT_MAX: u64 = 1 << 30;
-/// How much [`Arena::sum`] copies at a time where it must, on the stack; a multiple of every unit.
-const SUM_CHUNK: usize = 16 << 10;
 
 /// Whether 2 MiB pages are wanted from the machine's pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -288,11 +286,17 @@ impl Arena {
         Ok(())
     }
 
-    /// Takes the bytes from `offset` on into a checksum. On ordinary pages they are read where they lie, and whatever others write
-    /// there meanwhile is a mix that the checksum tells; on 2 MiB pages as by [`Arena::read`].
+    /// Whether [`Arena::sum`] works here with this engine. Not on 2 MiB pages, where touching what a client has punched out may raise a
+    /// signal, and not with an engine that makes references: use [`Arena::read`] there.
+    pub fn can_sum(&self, engine: Engine) -> bool {
+        self.shape.page_bytes != HUGE_PAGE_BYTES && engine != Engine::Portable
+    }
+
+    /// Takes the bytes from `offset` on into a checksum, where they lie. Whatever others write there meanwhile is a mix that the
+    /// checksum tells.
     ///
     /// # Errors
-    /// As [`Arena::read`].
+    /// `Invalid` when they are not all inside, or where [`Arena::can_sum`] says no.
     ///
     /// # Panics
     /// When `len` is no multiple of the engine's unit.
@@ -303,20 +307,16 @@ impl Arena {
         engine: Engine,
         state: &mut State,
     ) -> Result<(), Error> {
-        if self.shape.page_bytes != HUGE_PAGE_BYTES
-            && let Some(address) = self.map.range(offset, len)
-        {
-            engine.is_for(len);
-            // SAFETY: inside the mapping, which `self` keeps; ordinary pages of a file that can't shrink are always readable.
-            unsafe { engine.scan(address, len, state) };
-            return Ok(());
-        }
-        let mut chunk = [0; SUM_CHUNK];
-        for at in (0..len).step_by(SUM_CHUNK) {
-            let copy = &mut chunk[..SUM_CHUNK.min(len - at)];
-            self.read(offset + at as u64, copy)?;
-            engine.take(copy, state);
-        }
+        let address = self.map.range(offset, len);
+        let Some(address) = address.filter(|_| self.can_sum(engine)) else {
+            return Err(Error::invalid(format!(
+                "{len} bytes at {offset} of an arena of {} can't be summed in place",
+                self.shape.bytes
+            )));
+        };
+        engine.is_for(len);
+        // SAFETY: inside the mapping, which `self` keeps; ordinary pages of a file that can't shrink are always readable.
+        unsafe { engine.scan(address, len, state) };
         Ok(())
     }
 

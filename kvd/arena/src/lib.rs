@@ -5,8 +5,8 @@
 //! come from somebody else. Nothing here can raise SIGBUS on ordinary pages: a file is mapped only when its seals forbid to
 //! shrink it and its size is what it should be. (On 2 MiB pages a hole that a rogue client punched gives its page back to
 //! the pool of the machine; touching it again while that pool is empty is the one case left. The daemon never touches
-//! slot bytes there: [`Arena::populate`] and a kernel that is given a [`Arena::range`] get an error instead, [`Arena::read`] and
-//! [`Arena::sum`] go by the file.)
+//! slot bytes there: [`Arena::populate`] and a kernel that is given a [`Arena::range`] get an error instead, [`Arena::read`] goes
+//! by the file, and [`Arena::sum`] refuses.)
 //!
 //! Deliberately absent: which slot is whose and what state it is in (`kvd-core`), copies (`kvd-device`; what they and `kvd-nvme` check with is here), and how fds
 //! travel (`kvd-serve`, `kvd-client`).

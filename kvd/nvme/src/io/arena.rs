@@ -74,6 +74,10 @@ impl HostBytes for ArenaRange {
         }
     }
 
+    fn can_sum(&self, engine: Engine) -> bool {
+        self.arena.can_sum(engine)
+    }
+
     fn sum(&self, from: usize, bytes: usize, engine: Engine, state: &mut State) {
         let end = from.checked_add(bytes).expect("a length");
         assert!(end <= self.len, "{bytes} bytes at {from} of {}", self.len);
@@ -110,5 +114,13 @@ mod tests {
         all.read(3, 40_000, &mut |bytes| seen.extend_from_slice(bytes));
         let wanted: Vec<u8> = (3..40_003).map(|at| (at % 251) as u8).collect();
         assert!(seen == wanted);
+        let engine = Engine::new(16, false);
+        assert_eq!(all.can_sum(engine), engine != Engine::Portable);
+        if all.can_sum(engine) {
+            let (mut there, mut copied) = (engine.start(), engine.start());
+            all.sum(3, 40_000, engine, &mut there);
+            engine.take(&wanted, &mut copied);
+            assert_eq!(engine.finish(there), engine.finish(copied));
+        }
     }
 }

@@ -59,8 +59,13 @@ pub trait HostBytes: Send + 'static {
     /// there at the same time; then what is seen is any mix.
     fn read(&self, from: usize, bytes: usize, see: &mut dyn FnMut(&[u8]));
 
-    /// Takes these bytes, a multiple of the engine's unit, into a checksum. By default as [`HostBytes::read`] shows them: in pieces of
-    /// a multiple of 16 bytes, where all of them are one.
+    /// Whether [`HostBytes::sum`] reads where the bytes lie with this engine. Else they are better looked at in few large pieces, by
+    /// [`HostBytes::read`], than in as many as a block has heads.
+    fn can_sum(&self, _engine: Engine) -> bool {
+        false
+    }
+
+    /// Takes these bytes, a multiple of the engine's unit, into a checksum.
     fn sum(&self, from: usize, bytes: usize, engine: Engine, state: &mut State) {
         self.read(from, bytes, &mut |seen| engine.take(seen, state));
     }

@@ -1,7 +1,7 @@
 //! A checkpoint: every record that still counts, of the checkpoint before and of the half of the journal that is full, copied to the
-//! other checkpoint area under a salt of its own. One operation of at most 64 pages is under way at a time, between other work, so that nobody waits for it;
-//! keys are read from the device, not kept. Then a flush, and the two superblocks one after the other, each with a flush: from
-//! then on the half is free.
+//! other checkpoint area under a salt of its own. One operation of at most 64 pages is under way at a time, between other work, so
+//! that nobody waits for it; keys are read from the device, not kept. Then a flush, and the two superblocks one after the other, each
+//! with a flush: from then on the half is free.
 //!
 //! What is stored or dropped meanwhile is in the other half. A record that is dropped there already is left out, which is the same.
 

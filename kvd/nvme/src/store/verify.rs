@@ -45,6 +45,11 @@ impl<'a> Verifier<'a> {
         verifier
     }
 
+    /// What takes the sums.
+    pub(crate) fn engine(&self) -> Engine {
+        self.engine
+    }
+
     fn begin_part(&mut self) {
         (self.layer, self.head) = (0, 0);
         let cut = &self.page.header.cut;
