@@ -193,10 +193,10 @@ impl GenerationTable {
 /// The u64 at `offset` of a table.
 ///
 /// # Panics
-/// When it lies outside.
+/// When it lies outside, or between two.
 pub(crate) fn atom(map: &Mapping, offset: u64) -> &AtomicU64 {
     let address = map.range(offset, 8).expect("offset inside the table");
-    debug_assert!(offset.is_multiple_of(8));
+    assert!(offset.is_multiple_of(8), "an atom at {offset}");
     // SAFETY: eight bytes inside a live mapping, aligned because mappings are and offsets are multiples of 8; every party
     // accesses them atomically; the reference borrows from the mapping.
     unsafe { AtomicU64::from_ptr(address.cast()) }

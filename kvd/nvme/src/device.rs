@@ -341,8 +341,8 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
         status.counters.clone_from(self.store.counters());
     }
 
-    /// After a panic: the store is off for the rest of this daemon's life, everything that was asked is answered, and so is what is
-    /// asked until nobody asks any more.
+    /// After a panic: the store is off for the rest of this daemon's life. What is still listed as taken is answered, and so is what
+    /// is asked until nobody asks any more.
     fn give_up(self) {
         tracing::error!(
             "the thread of the store has failed by a bug; blocks there are not found until the daemon is started again"

@@ -154,9 +154,9 @@ impl Core {
         }
     }
 
-    /// Begins to bring up blocks that a lookup has found and leased (group and hash), because a load will ask for them: that one joins
-    /// the reads. Takes at most a quarter of host memory for what is coming and half of a store's reads, so that loads find room; the
-    /// rest is left for the load to begin.
+    /// Begins to bring up blocks that a lookup with a lease has found below (group and hash), because a load will ask for them: that one
+    /// joins the reads. Stops while a quarter of host memory or half of a store's reads is taken by what is coming; the rest is left
+    /// for the load to begin. What has come is leased to nobody before that load.
     pub(crate) fn read_ahead(
         &mut self,
         t: usize,

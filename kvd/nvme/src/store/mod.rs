@@ -310,7 +310,8 @@ impl<I: BlockIo> Store<I> {
         &self.io
     }
 
-    /// Gives everything up after a panic: waits until the device uses no memory any more, and answers what was taken.
+    /// Gives everything up after a panic: drops the device, which waits for what is under way as long as its adapter has patience, and
+    /// answers what is still listed as taken. What the turn that panicked had in hand is not among it (docs/invariants.md, Known gaps).
     pub fn abandon(self) -> Vec<StoreDone> {
         let Self { io, jobs, .. } = self;
         drop(io);
