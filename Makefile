@@ -5,6 +5,8 @@
 #   make sim         fresh seeds of the simulator, for a minute or SIM_FOR=10m
 #   make soak        the long statistical runs of which `make test` has a small sample
 #   make gpu-check   measure what the device path hangs on; for a machine with an NVIDIA GPU (no registry needed)
+#   make gpu-test    the device path itself: tests on an NVIDIA GPU, then `kvd bench gpu`
+#   make ptx         compile the GPU kernel anew, after a change of it (no GPU needed)
 #   make bench-baselines  foyer and LMCache beside `kvd bench nvme`; BENCH="--dir DIR --bytes SIZE" goes to both
 #   make wheel       the Python package `kvdaemon`, in target/wheels
 
@@ -17,10 +19,10 @@ CARGO := cargo
 CRATES := --workspace --exclude kvd-python
 export CARGO_TERM_PROGRESS_WHEN = never
 
-.PHONY: demo test check soak gpu-check wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-baselines fuzz-build tools help
+.PHONY: demo test check soak gpu-check gpu-test ptx wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-baselines fuzz-build tools help
 
 help:
-	@sed -n '2,10p' Makefile | cut -c3-
+	@sed -n '2,12p' Makefile | cut -c3-
 
 tools:
 	@command -v $(CARGO) >/dev/null || { echo "kvd needs Rust (cargo). Install rustup from your distribution or rustup.rs, then run make again."; exit 1; }
@@ -90,3 +92,12 @@ fuzz-build:
 
 gpu-check:
 	@$(PYTHON) scripts/gpu_check.py
+
+gpu-test: build plugin
+	$(CARGO) test --release -p kvd-device --test cuda -- --include-ignored
+	$(CARGO) test --release -p kvd --test cuda -- --include-ignored
+	$(PY) -m pytest tests/gpu -q
+	target/release/kvd bench gpu
+
+ptx: tools
+	@$(PYTHON) scripts/ptx.py

@@ -134,8 +134,8 @@ impl Engine {
         if !orders.is_empty() {
             self.worker.begin(&orders).expect("orders");
         }
-        self.worker.start_loads();
-        self.worker.start_stores();
+        self.worker.start_loads(0);
+        self.worker.start_stores(0);
         let results = self.worker.results();
         let report = self.worker.report();
         let texts = |list: &[String]| list.to_vec();
@@ -298,7 +298,7 @@ fn aborts_of_stale_orders(change: fn(&mut StoreOrder)) -> Vec<Vec<u32>> {
         change(&mut meta.stores[0]);
         engine.worker.begin(&meta.encode_to_vec()).expect("orders");
     }
-    engine.worker.start_stores();
+    engine.worker.start_stores(0);
     engine.worker.wait_idle();
     assert_eq!(engine.worker.counters().copied_blocks, copied);
     assert_eq!(engine.worker.counters().dropped_blocks, 1);
@@ -369,7 +369,7 @@ fn replicas_take_turns_by_hash() {
             ..StepMeta::default()
         };
         worker.begin(&meta.encode_to_vec()).expect("orders");
-        worker.start_stores();
+        worker.start_stores(0);
         worker.wait_idle();
         assert_eq!(worker.results().sent, ["a"], "both report, one writes");
         let counters = worker.counters();
@@ -403,7 +403,7 @@ fn what_can_not_be_loaded_is_still_over() {
         ..StepMeta::default()
     };
     worker.begin(&meta.encode_to_vec()).expect("orders");
-    worker.start_loads();
+    worker.start_loads(0);
     let results = worker.results();
     assert_eq!(results.received, ["a"]);
     assert_eq!(results.invalid, [4, 5]);

@@ -40,6 +40,7 @@ pub(crate) fn main() -> ExitCode {
             Some(("nvme", args)) => bench::nvme::run(args),
             Some(("restart", args)) => bench::restart::run(args),
             Some(("stall", args)) => bench::stall::run(args),
+            Some(("gpu", args)) => bench::gpu::run(args, args.get_flag("json")),
             _ => unreachable!("clap asks for a subcommand"),
         },
         _ => unreachable!("clap asks for a subcommand"),
@@ -96,7 +97,8 @@ fn command() -> Command {
                 )
                 .subcommand(bench::nvme::command().arg(json()))
                 .subcommand(bench::restart::command().arg(json()))
-                .subcommand(bench::stall::command().arg(json())),
+                .subcommand(bench::stall::command().arg(json()))
+                .subcommand(bench::gpu::command().arg(json())),
         )
 }
 

@@ -1,10 +1,13 @@
 //! The engine's KV cache, given as addresses and strides: what the canary packs and unpacks, and what the worker half copies.
 
+use std::sync::Arc;
+
 use kvd_arena::SlotBytes;
 use kvd_core::GroupKind;
 use kvd_core::geometry::{Cut, GroupGeometry};
 use kvd_device::{
-    Device, HostDevice, LayerView, LoadJob, LoadPlan, Loaded, Pages, PartGeometry, StoreJob,
+    CudaDevice, Device, HostDevice, LayerView, LoadJob, LoadPlan, Loaded, Pages, PartGeometry,
+    StoreJob,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -18,13 +21,15 @@ type Layer = (usize, usize, usize, usize, usize);
 #[pyclass(frozen, module = "kvdaemon._native")]
 pub(crate) struct KvCache {
     pub(crate) pages: Pages,
+    pub(crate) device: Arc<dyn Device>,
 }
 
 #[pymethods]
 impl KvCache {
-    /// The caller keeps the memory alive and in place until every user of this object is gone.
+    /// The caller keeps the memory alive and in place until every user of this object is gone. `device` is where it is: `cpu`,
+    /// or `cuda:N`.
     #[new]
-    #[pyo3(signature = (layers, *, heads, block_tokens, page_tokens, cell_bytes))]
+    #[pyo3(signature = (layers, *, heads, block_tokens, page_tokens, cell_bytes, device="cpu"))]
     fn new(
         py: Python<'_>,
         layers: Vec<Layer>,
@@ -32,7 +37,9 @@ impl KvCache {
         block_tokens: u32,
         page_tokens: u32,
         cell_bytes: u32,
+        device: &str,
     ) -> PyResult<Self> {
+        let device = open(py, device)?;
         let part = PartGeometry {
             layers: layers.len() as u32,
             heads,
@@ -49,7 +56,7 @@ impl KvCache {
             .collect();
         let pages = Pages::new(views, part, page_tokens)
             .map_err(|failure| invalid(py, failure.to_string()))?;
-        Ok(KvCache { pages })
+        Ok(KvCache { pages, device })
     }
 
     /// Blocks that every layer has.
@@ -57,8 +64,15 @@ impl KvCache {
         self.pages.pages() / self.pages.pages_per_block() as u32
     }
 
-    /// A block as it would be stored: `[layer][head][token][cell]`. The GIL is released meanwhile.
-    fn pack<'py>(&self, py: Python<'py>, block: u32) -> PyResult<Bound<'py, PyBytes>> {
+    /// A block as it would be stored: `[layer][head][token][cell]`, once what was asked of `stream` is done. The GIL is released
+    /// meanwhile.
+    #[pyo3(signature = (block, stream=0))]
+    fn pack<'py>(
+        &self,
+        py: Python<'py>,
+        block: u32,
+        stream: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         let mut bytes = vec![0u8; self.pages.part().bytes()];
         py.detach(|| {
             let pages = self.pages_of(block);
@@ -69,14 +83,16 @@ impl KvCache {
                 pages: &pages,
                 part,
             };
-            HostDevice.store(&[job], &mut Vec::new())
+            self.device.point(stream)?.wait()?;
+            self.device.store(&[job], &mut Vec::new())
         })
         .map_err(|failure| invalid(py, failure.to_string()))?;
         Ok(PyBytes::new(py, &bytes))
     }
 
-    /// Writes a packed block into a block of the cache. The GIL is released meanwhile.
-    fn unpack(&self, py: Python<'_>, block: u32, bytes: &[u8]) -> PyResult<()> {
+    /// Writes a packed block into a block of the cache, once what was asked of `stream` is done. The GIL is released meanwhile.
+    #[pyo3(signature = (block, bytes, stream=0))]
+    fn unpack(&self, py: Python<'_>, block: u32, bytes: &[u8], stream: usize) -> PyResult<()> {
         let mut bytes = bytes.to_vec();
         let part = *self.pages.part();
         if bytes.len() != part.bytes() {
@@ -86,7 +102,7 @@ impl KvCache {
             ));
         }
         let loaded = py
-            .detach(|| self.unpack_checked(block, &mut bytes, &part))
+            .detach(|| self.unpack_checked(block, &mut bytes, &part, stream))
             .map_err(|text| invalid(py, text))?;
         match loaded {
             true => Ok(()),
@@ -96,6 +112,27 @@ impl KvCache {
                 "an unpacked block does not have the checksums it was packed with",
             )),
         }
+    }
+}
+
+/// The device that a framework calls `cpu` or `cuda:N`.
+fn open(py: Python<'_>, name: &str) -> PyResult<Arc<dyn Device>> {
+    let (kind, number) = name.split_once(':').unwrap_or((name, "0"));
+    match (kind, number.parse::<u32>()) {
+        ("cpu", Ok(_)) => Ok(Arc::new(HostDevice)),
+        ("cuda", Ok(number)) => match CudaDevice::open(number) {
+            Ok(device) => Ok(Arc::new(device)),
+            Err(failure) => Err(error(
+                py,
+                kvd_client::ErrorKind::Unavailable,
+                failure.to_string(),
+            )),
+        },
+        _ => Err(error(
+            py,
+            kvd_client::ErrorKind::Unsupported,
+            format!("KV caches on {name} are not supported: cpu and cuda:N are"),
+        )),
     }
 }
 
@@ -110,6 +147,7 @@ impl KvCache {
         block: u32,
         bytes: &mut [u8],
         part: &PartGeometry,
+        stream: usize,
     ) -> Result<bool, String> {
         let text = |failure: &dyn std::fmt::Display| failure.to_string();
         let geometry = GroupGeometry {
@@ -135,13 +173,15 @@ impl KvCache {
             pages: &pages,
         };
         let mut results = Vec::new();
-        HostDevice
+        let after = self.device.point(stream).map_err(|e| text(&e))?;
+        after.wait().map_err(|e| text(&e))?;
+        self.device
             .load(&[job], &mut results)
             .map_err(|failure| text(&failure))?;
         Ok(results == [Loaded::Good])
     }
 
-    /// Checksums of a packed block: those of a copy from it to nowhere in particular.
+    /// Checksums of a packed block: those that the host computes, of a copy from it to nowhere in particular.
     fn checksums(&self, bytes: &mut [u8], part: &PartGeometry) -> Result<Vec<u64>, String> {
         let mut scratch = vec![0u8; bytes.len()];
         let mut crcs = Vec::new();

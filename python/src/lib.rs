@@ -25,6 +25,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<cache::KvCache>()?;
     module.add_function(wrap_pyfunction!(digest::file_digest, module)?)?;
     module.add_function(wrap_pyfunction!(digest::digest, module)?)?;
+    module.add_function(wrap_pyfunction!(digest::crc64nvme, module)?)?;
     module.add_function(wrap_pyfunction!(cache::canary_block, module)?)?;
     module.add_function(wrap_pyfunction!(session::opaque_block, module)?)?;
     Ok(())

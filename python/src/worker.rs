@@ -9,7 +9,7 @@ use kvd_client::{Identity, Role};
 use kvd_connectors::meta::{RankGroup, RankHello, VERSION};
 use kvd_connectors::notice::Level;
 use kvd_connectors::worker::{Counters, Settings, Worker};
-use kvd_device::HostDevice;
+use kvd_device::{Device, HostDevice};
 use parking_lot::Mutex;
 use prost::Message;
 use pyo3::prelude::*;
@@ -99,6 +99,11 @@ impl WorkerHalf {
             label,
         };
         let link = start_link(socket, identity).map_err(|failure| from_client(py, &failure))?;
+        // Without a cache nothing is copied.
+        let device: Arc<dyn Device> = match cache {
+            Some(cache) => Arc::clone(&cache.device),
+            None => Arc::new(HostDevice),
+        };
         let settings = Settings {
             threads: copy_threads,
             load_deadline: Duration::from_millis(load_deadline_ms),
@@ -107,7 +112,7 @@ impl WorkerHalf {
         let worker = Worker::new(
             settings,
             Arc::new(link),
-            Arc::new(HostDevice),
+            device,
             clock(),
             hello,
             cache.map(|cache| cache.pages.clone()),
@@ -135,12 +140,16 @@ impl WorkerHalf {
         py.detach(|| self.with(|half| half.wait_idle()));
     }
 
-    fn start_loads(&self) {
-        self.with(Worker::start_loads);
+    /// `stream`: the handle of the stream that the engine computes on; 0 where there is none.
+    #[pyo3(signature = (stream=0))]
+    fn start_loads(&self, stream: usize) {
+        self.with(|half| half.start_loads(stream));
     }
 
-    fn start_stores(&self) {
-        self.with(Worker::start_stores);
+    /// As `start_loads`.
+    #[pyo3(signature = (stream=0))]
+    fn start_stores(&self, stream: usize) {
+        self.with(|half| half.start_stores(stream));
     }
 
     fn results(&self) -> Results {

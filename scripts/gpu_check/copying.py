@@ -119,12 +119,12 @@ class Bench:
 
         self.image.fill(n % 1000 + len(label), n)
         ctypes.memmove(host, self.image.addr, n)
-        cuda("cuMemsetD8_v2", cuda.memory, DEVICE_POISON, n)
+        cuda.fill(cuda.memory, DEVICE_POISON, n)
         for direction, do in (("H2D", lambda: one("H2D")), ("D2H", lambda: one("D2H")), ("both", both)):
             if direction == "D2H":
                 ctypes.memset(host, HOST_POISON, n)
             elif direction == "both":
-                cuda("cuMemsetD8_v2", cuda.memory, DEVICE_POISON, half)
+                cuda.fill(cuda.memory, DEVICE_POISON, half)
                 ctypes.memset(host + half, HOST_POISON, half)
             values = rates(n, repeat(self.c.reps, do))
             self.peaks.setdefault(direction, statistics.median(values))
@@ -150,7 +150,7 @@ class Bench:
                 asked.append((time.perf_counter() - begin) / p.count * 1e6)
                 cuda.sync()
 
-            cuda("cuMemsetD8_v2", cuda.memory, DEVICE_POISON, p.span)
+            cuda.fill(cuda.memory, DEVICE_POISON, p.span)
             memory.fill(size, p.bytes)
             if direction == "D2H":
                 plain_calls(cuda, p, "H2D")()
@@ -159,7 +159,7 @@ class Bench:
             if direction == "D2H":
                 ctypes.memset(memory.addr, HOST_POISON, p.bytes)
             else:
-                cuda("cuMemsetD8_v2", cuda.memory, DEVICE_POISON, p.span)
+                cuda.fill(cuda.memory, DEVICE_POISON, p.span)
             run()
             cuda("cuMemcpyDtoH_v2", self.image.addr, cuda.memory, p.span)
             ok = p.right(memory.addr, self.image.addr)

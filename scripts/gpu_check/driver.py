@@ -136,6 +136,11 @@ class Cuda:
         else:
             self("cuMemcpyDtoHAsync_v2", host, dev, n, self.streams[stream])
 
+    def fill(self, dev: int, byte: int, n: int) -> None:
+        """Fills device memory, and waits for it: our streams do not wait for the default one, which does it."""
+        self("cuMemsetD8_v2", dev, byte, n)
+        self("cuCtxSynchronize")
+
     def sync(self, stream: int = 0) -> None:
         self("cuStreamSynchronize", self.streams[stream])
 

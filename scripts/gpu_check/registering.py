@@ -88,7 +88,7 @@ def register(c) -> None:
 def device_reads(cuda: Cuda, address: int, n: int) -> bytes:
     """What DMA finds at a host address."""
     back = ctypes.create_string_buffer(n)
-    cuda("cuMemsetD8_v2", cuda.memory, 0, n)
+    cuda.fill(cuda.memory, 0, n)
     cuda("cuMemcpyHtoD_v2", cuda.memory, address, n)
     cuda("cuMemcpyDtoH_v2", back, cuda.memory, n)
     return back.raw
@@ -128,7 +128,7 @@ def across(cuda: Cuda, memory: Memory, spot: int, how: str, submit) -> None:
     """One piece that lies in two registrations that touch."""
     ok, n = None, HUGE
     try:
-        cuda("cuMemsetD8_v2", cuda.memory, 0, n)
+        cuda.fill(cuda.memory, 0, n)
         submit()
         cuda.sync()
         back = ctypes.create_string_buffer(n)

@@ -152,12 +152,12 @@ class PinningCuda:
     def unregister(self, memory, region: int) -> None:
         self.old = {}
 
+    def fill(self, to: int, byte: int, n: int) -> None:
+        ctypes.memset(to, byte, n)
+
     def __call__(self, name: str, to, source, n: int) -> None:
-        if name == "cuMemsetD8_v2":
-            ctypes.memset(to, source, n)
-        else:
-            page = lambda at: self.old.get(at, at) if isinstance(at, int) else at  # noqa: E731
-            ctypes.memmove(page(to), page(source), n)
+        page = lambda at: self.old.get(at, at) if isinstance(at, int) else at  # noqa: E731
+        ctypes.memmove(page(to), page(source), n)
 
 
 @pytest.mark.parametrize("pins", [True, False])

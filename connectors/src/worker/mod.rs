@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use kvd_client::{Link, Registration};
 use kvd_core::geometry::{Cut, GroupGeometry};
-use kvd_device::{Device, Pages};
+use kvd_device::{Device, Pages, Point};
 use prost::Message;
 
 pub use state::{Counters, Results};
@@ -57,6 +57,7 @@ impl Default for Settings {
 pub struct Worker {
     settings: Settings,
     link: Arc<Link>,
+    device: Arc<dyn Device>,
     clock: Clock,
     hello: RankHello,
     told_hello: bool,
@@ -89,6 +90,7 @@ impl Worker {
         Ok(Worker {
             settings,
             link,
+            device,
             clock,
             hello,
             told_hello: false,
@@ -189,17 +191,35 @@ impl Worker {
         Ok(())
     }
 
-    /// Hands this step's loads to the threads.
-    pub fn start_loads(&mut self) {
+    /// Where the engine's work on `stream` is now: see [`Device::point`].
+    fn point(&mut self, stream: usize) -> Option<Point> {
+        match self.device.point(stream) {
+            Ok(point) => Some(point),
+            Err(error) => {
+                // Its loads will fail and its stores will be given up.
+                self.notices.warn(format!("the device failed: {error}"));
+                None
+            }
+        }
+    }
+
+    /// Hands this step's loads to the threads. `stream` is what the engine computes on (0 where there are no streams): blocks
+    /// are written when what it was asked up to now is done.
+    pub fn start_loads(&mut self, stream: usize) {
+        if self.loads.is_empty() {
+            return;
+        }
+        let after = self.point(stream);
         for order in std::mem::take(&mut self.loads) {
             let joined = self.namespaces.get(&order.namespace).cloned();
-            let (Some(joined), Some(pages)) = (joined, &self.pages) else {
+            let (Some(joined), Some(pages), Some(after)) = (joined, &self.pages, &after) else {
                 self.shared.load_failed(&order.request, &order.blocks);
                 continue;
             };
             let task = Box::new(LoadTask {
                 joined,
                 pages: pages.clone(),
+                after: after.clone(),
                 until: (self.clock)() + self.settings.load_deadline.as_micros() as u64,
                 order,
             });
@@ -210,13 +230,18 @@ impl Worker {
         }
     }
 
-    /// Hands this step's stores to the threads: the forward pass that completes their blocks is over.
-    pub fn start_stores(&mut self) {
+    /// Hands this step's stores to the threads: the forward pass that completes their blocks is over, or asked of `stream`
+    /// (0 where there are no streams).
+    pub fn start_stores(&mut self, stream: usize) {
+        if self.stores.is_empty() {
+            return;
+        }
+        let after = self.point(stream);
         for order in std::mem::take(&mut self.stores) {
             let joined = self.namespaces.get(&order.namespace).cloned();
-            match (joined, &self.pages) {
-                (Some(joined), Some(pages)) => {
-                    let task = StoreTask::new(joined, pages.clone(), order);
+            match (joined, &self.pages, &after) {
+                (Some(joined), Some(pages), Some(after)) => {
+                    let task = StoreTask::new(joined, pages.clone(), order, after.clone());
                     self.copier.store(task, &self.link, &self.shared);
                 }
                 _ => self.shared.store_over(&order.request, order.order),

@@ -13,7 +13,7 @@ use kvd_client::{
 };
 use kvd_core::geometry::{Cut, GroupGeometry};
 use kvd_core::replica_of;
-use kvd_device::{Device, Pages};
+use kvd_device::{Device, Pages, Point};
 use kvd_wire::session::{Abort, CommitState, ErrorKind, Failure, ReleaseReply};
 
 use super::queue::Queue;
@@ -66,12 +66,14 @@ pub(crate) struct StoreTask {
     joined: Arc<Joined>,
     pages: Pages,
     order: StoreOrder,
+    /// What the engine does until then fills the blocks.
+    after: Point,
     /// Positions in the order whose part this rank writes.
     own: Vec<usize>,
 }
 
 impl StoreTask {
-    pub(crate) fn new(joined: Arc<Joined>, pages: Pages, order: StoreOrder) -> Self {
+    pub(crate) fn new(joined: Arc<Joined>, pages: Pages, order: StoreOrder, after: Point) -> Self {
         let (hashes, _) = order.hashes.as_chunks::<HASH_BYTES>();
         let count = [
             hashes.len(),
@@ -90,6 +92,7 @@ impl StoreTask {
             joined,
             pages,
             order,
+            after,
             own,
         }
     }
@@ -122,6 +125,8 @@ pub(crate) struct LoadTask {
     pub(crate) joined: Arc<Joined>,
     pub(crate) pages: Pages,
     pub(crate) order: LoadOrder,
+    /// What the engine does until then may still use the blocks.
+    pub(crate) after: Point,
     /// When (us) it has to be over.
     pub(crate) until: u64,
 }
@@ -319,6 +324,9 @@ fn store(context: &Context, piece: &StorePiece) {
     let Ok(mut mover) = task.joined.mover(&context.device, context.deadline) else {
         return give_up();
     };
+    if task.after.wait().is_err() {
+        return give_up();
+    }
     let order = &task.order;
     let slots: Vec<ReservedSlot> = own
         .iter()
@@ -382,7 +390,7 @@ fn load(context: &Context, task: &LoadTask) -> Vec<u32> {
     let order = &task.order;
     let registered = registered(context, task);
     let mover = task.joined.mover(&context.device, context.deadline);
-    let (Some(registered), Ok(mut mover)) = (registered, mover) else {
+    let (Some(registered), Ok(mut mover), Ok(())) = (registered, mover, task.after.wait()) else {
         context.shared.failed(order.blocks.len());
         return order.blocks.clone();
     };

@@ -5,8 +5,8 @@
 
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use rustix::fs::SealFlags;
 
@@ -15,14 +15,27 @@ use crate::generations::{HEADER_BYTES, Header, atom, table_bytes};
 use crate::mapping::Mapping;
 use crate::{ArenaShape, Error, SLOT_MIN_BYTES, memfd};
 
+/// What a driver gave for memory that it was told of; dropping it takes that back.
+pub type Registered = Box<dyn Send + Sync>;
+
 /// The mapped memory and which file it is.
-#[derive(Debug)]
 struct Memory {
+    /// Dropped first: a driver must not know of memory that is not mapped.
+    registered: Mutex<Vec<Registered>>,
     map: Mapping,
     device: u64,
     inode: u64,
-    /// One flag an extent: its pages are in this process' page tables.
-    faulted: Vec<AtomicU8>,
+    /// One for each extent: its pages are in this process' page tables, and the driver knows of them.
+    prepared: Vec<Once>,
+}
+
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Memory")
+            .field("map", &self.map)
+            .field("inode", &self.inode)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A client's mapping of an arena and its generation table. Dropping it unmaps both.
@@ -103,7 +116,8 @@ impl ArenaView {
                     map,
                     device: memory.device,
                     inode: memory.inode,
-                    faulted: (0..extents(shape)).map(|_| AtomicU8::new(0)).collect(),
+                    registered: Mutex::default(),
+                    prepared: (0..extents(shape)).map(|_| Once::new()).collect(),
                 })
             }
         };
@@ -176,26 +190,33 @@ impl ArenaView {
         }
     }
 
-    /// Address and length of the mapped arena, in bytes: what an accelerator's driver is told.
+    /// Address and length of the mapped arena, in bytes.
     pub fn region(&self) -> (usize, usize) {
         (self.memory.map.address() as usize, self.memory.map.len())
     }
 
-    /// Puts the pages of a slot's extent into this process' page tables, once, so that copies do not fault page by page.
-    /// Call it for slots that the daemon has handed out: it has faulted their extent in already. Failure does not matter.
-    pub fn prefault(&self, slot: u32) {
+    /// Before the first copy from or to an extent: puts its pages into this process' page tables, so that copies do not fault
+    /// page by page, and lets `register` tell a driver of them (address and bytes). Later calls for the same extent do
+    /// nothing; those at the same time wait. Call it for slots that the daemon has handed out: it has faulted their extent in
+    /// already. What `register` gives is dropped before the arena is unmapped.
+    pub fn prepare(&self, slot: u32, register: impl FnOnce(usize, usize) -> Option<Registered>) {
         let extent = slot / self.shape.slots_per_extent;
-        let Some(flag) = self.memory.faulted.get(extent as usize) else {
+        let Some(once) = self.memory.prepared.get(extent as usize) else {
             return;
         };
-        if flag.load(Ordering::Relaxed) != 0 || flag.swap(1, Ordering::Relaxed) != 0 {
-            return;
-        }
-        let offset = u64::from(extent) * self.shape.extent_bytes;
-        let _ = self
-            .memory
-            .map
-            .populate(offset, self.shape.extent_bytes as usize);
+        once.call_once_force(|_| {
+            let (offset, bytes) = (
+                u64::from(extent) * self.shape.extent_bytes,
+                self.shape.extent_bytes as usize,
+            );
+            // Copies fault by themselves where this fails.
+            let _ = self.memory.map.populate(offset, bytes);
+            let address = self.memory.map.range(offset, bytes);
+            if let Some(registered) = address.and_then(|at| register(at as usize, bytes)) {
+                let all = self.memory.registered.lock();
+                all.unwrap_or_else(PoisonError::into_inner).push(registered);
+            }
+        });
     }
 }
 

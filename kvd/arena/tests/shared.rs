@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "tests, helpers too")]
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use kvd_arena::{
     Arena, ArenaShape, ArenaView, ErrorKind, HugePages, WRITERS_MAX, default_extent_bytes,
@@ -172,9 +174,39 @@ fn populate_faults_in_and_smaps_says_so() {
     assert_eq!(report.resident_bytes, 2 * EXTENT);
     assert_eq!(report.kernel_page_bytes, 4096);
     let view = view(&arena);
-    view.prefault(16);
-    view.prefault(16);
-    view.prefault(u32::MAX);
+    view.prepare(16, |_, _| None);
+    view.prepare(u32::MAX, |_, _| panic!("there is no such extent"));
+}
+
+#[test]
+fn a_driver_is_told_once_of_each_extent_and_again_before_it_is_unmapped() {
+    struct Told(Arc<AtomicU32>, usize);
+    impl Drop for Told {
+        fn drop(&mut self) {
+            // SAFETY: what was registered is mapped as long as this lives.
+            unsafe { std::ptr::write_volatile(self.1 as *mut u8, 1) };
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+    let arena = arena(4);
+    let view = view(&arena);
+    let told = Arc::new(AtomicU32::new(0));
+    let tell = |at: usize, bytes: usize| {
+        assert_eq!(bytes as u64, EXTENT);
+        told.fetch_add(1, Ordering::SeqCst);
+        Some(Box::new(Told(Arc::clone(&told), at)) as kvd_arena::Registered)
+    };
+    let per = view.shape().slots_per_extent;
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| view.prepare(per + 1, tell));
+        }
+    });
+    assert_eq!(told.load(Ordering::SeqCst), 1, "one extent, whoever comes");
+    view.prepare(3 * per, tell);
+    assert_eq!(told.load(Ordering::SeqCst), 2);
+    drop(view);
+    assert_eq!(told.load(Ordering::SeqCst), 0, "taken back");
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 mod copies;
 mod daemon;
+pub(super) mod gpu;
 mod lookups;
 pub(super) mod nvme;
 pub(super) mod restart;

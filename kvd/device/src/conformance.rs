@@ -357,6 +357,36 @@ pub fn run(device: &dyn Device, memory: &mut dyn Memory) {
     refusals(device, memory);
 }
 
+/// A device with staging buffers refuses a layer of a block that is larger than `room` bytes, and takes one that is not.
+///
+/// # Panics
+/// When the device is wrong.
+pub fn too_large(device: &dyn Device, memory: &mut dyn Memory, room: usize) {
+    for (extra, fits) in [(0, true), (16, false)] {
+        let geometry = GroupGeometry {
+            kind: GroupKind::Full,
+            layers: 2,
+            heads: 1,
+            block_tokens: 16,
+            cell_bytes: (room / 16 + extra) as u32,
+            window: None,
+        };
+        let cut = Cut::whole(&geometry);
+        let rank = Rank::new(memory, &geometry, cut.part(0), Order::Hnd, 16);
+        let mut slot = vec![0u8; geometry.block_bytes() as usize];
+        let job = StoreJob {
+            from: &rank.pages,
+            pages: &[1],
+            part: slot_of(&mut slot),
+        };
+        let stored = device.store(&[job], &mut Vec::new());
+        match fits {
+            true => assert_eq!(stored, Ok(())),
+            false => assert!(matches!(stored, Err(Error::Invalid(_))), "{stored:?}"),
+        }
+    }
+}
+
 /// Many blocks in one call: results in order, and one corrupt block spoils no other.
 fn batches(device: &dyn Device, memory: &mut dyn Memory) {
     let geometry = GroupGeometry {

@@ -2,11 +2,11 @@
 //!
 //! Deliberately absent: threads. One call uses one core; callers that want more give parts of the work to several.
 
-use kvd_arena::SlotBytes;
 use kvd_arena::checksum::{Engine, State};
+use kvd_arena::{Registered, SlotBytes};
 
 use crate::view::LayerView;
-use crate::{Device, Error, LoadJob, Loaded, Pages, PartGeometry, StoreJob};
+use crate::{Device, Error, LoadJob, Loaded, Pages, PartGeometry, Point, StoreJob};
 
 /// A batch that is at least this long goes past the caches on its way into the engine: it would not stay in them. Bytes.
 const STREAM_LOADS_FROM: usize = 8 << 20;
@@ -20,24 +20,17 @@ impl Device for HostDevice {
         "host"
     }
 
-    fn register(&self, _address: usize, _bytes: usize) -> Result<(), Error> {
-        Ok(())
+    fn register(&self, _address: usize, _bytes: usize) -> Result<Option<Registered>, Error> {
+        Ok(None)
     }
 
-    fn unregister(&self, _address: usize) -> Result<(), Error> {
-        Ok(())
+    fn point(&self, _stream: usize) -> Result<Point, Error> {
+        Ok(Point::passed())
     }
 
     fn store(&self, jobs: &[StoreJob<'_>], crcs: &mut Vec<u64>) -> Result<(), Error> {
         for job in jobs {
-            job.from.check_block(job.pages)?;
-            if job.part.len() != job.from.part().bytes() {
-                return Err(Error::invalid(format!(
-                    "the part of the slot has {} bytes and the rank's part {}",
-                    job.part.len(),
-                    job.from.part().bytes()
-                )));
-            }
+            job.check()?;
         }
         let mut states = Vec::new();
         for job in jobs {
@@ -53,21 +46,7 @@ impl Device for HostDevice {
     fn load(&self, jobs: &[LoadJob<'_>], results: &mut Vec<Loaded>) -> Result<(), Error> {
         let mut bytes = 0;
         for job in jobs {
-            job.to.check_block(job.pages)?;
-            if job.plan.part() != job.to.part()
-                || job.slot.len() < job.plan.slot_bytes()
-                || job.crcs.len() != job.plan.crcs()
-            {
-                return Err(Error::invalid(format!(
-                    "a block of {} bytes and {} checksums as {:?} is not one of {} bytes and {} as {:?}",
-                    job.slot.len(),
-                    job.crcs.len(),
-                    job.to.part(),
-                    job.plan.slot_bytes(),
-                    job.plan.crcs(),
-                    job.plan.part()
-                )));
-            }
+            job.check()?;
             bytes += job.plan.part().bytes();
         }
         let stream = bytes >= STREAM_LOADS_FROM;

@@ -1,24 +1,32 @@
 //! Engine memory <-> slots of the arena: copies of whole blocks, with the checksums that prove them.
 //!
-//! [`Device`] is the port; [`HostDevice`] is the adapter for engines whose KV cache is in ordinary memory. It is used inside
-//! the engine's process, on threads of the caller. [`conformance`] holds what every adapter must show.
+//! [`Device`] is the port; [`HostDevice`] is the adapter for engines whose KV cache is in ordinary memory, [`CudaDevice`] that
+//! for NVIDIA GPUs (what other accelerators will share with it is in `gpu/`). They are used inside the engine's process, on
+//! threads of the caller. [`conformance`] holds what every adapter must show.
 //!
-//! Deliberately absent, until they are built: cuda, hip, level_zero and staged adapters. Also absent: which slot and which
+//! Deliberately absent, until they are built: hip, level_zero and staged adapters. Also absent: which slot and which
 //! block (the caller's), threads (the connectors'), and conversions of what is inside a cell (the namespace forbids the need).
 
 pub mod conformance;
+mod cuda;
+mod engine;
 mod error;
+mod gpu;
 mod host;
 mod owned;
 mod plan;
+mod point;
 mod view;
 
-use kvd_arena::SlotBytes;
+use kvd_arena::{Registered, SlotBytes};
 
+pub use cuda::{CudaDevice, CudaMemory, Link};
+pub use engine::{EnginePages, PageOrder};
 pub use error::Error;
 pub use host::HostDevice;
 pub use owned::OwnedPages;
 pub use plan::LoadPlan;
+pub use point::{Passed, Point};
 pub use view::{LayerView, Pages, PartGeometry};
 
 /// One block to copy out of the engine.
@@ -30,6 +38,21 @@ pub struct StoreJob<'a> {
     pub pages: &'a [u32],
     /// This rank's part of the slot, [`PartGeometry::bytes`] long.
     pub part: SlotBytes<'a>,
+}
+
+impl StoreJob<'_> {
+    /// Refuses what does not fit its memory.
+    fn check(&self) -> Result<(), Error> {
+        self.from.check_block(self.pages)?;
+        if self.part.len() != self.from.part().bytes() {
+            return Err(Error::invalid(format!(
+                "the part of the slot has {} bytes and the rank's part {}",
+                self.part.len(),
+                self.from.part().bytes()
+            )));
+        }
+        Ok(())
+    }
 }
 
 /// One block to copy into the engine.
@@ -45,6 +68,28 @@ pub struct LoadJob<'a> {
     pub to: &'a Pages,
     /// The pages that will hold the block.
     pub pages: &'a [u32],
+}
+
+impl LoadJob<'_> {
+    /// Refuses what does not fit its memory.
+    fn check(&self) -> Result<(), Error> {
+        self.to.check_block(self.pages)?;
+        if self.plan.part() != self.to.part()
+            || self.slot.len() < self.plan.slot_bytes()
+            || self.crcs.len() != self.plan.crcs()
+        {
+            return Err(Error::invalid(format!(
+                "a block of {} bytes and {} checksums as {:?} is not one of {} bytes and {} as {:?}",
+                self.slot.len(),
+                self.crcs.len(),
+                self.to.part(),
+                self.plan.slot_bytes(),
+                self.plan.crcs(),
+                self.plan.part()
+            )));
+        }
+        Ok(())
+    }
 }
 
 /// What a load of one block came to.
@@ -64,17 +109,20 @@ pub trait Device: Send + Sync {
     /// For logs and status.
     fn name(&self) -> &'static str;
 
-    /// Tells the driver of the mapped arena, before the first copy. May take long for large ones.
+    /// Tells the driver of mapped memory, before the first copy from or to it; it stays mapped until what comes back is
+    /// dropped. Nothing comes back where there is nobody to tell. Slots should not lie in two registrations.
     ///
     /// # Errors
-    /// When the driver refuses; copies may still work, slower.
-    fn register(&self, address: usize, bytes: usize) -> Result<(), Error>;
+    /// When the driver refuses; copies work all the same, slower.
+    fn register(&self, address: usize, bytes: usize) -> Result<Option<Registered>, Error>;
 
-    /// Takes back a [`Device::register`], before the arena is unmapped.
+    /// The point that the engine's own work on `stream` has come to: copies out of what it writes, or into what it reads, wait
+    /// for it. `stream` is the framework's handle of a stream of this device (for CUDA a `CUstream`, 0 for the default
+    /// one), alive during the call; ordinary memory has none, and its work is over when it is asked.
     ///
     /// # Errors
-    /// When it was not registered or the driver refuses.
-    fn unregister(&self, address: usize) -> Result<(), Error>;
+    /// When the driver refuses.
+    fn point(&self, stream: usize) -> Result<Point, Error>;
 
     /// Copies blocks out of the engine. Appends to `crcs` the CRC-64/NVME of every head of the part over
     /// `[layer][token][cell]`, as written to the slot, job after job.

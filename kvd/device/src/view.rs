@@ -52,6 +52,11 @@ impl LayerView {
         self.token_stride
     }
 
+    /// From page to page, head to head, token to token, in bytes.
+    pub(crate) fn strides(&self) -> [usize; 3] {
+        [self.block_stride, self.head_stride, self.token_stride]
+    }
+
     /// How many pages lie wholly inside.
     fn pages(&self, part: &PartGeometry, page_tokens: u32) -> Option<u32> {
         let heads = (part.heads as usize - 1).checked_mul(self.head_stride)?;

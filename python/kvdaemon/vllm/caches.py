@@ -42,6 +42,8 @@ class Share:
     encoding: str
     scales: str
     blocks: int = 0
+    device: str = "cpu"
+    """Where the tensors are: ``cpu`` or ``cuda:N``."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -115,7 +117,19 @@ def read(
         encoding=_encoding(vllm_config, names, page_tokens),
         scales=_scales(vllm_config, names),
         blocks=blocks,
+        device=_device(first.device),
     )
+
+
+def _device(device: torch.device) -> str:
+    return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+
+
+def stream(share: Share | None) -> int:
+    """The handle of the stream that the framework computes on now; 0 where it has none."""
+    if share is None or not share.device.startswith("cuda"):
+        return 0
+    return torch.cuda.current_stream(torch.device(share.device)).cuda_stream
 
 
 def _layer_order(names: list[str], kv_caches: dict[str, torch.Tensor]) -> list[str]:
@@ -144,8 +158,10 @@ def _check(name: str, tensor: torch.Tensor, first: torch.Tensor) -> None:
         raise Refusal(f"the KV cache of layer {name} differs in shape from that of the first layer")
     if tensor.stride(3) != 1:
         raise Refusal(f"the cells of layer {name} are not contiguous")
-    if tensor.device.type != "cpu":
-        raise Refusal(f"KV caches on {tensor.device.type} are not supported yet")
+    if tensor.device != first.device:
+        raise Refusal(f"the KV cache of layer {name} is on {tensor.device}, that of the first layer on {first.device}")
+    if tensor.device.type not in ("cpu", "cuda") or torch.version.hip:
+        raise Refusal(f"KV caches on {tensor.device.type}{' (ROCm)' if torch.version.hip else ''} are not supported yet")
 
 
 def _layer(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from kvdaemon._native import KvCache, canary_block
-from kvdaemon.vllm.caches import Refusal, Share
+from kvdaemon.vllm.caches import Refusal, Share, stream
 
 
 def _pattern(seed: int, layer: int, share: Share, width: int) -> torch.Tensor:
@@ -68,14 +68,14 @@ def _check_pack(share: Share, cache: KvCache, block: int) -> None:
     seed = 7
     for layer in range(len(share.tensors)):
         _write(share, layer, block, _pattern(seed, layer, share, share.cell_bytes))
-    if cache.pack(block) != canary_block(seed, *_sizes(share)):
+    if cache.pack(block, stream(share)) != canary_block(seed, *_sizes(share)):
         raise Refusal("the layout of the KV cache is not what its strides say: a packed block came out wrong")
 
 
 def _check_unpack(share: Share, cache: KvCache, block: int) -> None:
     seed = 101
     before = _read(share, 0, block - 1) if block > 1 else None
-    cache.unpack(block, canary_block(seed, *_sizes(share)))
+    cache.unpack(block, canary_block(seed, *_sizes(share)), stream(share))
     for layer in range(len(share.tensors)):
         if not torch.equal(_read(share, layer, block), _pattern(seed, layer, share, share.cell_bytes)):
             raise Refusal("the layout of the KV cache is not what its strides say: an unpacked block came out wrong")

@@ -95,6 +95,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         self._times: dict[str, deque[int]] = {}
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._share: caches.Share | None = None
         self._requests: dict[str, Request] = {}
         self._adapters: set[str] = set()
         self._inplace = 0
@@ -405,12 +406,14 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
                 block_tokens=share.block_tokens,
                 page_tokens=share.page_tokens,
                 cell_bytes=share.cell_bytes,
+                device=share.device,
             )
             canary.check(share, cache)
         except Exception as error:
             refusal = str(error)
             cache = None
             logger.warning("kvd: KV blocks are neither stored nor loaded: %s", refusal)
+        self._share = share
         self._start_worker(share, cache, refusal)
 
     def _start_worker(self, share: caches.Share | None, cache: KvCache | None, refusal: str) -> None:
@@ -492,7 +495,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.start_loads()
+            self._worker.start_loads(caches.stream(self._share))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are asynchronous: nothing to wait for."""
@@ -502,7 +505,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         if self._worker is not None:
-            self._worker.start_stores()
+            self._worker.start_stores(caches.stream(self._share))
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._worker is None:

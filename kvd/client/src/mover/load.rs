@@ -122,7 +122,7 @@ impl BlockMover {
         for (position, block) in ready.iter().enumerate() {
             match arena.slot(block.slot, block.offset, self.block_bytes) {
                 Ok(slot) if block.generation % 2 == 0 => {
-                    arena.prefault(block.slot);
+                    self.prepare(arena, block.slot);
                     copied.push(position);
                     jobs.push(LoadJob {
                         slot,

@@ -9,6 +9,7 @@ mod store;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvd_arena::ArenaView;
 use kvd_core::geometry::{MAX_CRCS, MAX_PARTS};
 use kvd_core::{Cut, GroupGeometry, Rect};
 use kvd_device::{Device, LoadPlan, Pages, PartGeometry};
@@ -224,6 +225,17 @@ impl BlockMover {
         let crcs = (ranges * geometry.heads as usize).min(MAX_CRCS as usize);
         let most = (WINDOW_CRC_BYTES / (8 * crcs)).min(WINDOW_BLOCKS);
         (self.config.window_bytes / slot).clamp(1, most)
+    }
+
+    /// Before a copy from or to a slot that the daemon has handed out.
+    fn prepare(&self, arena: &ArenaView, slot: u32) {
+        arena.prepare(slot, |address, bytes| {
+            let told = self.device.register(address, bytes);
+            told.unwrap_or_else(|error| {
+                tracing::warn!(%error, "copies will be slow: the device can't be told of {} MiB of the arena", bytes >> 20);
+                None
+            })
+        });
     }
 
     fn check(&self, hashes: &[u8], blocks: &[BlockRef<'_>]) -> Result<(), Error> {

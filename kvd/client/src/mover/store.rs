@@ -159,7 +159,7 @@ impl BlockMover {
             if arena.generation(slot.slot) != Some(slot.generation) {
                 continue; // stale: not ours any more
             }
-            arena.prefault(slot.slot);
+            self.prepare(arena, slot.slot);
             at.push(i);
             jobs.push(StoreJob {
                 from: block.at,

@@ -1,0 +1,101 @@
+//! Memory of a GPU and the link to it, for tests and benches that have no engine.
+
+use std::sync::Arc;
+
+use super::CudaDevice;
+use super::driver::{Context, DeviceMemory, Pieces, PinnedMemory, Stream};
+use crate::{Error, conformance};
+
+/// Memory of a device. What was allocated lives as long as this.
+#[derive(Debug)]
+pub struct CudaMemory {
+    context: Arc<Context>,
+    chunks: Vec<DeviceMemory>,
+}
+
+/// One large piece of pinned memory and as much of the device's: what moves between them is the limit of everything else.
+#[derive(Debug)]
+pub struct Link {
+    context: Arc<Context>,
+    pinned: PinnedMemory,
+    memory: DeviceMemory,
+    stream: Stream,
+    bytes: usize,
+}
+
+impl CudaDevice {
+    /// Nothing yet.
+    pub fn memory(&self) -> CudaMemory {
+        CudaMemory {
+            context: Arc::clone(&self.0.0.context),
+            chunks: Vec::new(),
+        }
+    }
+
+    /// The link, with pieces of so many bytes.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn link(&self, bytes: usize) -> Result<Link, Error> {
+        let entered = self.0.0.context.enter()?;
+        Ok(Link {
+            context: Arc::clone(&self.0.0.context),
+            pinned: entered.allocate_host(bytes)?,
+            memory: entered.allocate(bytes)?,
+            stream: entered.stream()?,
+            bytes,
+        })
+    }
+}
+
+impl Link {
+    /// One piece to the device; returns when it is there.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn up(&self) -> Result<(), Error> {
+        self.copy(self.memory.address, self.pinned.address as u64)
+    }
+
+    /// One piece from the device; returns when it is here.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn down(&self) -> Result<(), Error> {
+        self.copy(self.pinned.address as u64, self.memory.address)
+    }
+
+    fn copy(&self, to: u64, from: u64) -> Result<(), Error> {
+        let entered = self.context.enter()?;
+        let mut pieces = Pieces::default();
+        pieces.push(to, from, self.bytes);
+        // SAFETY: both have so many bytes, and live until the stream has done it.
+        unsafe { entered.copy_many(&pieces, &self.stream)? };
+        self.stream.synchronize()
+    }
+}
+
+/// # Panics
+/// When the driver refuses: this is for tests and benches.
+impl conformance::Memory for CudaMemory {
+    fn allocate(&mut self, bytes: usize) -> usize {
+        let entered = self.context.enter().expect("a context");
+        let chunk = entered.allocate(bytes).expect("memory of the device");
+        let address = chunk.address as usize;
+        self.chunks.push(chunk);
+        entered
+            .upload(address as u64, &vec![0; bytes])
+            .expect("zeros");
+        address
+    }
+
+    fn write(&mut self, address: usize, bytes: &[u8]) {
+        let entered = self.context.enter().expect("a context");
+        entered.upload(address as u64, bytes).expect("written");
+    }
+
+    fn read(&self, address: usize, bytes: &mut [u8]) {
+        let entered = self.context.enter().expect("a context");
+        entered.download(address as u64, bytes).expect("read");
+    }
+}
