@@ -250,6 +250,14 @@ impl<B: BlockIo> BlockIo for Faulty<B> {
         self.inner.depth()
     }
 
+    /// What is kept counts as with the device, which hangs.
+    fn drain(self) -> Vec<u64> {
+        let Self { inner, kept, .. } = self;
+        let mut left = inner.drain();
+        left.extend(kept.iter().map(|job| job.token));
+        left
+    }
+
     fn waker(&self) -> Option<Waker> {
         self.inner.waker()
     }

@@ -149,6 +149,12 @@ pub trait BlockIo {
     /// Most operations under way at once.
     fn depth(&self) -> usize;
 
+    /// Goes away, after waiting for what the device has as long as the adapter has patience. Gives the tokens of what the device may
+    /// still be doing: memory of these must not be used for anything else. Completions that were not polled are lost.
+    fn drain(self) -> Vec<u64>
+    where
+        Self: Sized;
+
     /// Ends a wait in [`BlockIo::poll`] from any thread. None where nothing ever waits.
     fn waker(&self) -> Option<Waker> {
         None

@@ -110,4 +110,8 @@ impl BlockIo for MemoryIo {
     fn depth(&self) -> usize {
         32
     }
+
+    fn drain(self) -> Vec<u64> {
+        Vec::new()
+    }
 }
