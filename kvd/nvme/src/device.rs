@@ -398,6 +398,9 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
     }
 }
 
+#[cfg(test)]
+mod tests;
+
 fn log_switch(off: bool) {
     match off {
         true => tracing::error!(

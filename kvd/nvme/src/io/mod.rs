@@ -18,7 +18,7 @@ mod ring;
 #[cfg(test)]
 mod speed;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod threads;

@@ -104,13 +104,13 @@ impl<I: BlockIo> Store<I> {
 
     /// Checks what was read, and answers.
     fn finish_read(&mut self, id: u64, done: &mut Vec<StoreDone>) {
-        let mut sums = std::mem::take(&mut self.sums);
         let Some(Work::Read(read)) = self.jobs.get(id).map(|job| &job.work) else {
             return;
         };
         let (Some(head), Some(host)) = (&read.head, &read.host) else {
             return self.finish(id, StoreError::Io, done);
         };
+        let mut sums = std::mem::take(&mut self.sums);
         let checked = self.check_read(read, head, host, &mut sums);
         self.sums = sums;
         let result = match checked {
