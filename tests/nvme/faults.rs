@@ -258,7 +258,7 @@ fn a_thread_that_panics_while_its_device_hangs_keeps_the_memory_that_may_be_writ
     });
     // All other slots are used again and again.
     for owner in 3..6 {
-        one.engine.store(owner, 0..HOST_BLOCKS);
+        one.engine.store(owner, 0..HOST_BLOCKS / 2);
     }
     one.host_memory_serves(6);
     assert_eq!(one.waiting_slots(), 8, "the device may still write there");
