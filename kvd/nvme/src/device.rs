@@ -370,8 +370,9 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
         done.extend(taking.filter(|answer| !store.has(answer.op())));
         let refused = |(op, _): Job| op.refused(StoreError::Off);
         done.extend(queue.try_iter().map(refused));
-        // The device may take its time.
-        news(DeviceNews::Done(done));
+        let tell = |done: Vec<StoreDone>| done.is_empty() || news(DeviceNews::Done(done));
+        // Not after the device, which may take its time.
+        tell(done);
         let (done, counters) = store.abandon();
         if counters.unanswered > 0 {
             tracing::error!(
@@ -383,9 +384,9 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .counters = counters;
-        news(DeviceNews::Done(done));
+        tell(done);
         for job in queue.iter() {
-            news(DeviceNews::Done(vec![refused(job)]));
+            tell(vec![refused(job)]);
         }
     }
 

@@ -69,8 +69,8 @@ impl Rules {
         }
     }
 
-    /// Lines of an operation (`read`, `write`, `flush`, `all`) and a fault (`none`, `stall`, `short`, `panic`, `panic-late`, `eio`, `enospc`, or a
-    /// number of an error). Later lines override; what is not named is done.
+    /// Lines of an operation (`read`, `write`, `flush`, `all`) and a fault (`none`, `stall`, `short`, `panic`, `panic-late`, `eio`,
+    /// `enospc`, or a number of an error). Later lines override; what is not named is done.
     ///
     /// # Errors
     /// With the line that is none of these.

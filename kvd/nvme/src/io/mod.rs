@@ -150,7 +150,8 @@ pub trait BlockIo {
     fn depth(&self) -> usize;
 
     /// Goes away, after waiting for what the device has as long as the adapter has patience. Gives the tokens of what the device may
-    /// still be doing: memory of these must not be used for anything else. Completions that were not polled are lost.
+    /// still be doing: memory of these must not be used for anything else. All others are over or were never begun; what became of
+    /// them is lost.
     fn drain(self) -> Vec<u64>
     where
         Self: Sized;

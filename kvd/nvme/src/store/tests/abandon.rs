@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
 
-/// Places of a namespace with this number of blocks written, and the namespace.
+/// A namespace with so many blocks written, and its places.
 fn written(test: &mut Test, blocks: u8) -> (Space, impl Fn(u32) -> Place + use<>) {
     let small = space("m", 1, 1);
     let geometry = small.2.clone();
@@ -25,8 +25,14 @@ fn turn(test: &mut Test, done: &mut Vec<StoreDone>) {
 fn abandon(test: &mut Test) -> (Vec<u64>, u64) {
     let (done, counters) = test.store.take().unwrap().abandon();
     let op = |done: StoreDone| match done {
-        StoreDone::Written { op, result } if result == Err(StoreError::Io) => op.0,
-        StoreDone::Read { op, result } if result == Err(StoreError::Io) => op.0,
+        StoreDone::Written {
+            op,
+            result: Err(StoreError::Io),
+        }
+        | StoreDone::Read {
+            op,
+            result: Err(StoreError::Io),
+        } => op.0,
         other => panic!("{other:?}"),
     };
     (done.into_iter().map(op).collect(), counters.unanswered)
