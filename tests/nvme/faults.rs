@@ -78,8 +78,12 @@ impl Faulty {
 
     fn has_panicked(&self) {
         self.is_off();
-        let log = self.daemon.log();
-        assert!(log.contains("failed by a bug"), "{log}");
+        self.says("failed by a bug");
+    }
+
+    /// The log comes by a pipe, after what it tells of.
+    fn says(&self, what: &str) {
+        eventually(what, || self.daemon.log().contains(what));
     }
 
     /// Slots into which a block is to come.
@@ -251,8 +255,7 @@ fn a_thread_that_panics_while_its_device_hangs_keeps_the_memory_that_may_be_writ
     one.has_panicked();
     eventually("it has been given up", || one.count("unanswered") > 0);
     assert_eq!(one.count("unanswered"), 8);
-    let log = one.daemon.log();
-    assert_eq!(log.matches("slots stay taken").count(), 1, "{log}");
+    one.says("slots stay taken");
     eventually("each write is answered", || {
         tier(&one.daemon, "offload_failed") + tier(&one.daemon, "offload_off") >= 8
     });
@@ -266,6 +269,8 @@ fn a_thread_that_panics_while_its_device_hangs_keeps_the_memory_that_may_be_writ
         assert_eq!(tier(&one.daemon, name), 0, "{name}");
     }
     assert_eq!(one.daemon.get("/readyz").0, 200);
+    let log = one.daemon.log();
+    assert_eq!(log.matches("slots stay taken").count(), 1, "{log}");
     one.rule("");
     let Faulty { home, daemon, .. } = one;
     drop(daemon);
