@@ -76,6 +76,22 @@ impl Faulty {
         assert!(!loads.failed.is_empty(), "held, and not absent: {loads:?}");
     }
 
+    fn has_panicked(&self) {
+        self.is_off();
+        self.says("failed by a bug");
+    }
+
+    /// The log comes by a pipe, after what it tells of.
+    fn says(&self, what: &str) {
+        eventually(what, || self.daemon.log().contains(what));
+    }
+
+    /// Slots into which a block is to come.
+    fn waiting_slots(&self) -> u64 {
+        let slots = self.daemon.tenant().tiers.host.slots;
+        slots.reserved + slots.filling
+    }
+
     fn is_off(&self) {
         eventually("it is switched off", || store(&self.daemon).state == "off");
     }
@@ -189,12 +205,26 @@ fn a_device_that_hangs_is_switched_off_and_comes_back() {
 
 #[test]
 fn a_thread_that_panics_leaves_host_memory_and_nothing_waiting() {
+    panics("read panic");
+}
+
+#[test]
+fn a_thread_that_panics_with_completions_in_hand_loses_none() {
+    panics("read panic-late");
+}
+
+/// The thread panics under a load of 32 blocks.
+fn panics(rule: &str) {
     let mut one = Faulty::new();
-    one.rule("read panic");
+    one.rule(rule);
     one.loads_fail_in_time();
-    one.is_off();
-    let log = one.daemon.log();
-    assert!(log.contains("failed by a bug"), "{log}");
+    one.has_panicked();
+    eventually("each read is answered", || {
+        tier(&one.daemon, "fetch_failed_io") + tier(&one.daemon, "fetch_failed_off") >= 32
+    });
+    assert!(tier(&one.daemon, "fetch_failed_io") > 0);
+    assert_eq!(one.waiting_slots(), 0);
+    assert_eq!(one.count("unanswered"), 0);
     one.host_memory_serves(2);
     assert!(
         tier(&one.daemon, "offload_off") >= 32,
@@ -204,6 +234,43 @@ fn a_thread_that_panics_leaves_host_memory_and_nothing_waiting() {
     assert!(loads.loaded.is_empty(), "{loads:?}");
     assert_eq!(one.daemon.get("/readyz").0, 200);
     one.host_memory_serves(3);
+    let answered = tier(&one.daemon, "fetch_failed_io") + tier(&one.daemon, "fetch_failed_off");
+    assert_eq!(answered, 32, "none twice");
+    one.rule("");
+    let Faulty { home, daemon, .. } = one;
+    drop(daemon);
+    let daemon = home.serve(&[]);
+    Engine::new(&daemon).load_all(1, 0..BEFORE);
+}
+
+#[test]
+fn a_thread_that_panics_while_its_device_hangs_keeps_the_memory_that_may_be_written() {
+    let mut one = Faulty::new();
+    one.rule("read stall\nwrite panic");
+    // Few enough that writes can begin, too.
+    let loads = one.engine.load(1, 0..8);
+    assert_eq!(loads.failed.len(), 8, "{loads:?}");
+    assert_eq!(one.waiting_slots(), 8);
+    one.engine.store(2, 0..8);
+    one.has_panicked();
+    eventually("it has been given up", || one.count("unanswered") > 0);
+    assert_eq!(one.count("unanswered"), 8);
+    one.says("slots stay taken");
+    eventually("each write is answered", || {
+        tier(&one.daemon, "offload_failed") + tier(&one.daemon, "offload_off") >= 8
+    });
+    // All other slots are used again and again.
+    for owner in 3..6 {
+        one.engine.store(owner, 0..HOST_BLOCKS / 2);
+    }
+    one.host_memory_serves(6);
+    assert_eq!(one.waiting_slots(), 8, "the device may still write there");
+    for name in ["fetch_failed_io", "fetch_failed_off"] {
+        assert_eq!(tier(&one.daemon, name), 0, "{name}");
+    }
+    assert_eq!(one.daemon.get("/readyz").0, 200);
+    let log = one.daemon.log();
+    assert_eq!(log.matches("slots stay taken").count(), 1, "{log}");
     one.rule("");
     let Faulty { home, daemon, .. } = one;
     drop(daemon);

@@ -81,9 +81,13 @@ pub struct Device {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread has.
+/// What the thread has. It outlives a panic.
 struct Runner<N> {
     store: Store<DiskIo>,
+    /// Answers that are not told yet.
+    done: Vec<StoreDone>,
+    /// That nothing was begun of the operation that the store is just being given.
+    taking: Option<StoreDone>,
     queue: Receiver<Job>,
     stop: Arc<AtomicBool>,
     status: Shared,
@@ -220,6 +224,8 @@ fn live(
     }
     let mut runner = Runner {
         store,
+        done: Vec::new(),
+        taking: None,
         queue,
         stop,
         status,
@@ -298,18 +304,18 @@ fn backing(config: &DeviceConfig) -> Result<Backing, String> {
 
 impl<N: Fn(DeviceNews) -> bool> Runner<N> {
     fn run(&mut self) {
-        let (mut done, mut was_off) = (Vec::new(), false);
+        let mut was_off = false;
         while !self.stop.load(Ordering::Acquire) {
-            self.take_jobs(&mut done);
+            self.take_jobs();
             let now = self.now();
             let wait = match self.store.next_deadline() {
-                _ if !done.is_empty() => Duration::ZERO,
+                _ if !self.done.is_empty() => Duration::ZERO,
                 Some(at) => Duration::from_micros(at.saturating_sub(now)).min(NAP),
                 None => NAP,
             };
-            self.store.turn(now, wait, &mut done);
-            if !done.is_empty() {
-                let all = std::mem::take(&mut done);
+            self.store.turn(now, wait, &mut self.done);
+            if !self.done.is_empty() {
+                let all = std::mem::take(&mut self.done);
                 if !(self.news)(DeviceNews::Done(all)) {
                     break;
                 }
@@ -324,9 +330,11 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
         }
     }
 
-    fn take_jobs(&mut self, done: &mut Vec<StoreDone>) {
+    fn take_jobs(&mut self) {
         while let Ok((op, host)) = self.queue.try_recv() {
-            done.extend(self.store.submit(op, host));
+            self.taking = Some(op.refused(StoreError::Off));
+            self.done.extend(self.store.submit(op, host));
+            self.taking = None;
         }
     }
 
@@ -341,21 +349,44 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
         status.counters.clone_from(self.store.counters());
     }
 
-    /// After a panic: the store is off for the rest of this daemon's life. What is still listed as taken is answered, and so is what
-    /// is asked until nobody asks any more.
+    /// After a panic: the store is off for the rest of this daemon's life. All that was asked is answered once (invariant 5), but what
+    /// the device does not let go of, and so is what is asked until nobody asks any more.
     fn give_up(self) {
         tracing::error!(
             "the thread of the store has failed by a bug; blocks there are not found until the daemon is started again"
         );
+        // Before anything else is told or seen: nothing more is to be asked of it.
+        (self.news)(DeviceNews::Switched(false));
         self.note(true);
         let Self {
-            store, queue, news, ..
+            store,
+            mut done,
+            taking,
+            queue,
+            status,
+            news,
+            ..
         } = self;
-        news(DeviceNews::Switched(false));
-        news(DeviceNews::Done(store.abandon()));
-        while let Ok((op, host)) = queue.recv() {
-            drop(host);
-            news(DeviceNews::Done(vec![op.refused(StoreError::Off)]));
+        done.extend(taking.filter(|answer| !store.has(answer.op())));
+        let refused = |(op, _): Job| op.refused(StoreError::Off);
+        done.extend(queue.try_iter().map(refused));
+        let tell = |done: Vec<StoreDone>| done.is_empty() || news(DeviceNews::Done(done));
+        // Not after the device, which may take its time.
+        tell(done);
+        let (done, counters) = store.abandon();
+        if counters.unanswered > 0 {
+            tracing::error!(
+                operations = counters.unanswered,
+                "the device may still use the host memory of operations of the store; their slots stay taken until the daemon is started again"
+            );
+        }
+        status
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .counters = counters;
+        tell(done);
+        for job in queue.iter() {
+            tell(vec![refused(job)]);
         }
     }
 
@@ -367,6 +398,9 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
         drop(self.store.close(now, each, turns, &mut done));
     }
 }
+
+#[cfg(test)]
+mod tests;
 
 fn log_switch(off: bool) {
     match off {

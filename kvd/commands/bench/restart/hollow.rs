@@ -135,6 +135,10 @@ impl BlockIo for Hollow {
     fn depth(&self) -> usize {
         DEPTH
     }
+
+    fn drain(self) -> Vec<u64> {
+        self.io.drain()
+    }
 }
 
 /// Makes a store with so many blocks in chains of `chain`; gives its capacity.

@@ -163,6 +163,14 @@ impl BlockIo for DiskIo {
         }
     }
 
+    fn drain(self) -> Vec<u64> {
+        match self {
+            Self::Uring(io) => io.drain(),
+            Self::Threads(io) => io.drain(),
+            Self::Faulty(io) => io.drain(),
+        }
+    }
+
     fn waker(&self) -> Option<Waker> {
         match self {
             Self::Uring(io) => io.waker(),

@@ -17,6 +17,9 @@ use super::{BlockIo, Done, IoError, Op, PAGE, Waker};
 
 /// How often a file is looked at while the caller sleeps.
 const LOOK: Duration = Duration::from_millis(20);
+/// Operations that [`Fault::PanicLate`] waits for, and those of them that fail: both parts of a block that is read.
+const LATE: usize = 4;
+const LATE_FAIL: usize = 2;
 
 /// What becomes of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -32,6 +35,9 @@ pub enum Fault {
     Stall,
     /// The thread panics, as it would for a bug.
     Panic,
+    /// It is kept until there are four. Then two fail, the others are done, all come back together, and the thread panics in its next
+    /// call: while it has these in hand.
+    PanicLate,
 }
 
 /// What becomes of each kind of operation.
@@ -63,8 +69,8 @@ impl Rules {
         }
     }
 
-    /// Lines of an operation (`read`, `write`, `flush`, `all`) and a fault (`none`, `stall`, `short`, `panic`, `eio`, `enospc`, or a
-    /// number of an error). Later lines override; what is not named is done.
+    /// Lines of an operation (`read`, `write`, `flush`, `all`) and a fault (`none`, `stall`, `short`, `panic`, `panic-late`, `eio`,
+    /// `enospc`, or a number of an error). Later lines override; what is not named is done.
     ///
     /// # Errors
     /// With the line that is none of these.
@@ -78,6 +84,7 @@ impl Rules {
                 "stall" => Fault::Stall,
                 "short" => Fault::Short,
                 "panic" => Fault::Panic,
+                "panic-late" => Fault::PanicLate,
                 "eio" => Fault::Error(Errno::IO),
                 "enospc" => Fault::Error(Errno::NOSPC),
                 number => match number.parse::<u16>() {
@@ -125,6 +132,8 @@ pub struct Faulty<B: BlockIo> {
     over: Vec<Done<B::Host>>,
     /// Handed to the inner adapter and not back yet.
     below: usize,
+    /// The next call panics.
+    doomed: bool,
 }
 
 struct ControlFile {
@@ -147,6 +156,7 @@ impl<B: BlockIo> Faulty<B> {
             kept: VecDeque::new(),
             over: Vec::new(),
             below: 0,
+            doomed: false,
         };
         (io, handle)
     }
@@ -176,6 +186,9 @@ impl<B: BlockIo> Faulty<B> {
     }
 
     fn look(&mut self) {
+        if self.doomed {
+            panic!("the rules of faults say so");
+        }
         let Some(file) = &mut self.file else {
             return;
         };
@@ -207,9 +220,37 @@ impl<B: BlockIo> Faulty<B> {
                 self.over
                     .push(job.done(Err(IoError::Short { got, wanted })));
             }
-            Fault::Stall => self.kept.push_back(job),
+            Fault::Stall | Fault::PanicLate => self.kept.push_back(job),
             Fault::Panic => panic!("the rules of faults say so"),
         }
+    }
+
+    /// Once there are enough that are to be followed by a panic, has them all done.
+    fn be_late(&mut self, rules: Rules, done: &mut Vec<Done<B::Host>>) {
+        let late = |job: &Job<B::Host>| rules.of(job.verb) == Fault::PanicLate;
+        if self.kept.iter().filter(|job| late(job)).count() < LATE {
+            return;
+        }
+        self.doomed = true;
+        let (all, others) = self.kept.drain(..).partition::<VecDeque<_>, _>(late);
+        self.kept = others;
+        for (n, job) in all.into_iter().enumerate() {
+            if n < LATE_FAIL {
+                self.over.push(job.refused(Errno::IO));
+            } else {
+                self.below += 1;
+                self.inner.start(job.into_op());
+            }
+        }
+        while self.below > 0 {
+            self.poll_below(LOOK, done);
+        }
+    }
+
+    fn poll_below(&mut self, wait: Duration, done: &mut Vec<Done<B::Host>>) {
+        let before = done.len();
+        self.inner.poll(wait, done);
+        self.below -= done.len() - before;
     }
 }
 
@@ -235,19 +276,26 @@ impl<B: BlockIo> BlockIo for Faulty<B> {
                 self.judge(job, rules);
             }
         }
+        self.be_late(rules, done);
         let wait = match (&self.file, self.over.is_empty()) {
             (_, false) => Duration::ZERO,
             (Some(_), true) => wait.min(LOOK),
             (None, true) => wait,
         };
         done.append(&mut self.over);
-        let before = done.len();
-        self.inner.poll(wait, done);
-        self.below -= done.len() - before;
+        self.poll_below(wait, done);
     }
 
     fn depth(&self) -> usize {
         self.inner.depth()
+    }
+
+    /// What is kept counts as with the device, which hangs.
+    fn drain(self) -> Vec<u64> {
+        let Self { inner, kept, .. } = self;
+        let mut left = inner.drain();
+        left.extend(kept.iter().map(|job| job.token));
+        left
     }
 
     fn waker(&self) -> Option<Waker> {

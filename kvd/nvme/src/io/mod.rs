@@ -18,7 +18,7 @@ mod ring;
 #[cfg(test)]
 mod speed;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -148,6 +148,13 @@ pub trait BlockIo {
 
     /// Most operations under way at once.
     fn depth(&self) -> usize;
+
+    /// Goes away, after waiting for what the device has as long as the adapter has patience. Gives the tokens of what the device may
+    /// still be doing: memory of these must not be used for anything else. All others are over or were never begun; what became of
+    /// them is lost.
+    fn drain(self) -> Vec<u64>
+    where
+        Self: Sized;
 
     /// Ends a wait in [`BlockIo::poll`] from any thread. None where nothing ever waits.
     fn waker(&self) -> Option<Waker> {

@@ -8,13 +8,13 @@ use tempfile::TempDir;
 use super::ArenaRange;
 
 /// A directory that goes away.
-pub(super) fn scratch() -> TempDir {
+pub(crate) fn scratch() -> TempDir {
     let binary = std::env::current_exe().expect("a test has a binary");
     tempfile::tempdir_in(binary.parent().expect("a folder")).expect("a directory")
 }
 
 /// An arena, faulted in.
-pub(super) fn arena(bytes: u64) -> Arc<Arena> {
+pub(crate) fn arena(bytes: u64) -> Arc<Arena> {
     let arena = Arena::create(bytes, Some(1 << 20), HugePages::Off).expect("memory");
     for extent in 0..arena.extents() {
         arena.populate(extent).expect("memory");

@@ -19,7 +19,7 @@ use super::{ArenaRange, Backing, BlockIo, DEPTH_MAX, Done, Op, Waker};
 pub const THREADS_MAX: usize = 64;
 /// Longest wait in one call; a caller that wants more calls again.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
-/// How long a drop waits for calls that are under way. Their threads own the memory and end by themselves.
+/// How long an end waits for calls that are under way. Their threads own the memory and end by themselves.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Moves pages by `pread` and `pwrite` on a pool of threads.
@@ -28,13 +28,14 @@ pub struct ThreadsIo {
     depth: usize,
     under_way: usize,
     threads: Vec<JoinHandle<()>>,
+    patience: Duration,
 }
 
 struct Shared {
     state: Mutex<State>,
     /// There is a job, or no more will come.
     work: Condvar,
-    /// Something is over, or somebody rang, or a thread has ended.
+    /// Something is over, or somebody rang.
     over: Condvar,
     backing: Arc<Backing>,
 }
@@ -42,10 +43,11 @@ struct Shared {
 #[derive(Default)]
 struct State {
     jobs: VecDeque<Job<ArenaRange>>,
+    /// Tokens of what threads are at. A thread that panics leaves its own here.
+    taken: Vec<u64>,
     done: Vec<Done<ArenaRange>>,
     rung: bool,
     closed: bool,
-    alive: usize,
 }
 
 impl ThreadsIo {
@@ -59,6 +61,7 @@ impl ThreadsIo {
             shared: Arc::new(Shared {
                 state: Mutex::new(State {
                     jobs: VecDeque::with_capacity(depth),
+                    taken: Vec::with_capacity(THREADS_MAX),
                     ..State::default()
                 }),
                 work: Condvar::new(),
@@ -68,23 +71,63 @@ impl ThreadsIo {
             depth,
             under_way: 0,
             threads: Vec::new(),
+            patience: PATIENCE,
         };
         for number in 0..threads.clamp(1, THREADS_MAX) {
             let shared = Arc::clone(&io.shared);
-            shared.state.lock().alive += 1;
             let thread = std::thread::Builder::new()
                 .name(format!("kvd-nvme-{number}"))
                 .stack_size(128 << 10)
-                .spawn(move || shared.work());
-            match thread {
-                Ok(thread) => io.threads.push(thread),
-                Err(error) => {
-                    io.shared.state.lock().alive -= 1;
-                    return Err(error);
-                }
-            }
+                .spawn(move || shared.work())?;
+            io.threads.push(thread);
         }
         Ok(io)
+    }
+
+    /// Ends the threads, once; gives the tokens of what they are still at.
+    fn end(&mut self) -> Vec<u64> {
+        let mut state = self.shared.state.lock();
+        if std::mem::replace(&mut state.closed, true) {
+            return Vec::new();
+        }
+        // What no thread has taken yet was never begun.
+        let never = std::mem::take(&mut state.jobs);
+        self.shared.work.notify_all();
+        self.shared
+            .over
+            .wait_while_for(&mut state, |state| !state.taken.is_empty(), self.patience);
+        let left = state.taken.clone();
+        drop(state);
+        drop(never);
+        if !left.is_empty() {
+            tracing::error!(
+                operations = left.len(),
+                device = %self.shared.backing.path().display(),
+                "calls are not over; their threads are left to end by themselves"
+            );
+            return left;
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        left
+    }
+}
+
+impl State {
+    /// The next job, for a thread.
+    fn take(&mut self) -> Option<Job<ArenaRange>> {
+        let job = self.jobs.pop_front()?;
+        self.taken.push(job.token);
+        Some(job)
+    }
+
+    /// A thread is done with its job.
+    fn give(&mut self, done: Done<ArenaRange>) {
+        if let Some(at) = self.taken.iter().position(|token| *token == done.token) {
+            self.taken.swap_remove(at);
+        }
+        self.done.push(done);
     }
 }
 
@@ -93,18 +136,16 @@ impl Shared {
         let mut state = self.state.lock();
         loop {
             if state.closed {
-                state.alive -= 1;
-                self.over.notify_all();
                 return;
             }
-            let Some(job) = state.jobs.pop_front() else {
+            let Some(job) = state.take() else {
                 self.work.wait(&mut state);
                 continue;
             };
             drop(state);
             let done = self.perform(job);
             state = self.state.lock();
-            state.done.push(done);
+            state.give(done);
             self.over.notify_all();
         }
     }
@@ -184,6 +225,10 @@ impl BlockIo for ThreadsIo {
         self.depth
     }
 
+    fn drain(mut self) -> Vec<u64> {
+        self.end()
+    }
+
     fn waker(&self) -> Option<Waker> {
         let shared = Arc::clone(&self.shared);
         Some(Waker(Arc::new(move || {
@@ -195,29 +240,44 @@ impl BlockIo for ThreadsIo {
 
 impl Drop for ThreadsIo {
     fn drop(&mut self) {
-        let mut state = self.shared.state.lock();
-        state.closed = true;
-        // What no thread has taken yet was never begun.
-        let never = std::mem::take(&mut state.jobs);
-        self.shared.work.notify_all();
-        let late = self
-            .shared
-            .over
-            .wait_while_for(&mut state, |state| state.alive > 0, PATIENCE)
-            .timed_out();
-        let alive = state.alive;
-        drop(state);
-        drop(never);
-        if late {
-            tracing::error!(
-                threads = alive,
-                device = %self.shared.backing.path().display(),
-                "calls are not over; their threads are left to end by themselves"
-            );
-            return;
+        self.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::testing::{arena, scratch};
+    use crate::io::{Buffer, PAGE};
+
+    #[test]
+    fn a_call_that_is_not_over_is_told_and_one_that_was_never_begun_is_not() {
+        let scratch = scratch();
+        let backing = Arc::new(Backing::open(scratch.path(), Some(1 << 20)).expect("made"));
+        let arena = arena(1 << 20);
+        let range = |page: u64| {
+            let range = ArenaRange::new(Arc::clone(&arena), page * PAGE as u64, PAGE);
+            Buffer::Host(range.expect("inside"))
+        };
+        // The test is the thread: the device hangs as long as it likes.
+        let mut io = ThreadsIo::open(backing, 4, 1).expect("threads");
+        io.end();
+        io.shared.state.lock().closed = false;
+        io.patience = Duration::ZERO;
+        for token in 1..4 {
+            io.start(Op::Read {
+                token,
+                offset: 0,
+                buffer: range(token),
+            });
         }
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        let shared = Arc::clone(&io.shared);
+        let first = shared.state.lock().take().expect("the first");
+        let second = shared.state.lock().take().expect("the second");
+        let done = shared.perform(first);
+        shared.state.lock().give(done);
+        assert_eq!(io.drain(), [2]);
+        let done = shared.perform(second);
+        assert_eq!(done.result, Ok(()), "its memory was not given up");
     }
 }

@@ -5,6 +5,7 @@
 //! write into freed memory. Deliberately absent: polling threads of the kernel (they burn a core for nothing gained) and polled
 //! completions (a device may take them at setup and refuse them at the first read).
 
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,12 +27,12 @@ const DOORBELL: u64 = u64::MAX;
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 /// How long the next try is put off when the kernel takes nothing.
 const RETRY: Duration = Duration::from_millis(10);
-/// How many seconds a drop waits for operations before it gives their memory up for lost.
+/// How many seconds an end waits for operations before it gives their memory up for lost.
 const PATIENCE: u32 = 30;
 
 /// Moves pages by io_uring.
 pub struct UringIo {
-    // Always there, except while it is dropped.
+    // Always there, except once it has ended.
     core: Option<Core>,
     patience: u32,
 }
@@ -99,11 +100,34 @@ impl UringIo {
     }
 
     fn core(&self) -> &Core {
-        self.core.as_ref().expect("not dropped")
+        self.core.as_ref().expect("not ended")
     }
 
     fn core_mut(&mut self) -> &mut Core {
-        self.core.as_mut().expect("not dropped")
+        self.core.as_mut().expect("not ended")
+    }
+
+    /// Waits for what is under way, once; gives the tokens of what still is.
+    fn end(&mut self) -> Vec<u64> {
+        let Some(core) = self.core.take() else {
+            return Vec::new();
+        };
+        // Nor does a panic here free what the kernel may use.
+        let mut core = ManuallyDrop::new(core);
+        core.drain(self.patience);
+        let left: Vec<u64> = core.under_way().map(|job| job.token).collect();
+        // The kernel takes a ring down later than this, and until then a device that it has would be in use.
+        let _ = core.ring.submitter().unregister_files();
+        if left.is_empty() {
+            drop(ManuallyDrop::into_inner(core));
+        } else {
+            tracing::error!(
+                operations = left.len(),
+                device = %core.backing.path().display(),
+                "operations are not over; their memory is given up, because the device may still write it"
+            );
+        }
+        left
     }
 }
 
@@ -161,7 +185,7 @@ impl Core {
                 .build(),
         };
         // SAFETY: the address is of a buffer that `jobs` owns and nobody touches until its completion has been seen; `jobs` is
-        // dropped only when nothing is under way (see `Drop`).
+        // dropped only when nothing is under way (see `UringIo::end`).
         unsafe { self.push(&entry.user_data(u64::from(place))) };
     }
 
@@ -280,15 +304,16 @@ impl Core {
         self.reap(|over| done.push(over));
     }
 
-    /// Waits until nothing is under way, for so many seconds at most. `false`: something still is.
-    fn drain(&mut self, mut patience: u32) -> bool {
+    fn under_way(&self) -> impl Iterator<Item = &Job<ArenaRange>> {
+        self.jobs.iter().flatten()
+    }
+
+    /// Waits until nothing is under way, for so many seconds at most.
+    fn drain(&mut self, mut patience: u32) {
         loop {
             self.reap(drop);
-            if self.free.len() == self.jobs.len() {
-                return true;
-            }
-            if self.broken.is_some() || patience == 0 {
-                return false;
+            if self.under_way().next().is_none() || self.broken.is_some() || patience == 0 {
+                return;
             }
             match self.enter(Some(Duration::from_secs(1))) {
                 Ok(()) | Err(Errno::INTR) => {}
@@ -317,6 +342,10 @@ impl BlockIo for UringIo {
         self.core().jobs.len()
     }
 
+    fn drain(mut self) -> Vec<u64> {
+        self.end()
+    }
+
     fn waker(&self) -> Option<Waker> {
         let bell = Arc::clone(&self.core().bell);
         Some(Waker(Arc::new(move || bell.ring())))
@@ -325,20 +354,7 @@ impl BlockIo for UringIo {
 
 impl Drop for UringIo {
     fn drop(&mut self) {
-        let Some(mut core) = self.core.take() else {
-            return;
-        };
-        let over = core.drain(self.patience);
-        // The kernel takes a ring down later than this, and until then a device that it has would be in use.
-        let _ = core.ring.submitter().unregister_files();
-        if !over {
-            tracing::error!(
-                operations = core.jobs.len() - core.free.len(),
-                device = %core.backing.path().display(),
-                "operations are not over; their memory is given up, because the device may still write it"
-            );
-            std::mem::forget(core);
-        }
+        self.end();
     }
 }
 
@@ -432,16 +448,31 @@ mod tests {
     }
 
     #[test]
-    fn a_drop_without_patience_leaves_the_memory_to_the_kernel() {
+    fn an_end_without_patience_or_with_a_broken_ring_leaves_the_memory_to_the_kernel() {
         let scratch = scratch();
         let backing = Arc::new(Backing::open(scratch.path(), Some(8 << 20)).expect("made"));
-        let mut io = open(&backing, 8);
-        io.patience = 0;
-        for at in 0..8 {
-            io.start(write(at << 20, Buffer::Own(Aligned::new(256))));
+        let arena = arena(8 << 20);
+        for how in 0..3 {
+            let mut io = open(&backing, 8);
+            let tokens: Vec<u64> = (0..8).map(|at| at << 20).collect();
+            for at in &tokens {
+                let range = ArenaRange::new(Arc::clone(&arena), *at, 1 << 20);
+                io.start(write(*at, Buffer::Host(range.expect("inside"))));
+            }
+            match how {
+                0 => io.patience = 0,
+                1 => io.core_mut().broken = Some(Errno::BADF),
+                _ => {
+                    let before = Arc::strong_count(&arena);
+                    assert_eq!(io.drain(), [0; 0], "with patience nothing is left");
+                    assert_eq!(Arc::strong_count(&arena), before - 8);
+                    continue;
+                }
+            }
+            let before = Arc::strong_count(&arena);
+            assert_eq!(io.drain(), tokens, "all of them");
+            assert_eq!(Arc::strong_count(&arena), before, "their memory stays");
         }
-        drop(io);
-        assert!(Arc::strong_count(&backing) >= 1);
     }
 
     #[test]

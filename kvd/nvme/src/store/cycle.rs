@@ -303,20 +303,20 @@ impl<I: BlockIo> Store<I> {
             };
             match job.work {
                 Work::Write(write) => {
+                    let (op, result) = (write.op, Ok(()));
+                    done.push(StoreDone::Written { op, result });
                     self.unlisted -= 1;
                     self.table.store(write.to, named.seq, write.name);
                     self.counters.writes += 1;
                     self.counters.write_bytes += write.geometry.block_bytes();
-                    let (op, result) = (write.op, Ok(()));
-                    done.push(StoreDone::Written { op, result });
                 }
                 Work::Drop { op, place, .. } => {
+                    let result = Ok(());
+                    done.push(StoreDone::Dropped { op, result });
                     if let Some(name) = self.table.drop_older(place, named.seq) {
                         self.names.release(name);
                     }
                     self.counters.drops += 1;
-                    let result = Ok(());
-                    done.push(StoreDone::Dropped { op, result });
                 }
                 Work::Read(_) => {}
             }

@@ -68,6 +68,15 @@ pub(crate) struct Job<H> {
 }
 
 impl<H> Job<H> {
+    /// What was asked for.
+    pub(crate) fn op(&self) -> OpId {
+        match &self.work {
+            Work::Write(WriteJob { op, .. })
+            | Work::Read(ReadJob { op, .. })
+            | Work::Drop { op, .. } => *op,
+        }
+    }
+
     /// The answer with an error.
     pub(crate) fn refusal(&self, error: StoreError) -> StoreDone {
         match &self.work {
@@ -400,10 +409,10 @@ impl<I: BlockIo> Store<I> {
         let Some(job) = self.jobs.remove(job) else {
             return;
         };
+        done.push(job.refusal(error));
         if let Work::Write(write) = &job.work {
             self.unlisted -= 1;
             self.names.release(write.name);
         }
-        done.push(job.refusal(error));
     }
 }

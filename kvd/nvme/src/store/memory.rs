@@ -1,7 +1,7 @@
 //! A device in memory for the store's own tests and its fuzzers: sparse, completes everything at the next poll, in order. Faults are the simulated
 //! disk's affair (`kvd-sim`).
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::rc::Rc;
@@ -33,6 +33,10 @@ pub(crate) struct MemoryIo {
     pub(crate) changes: Rc<RefCell<u64>>,
     /// Bytes of the device that can't be written.
     pub(crate) broken: Rc<RefCell<Range<u64>>>,
+    /// Nothing completes, also when the device is given up.
+    pub(crate) hangs: Rc<Cell<bool>>,
+    /// Host memory comes back shorter than it was: a bug, and looking at it panics.
+    pub(crate) shrinks: Rc<Cell<bool>>,
 }
 
 impl MemoryIo {
@@ -42,6 +46,8 @@ impl MemoryIo {
             queue: VecDeque::new(),
             changes: Rc::default(),
             broken: Rc::new(RefCell::new(0..0)),
+            hangs: Rc::default(),
+            shrinks: Rc::default(),
         }
     }
 
@@ -61,6 +67,9 @@ impl BlockIo for MemoryIo {
     }
 
     fn poll(&mut self, _: Duration, done: &mut Vec<Done<Owned>>) {
+        if self.hangs.get() {
+            return;
+        }
         let mut pages = self.pages.borrow_mut();
         for op in self.queue.drain(..) {
             let mut result = Ok(());
@@ -75,6 +84,9 @@ impl BlockIo for MemoryIo {
                             Some(page) => out.copy_from_slice(&page[..]),
                             None => out.fill(0),
                         }
+                    }
+                    if let (true, Buffer::Host(host)) = (self.shrinks.get(), &mut buffer) {
+                        host.0.clear();
                     }
                     (token, Some(buffer))
                 }
@@ -109,5 +121,14 @@ impl BlockIo for MemoryIo {
 
     fn depth(&self) -> usize {
         32
+    }
+
+    fn drain(self) -> Vec<u64> {
+        let hangs = self.hangs.get();
+        let left = self.queue.iter().filter(|_| hangs);
+        left.map(|op| match op {
+            Op::Read { token, .. } | Op::Write { token, .. } | Op::Flush { token } => *token,
+        })
+        .collect()
     }
 }

@@ -35,11 +35,11 @@ mod tests;
 mod verify;
 mod wire;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use kvd_arena::checksum::State as Sum;
-use kvd_core::tier::{StoreDone, StoreError, StoreOp, StoreShape};
+use kvd_core::tier::{OpId, StoreDone, StoreError, StoreOp, StoreShape};
 
 pub use self::config::{Counters, OpenError, RecoveryReport, StoreConfig};
 pub use self::format::{Flaw, VERSION};
@@ -101,7 +101,8 @@ pub struct Store<I: BlockIo> {
     table: Table,
     names: Names,
     next_seq: u64,
-    /// What was taken and not answered. Bounded by `max_queue`.
+    /// What was taken and not answered. Bounded by `max_queue`. A job leaves as its answer is told, with nothing in between that could
+    /// panic.
     jobs: Slots<Job<I::Host>>,
     /// Writes among them that have no record yet.
     unlisted: u64,
@@ -290,6 +291,11 @@ impl<I: BlockIo> Store<I> {
         self.jobs.len()
     }
 
+    /// Whether this operation is one of them.
+    pub fn has(&self, op: OpId) -> bool {
+        self.jobs.values().any(|job| job.op() == op)
+    }
+
     /// Whether the store is switched off.
     pub fn is_off(&self) -> bool {
         self.health.off
@@ -310,13 +316,32 @@ impl<I: BlockIo> Store<I> {
         &self.io
     }
 
-    /// Gives everything up after a panic: drops the device, which waits for what is under way as long as its adapter has patience, and
-    /// answers what is still listed as taken. What the turn that panicked had in hand is not among it (docs/invariants.md, Known gaps).
-    pub fn abandon(self) -> Vec<StoreDone> {
-        let Self { io, jobs, .. } = self;
-        drop(io);
+    /// Gives everything up after a panic: ends the device, which waits for what is under way as long as its adapter has patience, and
+    /// answers what is still listed as taken. What the device may still be doing even then is never answered, but counted: the memory of
+    /// these operations stays theirs (invariant 3).
+    pub fn abandon(self) -> (Vec<StoreDone>, Counters) {
+        let Self {
+            io,
+            mut jobs,
+            flights,
+            mut counters,
+            ..
+        } = self;
+        let flights = io
+            .drain()
+            .into_iter()
+            .filter_map(|token| flights.get(token));
+        let left: BTreeSet<u64> = flights
+            .filter_map(|flight| match &flight.purpose {
+                Purpose::Piece(piece) => Some(piece.job),
+                _ => None,
+            })
+            .collect();
+        for job in left {
+            counters.unanswered += u64::from(jobs.remove(job).is_some());
+        }
         let refusals = jobs.values().map(|job| job.refusal(StoreError::Io));
-        refusals.collect()
+        (refusals.collect(), counters)
     }
 
     /// Finishes and makes durable what is under way, in at most `turns` waits of `wait` each, and gives the device and the last counts

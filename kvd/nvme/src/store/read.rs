@@ -1,6 +1,7 @@
 //! Reading a block: header and bytes come together, and nothing is answered as good before both were checked. The check is over
 //! the memory that the bytes were read into. Deliberately absent: what to do about a damaged block (core drops it).
 
+use kvd_arena::checksum::State;
 use kvd_core::GroupGeometry;
 use kvd_core::tier::{BlockKey, OpId, Place, StoreDone, StoreError};
 
@@ -102,18 +103,17 @@ impl<I: BlockIo> Store<I> {
     }
 
     /// Checks what was read, and answers.
-    fn finish_read(&mut self, job: u64, done: &mut Vec<StoreDone>) {
-        let Some(mut job) = self.jobs.remove(job) else {
-            return;
-        };
-        let Work::Read(read) = &job.work else {
+    fn finish_read(&mut self, id: u64, done: &mut Vec<StoreDone>) {
+        let Some(Work::Read(read)) = self.jobs.get(id).map(|job| &job.work) else {
             return;
         };
         let (Some(head), Some(host)) = (&read.head, &read.host) else {
-            done.push(job.refusal(StoreError::Io));
-            return;
+            return self.finish(id, StoreError::Io, done);
         };
-        let result = match self.check_read(read, head, host) {
+        let mut sums = std::mem::take(&mut self.sums);
+        let checked = self.check_read(read, head, host, &mut sums);
+        self.sums = sums;
+        let result = match checked {
             Ok(page) => {
                 self.counters.reads += 1;
                 self.counters.read_bytes += read.bytes;
@@ -125,19 +125,21 @@ impl<I: BlockIo> Store<I> {
             }
         };
         let op = read.op;
+        let job = self.jobs.remove(id);
         done.push(StoreDone::Read { op, result });
-        if let Work::Read(read) = &mut job.work
-            && let Some(page) = read.head.take()
+        if let Some(Work::Read(read)) = job.map(|job| job.work)
+            && let Some(page) = read.head
         {
             self.give_back(page);
         }
     }
 
     fn check_read(
-        &mut self,
+        &self,
         read: &ReadJob<I::Host>,
         head: &Aligned,
         host: &I::Host,
+        sums: &mut Vec<State>,
     ) -> Result<BlockPage, Flaw> {
         let offset = self.layout.block_at(read.from);
         let geometry = Some(&*read.geometry);
@@ -146,7 +148,7 @@ impl<I: BlockIo> Store<I> {
         if self.plant == Some(super::Plant::SkipCrc) {
             return Ok(page);
         }
-        let mut verifier = Verifier::new(&page, std::mem::take(&mut self.sums));
+        let mut verifier = Verifier::new(&page, std::mem::take(sums));
         if host.can_sum(verifier.engine()) {
             verifier.advance(read.bytes, &mut |at, bytes, engine, state| {
                 host.sum(at as usize, bytes, engine, state);
@@ -155,7 +157,7 @@ impl<I: BlockIo> Store<I> {
             host.read(0, read.bytes as usize, &mut |bytes| verifier.feed(bytes));
         }
         let good;
-        (good, self.sums) = verifier.finish();
+        (good, *sums) = verifier.finish();
         if !good {
             return Err(Flaw::Payload);
         }

@@ -1,6 +1,7 @@
 //! The store on a device in memory: formats and refusals, limits, and how fast a start is. What faults do to it is tested on the
 //! simulated disk.
 
+mod abandon;
 mod fuzz;
 mod speed;
 
@@ -28,8 +29,10 @@ fn config() -> StoreConfig {
     }
 }
 
+type Space = (NamespaceId, Arc<[u8]>, GroupGeometry);
+
 /// A namespace whose blocks have one head of one layer, `pages` pages each.
-fn space(name: &str, heads: u32, pages: u32) -> (NamespaceId, Arc<[u8]>, GroupGeometry) {
+fn space(name: &str, heads: u32, pages: u32) -> Space {
     let cell = (u64::from(pages) * PAGE as u64 / u64::from(heads)).max(1);
     let fields = [
         ("tenant", "default".to_owned()),
@@ -111,12 +114,7 @@ impl Test {
         panic!("not answered");
     }
 
-    fn write(
-        &mut self,
-        space: &(NamespaceId, Arc<[u8]>, GroupGeometry),
-        to: Place,
-        name: u8,
-    ) -> Result<(), StoreError> {
+    fn write_op(&mut self, space: &Space, to: Place, name: u8) -> (StoreOp, Option<Owned>) {
         let (id, record, geometry) = space.clone();
         let bytes = vec![name; geometry.block_bytes() as usize];
         let heads = bytes.chunks(geometry.head_bytes() as usize);
@@ -141,18 +139,18 @@ impl Test {
         };
         let mut bytes = bytes;
         bytes.resize(bytes.len().next_multiple_of(PAGE), 0);
-        match self.run(op, Some(Owned(bytes))) {
+        (op, Some(Owned(bytes)))
+    }
+
+    fn write(&mut self, space: &Space, to: Place, name: u8) -> Result<(), StoreError> {
+        let (op, host) = self.write_op(space, to, name);
+        match self.run(op, host) {
             StoreDone::Written { result, .. } => result,
             other => panic!("{other:?}"),
         }
     }
 
-    fn read(
-        &mut self,
-        space: &(NamespaceId, Arc<[u8]>, GroupGeometry),
-        from: Place,
-        name: u8,
-    ) -> Result<(), StoreError> {
+    fn read_op(&mut self, space: &Space, from: Place, name: u8) -> (StoreOp, Option<Owned>) {
         let geometry = space.2.clone();
         self.op += 1;
         let op = StoreOp::Read {
@@ -167,7 +165,12 @@ impl Test {
             geometry: Box::new(geometry.clone()),
         };
         let room = geometry.slot_bytes() as usize;
-        match self.run(op, Some(Owned(vec![0; room]))) {
+        (op, Some(Owned(vec![0; room])))
+    }
+
+    fn read(&mut self, space: &Space, from: Place, name: u8) -> Result<(), StoreError> {
+        let (op, host) = self.read_op(space, from, name);
+        match self.run(op, host) {
             StoreDone::Read { result, .. } => result.map(|_| ()),
             other => panic!("{other:?}"),
         }
