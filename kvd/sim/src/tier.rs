@@ -80,6 +80,14 @@ impl TierConfig {
     }
 
     fn settings(rng: &mut Rng, stores: u32) -> TierSettings {
+        let drawn = Self::draw_settings(rng, stores);
+        TierSettings {
+            max_ahead: drawn.max_reads / 2,
+            ..drawn
+        }
+    }
+
+    fn draw_settings(rng: &mut Rng, stores: u32) -> TierSettings {
         TierSettings {
             stores,
             offload: match rng.one_in(3) {
