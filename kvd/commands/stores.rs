@@ -9,7 +9,7 @@ use kvd_serve::{RunningStore, StoreFound, StoreNews, StoreOpener, TellNews};
 
 use crate::config::{NvmeIo, Values};
 
-/// Operations that a store takes before it answers any.
+/// Operations that a store takes before it answers any: more than core ever has under way, so that no kind of them takes another's room.
 const QUEUE: usize = 8192;
 /// Segments are as large as this, or smaller where the store would have few of them, in bytes.
 const SEGMENT_MAX: u64 = 64 << 20;
@@ -123,4 +123,19 @@ fn counts(counters: &kvd_nvme::store::Counters) -> std::collections::BTreeMap<St
     all.into_iter()
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use kvd_core::TierSettings;
+
+    use super::QUEUE;
+
+    #[test]
+    fn a_store_has_room_for_all_that_core_begins() {
+        let most = TierSettings::default();
+        let moving = most.max_writes + most.max_reads + most.max_ahead;
+        // Drops are few, and wait in core.
+        assert!(moving as usize + 1024 <= QUEUE);
+    }
 }

@@ -68,6 +68,7 @@ impl Core {
     /// it was the coldest.
     pub(crate) fn drop_block(&mut self, id: u32, cold: bool, out: &mut Vec<Output>) {
         self.announce(id, ChangeKind::Removed);
+        self.end_ahead(id);
         let Entry {
             space,
             group,

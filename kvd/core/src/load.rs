@@ -85,6 +85,7 @@ impl Core {
             return LoadState::Failed;
         }
         self.touch(caller.tenant, loading.class, id, true);
+        self.end_ahead(id);
         self.counters.loaded_bytes += loading.slot_bytes;
         let stored = self.index.entries.side[id].cut;
         let cut = loading

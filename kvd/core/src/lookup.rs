@@ -2,6 +2,7 @@
 //! so that what is below begins to come up. Deliberately absent: waiting; a block being stored or coming up is said to be so.
 
 use crate::api::{Chain, Failure, LookupReply, NIL, Output, Presence, Reply, Where};
+use crate::disk::AHEAD_A_LOOKUP;
 use crate::evict::chain;
 use crate::index::{BATCH, EntryState};
 use crate::state::Core;
@@ -42,7 +43,8 @@ struct Hits {
     below: u64,
     /// Entries to be leased; kept only if a lease is wanted.
     blocks: Vec<u32>,
-    /// Blocks below that a load will ask for: of the unbroken beginning of each chain, if a lease is wanted. Group and hash.
+    /// The first blocks below that a load will ask for, if a lease is wanted: of what can be loaded of each chain up to the first block
+    /// that can't. Group and hash; at most [`AHEAD_A_LOOKUP`].
     ahead: Vec<(u8, [u8; 32])>,
 }
 
@@ -101,7 +103,10 @@ impl Core {
         if !hits.blocks.is_empty() {
             reply.lease = self.lease_lookup(caller.session, &hits.blocks, lease_ms, hits.bytes);
         }
-        self.read_ahead(caller.tenant, space, &hits.ahead, out);
+        // Of what was denied a lease nobody knows whether a load will find it.
+        if hits.blocks.is_empty() || reply.lease != 0 {
+            self.read_ahead(caller.tenant, space, &hits.ahead, out);
+        }
         Ok(Reply::Lookup(reply))
     }
 
@@ -163,8 +168,10 @@ impl Core {
                     }
                 };
                 match place {
-                    Where::Nvme if ahead => hits.ahead.push((group, batch[at as usize % BATCH])),
-                    Where::Absent => ahead = false,
+                    Where::Nvme if ahead && hits.ahead.len() < AHEAD_A_LOOKUP => {
+                        hits.ahead.push((group, batch[at as usize % BATCH]));
+                    }
+                    Where::Absent | Where::Filling => ahead = false,
                     _ => {}
                 }
                 match place {

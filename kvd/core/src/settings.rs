@@ -35,8 +35,11 @@ pub struct TierSettings {
     pub write_bytes_per_day: u64,
     /// Most blocks that are being written to a store. More are not offloaded, and counted.
     pub max_writes: u32,
-    /// Most blocks that are being read from a store. Loads of more fail.
+    /// Most blocks that are being read from a store for loads. Loads of more fail.
     pub max_reads: u32,
+    /// Most blocks that are being read ahead of loads, from all stores together and beside `max_reads`. Tenants have equal shares of
+    /// it, of at least one block. Reads of loads queue behind these at the device.
+    pub max_ahead: u32,
     /// Places that are kept free in each store, so that writes need not wait for drops.
     pub spare_places: u32,
     /// Most blocks of a store.
@@ -45,7 +48,8 @@ pub struct TierSettings {
     pub max_waiting_hashes: u32,
     /// Longest that a load waits, milliseconds.
     pub max_wait_ms: u32,
-    /// Lookups that lease begin to bring up what is below.
+    /// Lookups that lease begin to bring up what is below. What no load has claimed of it takes at most a quarter of each tenant's host
+    /// memory.
     pub read_ahead: bool,
     /// For the estimate in lookups: bytes that a store gives per microsecond.
     pub load_bytes_per_us: u64,
@@ -59,6 +63,7 @@ impl Default for TierSettings {
             write_bytes_per_day: 0,
             max_writes: 1024,
             max_reads: 4096,
+            max_ahead: 256,
             spare_places: 64,
             max_entries: 1 << 26,
             max_waiting_hashes: 262_144,

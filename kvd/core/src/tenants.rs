@@ -33,8 +33,15 @@ pub(crate) struct Tenant {
     pub(crate) namespaces: u32,
     /// Bytes of blocks with pins.
     pub(crate) pinned_bytes: u64,
-    /// Bytes of slots into which blocks come up.
+    /// Bytes of slots into which blocks come up for loads.
     pub(crate) coming_bytes: u64,
+    /// Bytes of slots with blocks that came up ahead, or are on their way, and that no load has claimed.
+    pub(crate) ahead_bytes: u64,
+    /// Blocks among them that are on their way.
+    pub(crate) ahead_reads: u32,
+    /// Loads, and positions in them, that found no slot while reads ahead held some: in the order in which they came. Bounded by the
+    /// hashes of loads that wait.
+    pub(crate) short: VecDeque<(u64, u32)>,
     /// Bytes of quarantined slots.
     pub(crate) quarantined_bytes: u64,
 }
@@ -67,6 +74,9 @@ impl Core {
             namespaces: 0,
             pinned_bytes: 0,
             coming_bytes: 0,
+            ahead_bytes: 0,
+            ahead_reads: 0,
+            short: VecDeque::new(),
             quarantined_bytes: 0,
         });
     }

@@ -80,7 +80,7 @@ impl TierConfig {
     }
 
     fn settings(rng: &mut Rng, stores: u32) -> TierSettings {
-        TierSettings {
+        let drawn = TierSettings {
             stores,
             offload: match rng.one_in(3) {
                 true => OffloadPolicy::SecondUse,
@@ -93,6 +93,7 @@ impl TierConfig {
             },
             max_writes: rng.spread(1, 64) as u32,
             max_reads: rng.spread(1, 64) as u32,
+            max_ahead: 0,
             // A store of this size has about a hundred places; most of them are kept free now and then.
             spare_places: match rng.one_in(2) {
                 true => rng.range(0, 8) as u32,
@@ -103,6 +104,10 @@ impl TierConfig {
             max_wait_ms: rng.spread(1, 200) as u32,
             read_ahead: !rng.one_in(4),
             load_bytes_per_us: 100,
+        };
+        TierSettings {
+            max_ahead: drawn.max_reads / 2,
+            ..drawn
         }
     }
 }

@@ -32,11 +32,51 @@ impl Core {
             assert_eq!(disk.drops, asked);
             let dropping: u64 = disk.dropping.values().sum();
             assert_eq!(dropping, u64::from(asked) + disk.undropped.len() as u64);
-            let reads = self.disks.fetches.values().filter(|f| f.store == at);
-            assert_eq!(disk.reads as usize, reads.count());
+            let side = &self.index.entries.side;
+            let reads = self.disks.fetches.iter();
+            let reads = reads.filter(|(host, f)| f.store == at && !side[**host].ahead);
+            assert_eq!(disk.reads as usize, reads.count(), "reads of loads");
+            assert!(disk.reads <= self.settings.tiers.max_reads);
             self.check_disk(at, disk);
         }
         self.check_waits();
+        self.check_ahead();
+    }
+
+    /// What came up ahead and nobody has claimed, and what comes for loads: bytes and bounds of each tenant (invariant 8).
+    fn check_ahead(&self) {
+        let mut ahead = vec![0; self.tenants.len()];
+        let mut coming = vec![(0, 0); self.tenants.len()];
+        for id in self.index.entries.hot.range() {
+            let entry = &self.index.entries.hot[id];
+            if entry.state == EntryState::Vacant {
+                continue;
+            }
+            let space = self.spaces.get(entry.space);
+            let bytes = space.groups[usize::from(entry.group)].slot_bytes;
+            let early = self.index.entries.side[id].ahead;
+            ahead[space.tenant] += u64::from(early) * bytes;
+            if let Some(fetch) = self.disks.fetches.get(&id) {
+                assert_eq!(fetch.t, space.tenant);
+                let (loads, reads) = &mut coming[fetch.t];
+                *loads += u64::from(!early) * bytes;
+                *reads += u32::from(early);
+            } else {
+                assert!(!early || entry.state == EntryState::Resident);
+            }
+        }
+        for (t, tenant) in self.tenants.iter().enumerate() {
+            assert_eq!(tenant.ahead_bytes, ahead[t], "bytes that came up ahead");
+            let counted = (tenant.coming_bytes, tenant.ahead_reads);
+            assert_eq!(counted, coming[t], "what comes up for loads, and ahead");
+            let arena = tenant.pool.as_ref().map_or(0, |pool| pool.shape.bytes);
+            assert!(tenant.ahead_bytes <= arena / 4, "too much came up ahead");
+            assert!(tenant.ahead_reads <= self.settings.tiers.max_ahead);
+            assert!(
+                tenant.short.is_empty() || tenant.ahead_reads > 0,
+                "a load is short of slots that no read ahead holds"
+            );
+        }
     }
 
     fn check_disk(&self, at: usize, disk: &Disk) {
@@ -74,15 +114,24 @@ impl Core {
     /// Bounds of waiting loads (invariant 8), and that each waits for something.
     fn check_waits(&self) {
         let mut by_session: BTreeMap<u32, u32> = BTreeMap::new();
-        let mut hashes = 0;
+        let (mut hashes, mut shorts) = (0, 0);
         for (number, waiting) in &self.disks.waiting {
             *by_session.entry(waiting.session).or_default() += 1;
             hashes += waiting.hashes.len();
             let for_it = self.disks.fetches.values();
             let for_it = for_it.filter(|f| f.waiters.contains(number)).count();
-            assert_eq!(waiting.left as usize, for_it, "blocks a load waits for");
+            let tenant = &self.tenants[self.sessions[waiting.session].tenant];
+            let short = tenant.short.iter().filter(|(of, _)| of == number).count();
+            assert_eq!(
+                waiting.left as usize,
+                for_it + short,
+                "blocks a load waits for"
+            );
+            shorts += short;
             assert!(waiting.left > 0, "a load waits for nothing");
         }
+        let short = self.tenants.iter().map(|tenant| tenant.short.len());
+        assert_eq!(short.sum::<usize>(), shorts, "nobody is short of a slot");
         assert_eq!(self.disks.waiting_hashes, hashes);
         assert!(hashes <= self.settings.tiers.max_waiting_hashes as usize);
         assert_eq!(self.disks.by_deadline.len(), self.disks.waiting.len());

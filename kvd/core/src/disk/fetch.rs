@@ -2,12 +2,13 @@
 //! of them have come, failed, or its deadline has passed.
 //!
 //! A block that comes up has a slot that the store alone writes, and an entry that is Filling. Loads of the same block share one
-//! read. A read that fails is a failure, never an absence; the block stays known unless its bytes are wrong. A lookup that leases
-//! begins reads ahead of its load, which joins them. Deliberately absent: telling a load's blocks one by one.
+//! read. A read that fails is a failure, never an absence; the block stays known unless its bytes are wrong. Deliberately absent:
+//! reads that nobody waits for (`ahead`); telling a load's blocks one by one.
 
 use std::collections::BTreeSet;
 
-use super::{Disks, Doing, Fetch, Waiting};
+use super::bring::{Coming, Fetcher};
+use super::{Doing, Fetch, Waiting};
 use crate::api::{Failure, LoadState, NIL, Output, Reply};
 use crate::evict::chain;
 use crate::geometry::Cut;
@@ -87,6 +88,8 @@ impl Core {
         self.disks.by_deadline.insert((waiting.deadline, number));
         self.sessions[caller.session].waits += 1;
         self.disks.waiting.insert(number, waiting);
+        // It may have joined the last read ahead that others were waiting for the end of.
+        self.serve_short(caller.tenant, out);
         true
     }
 
@@ -124,104 +127,72 @@ impl Core {
         waiting: &mut Waiting,
         out: &mut Vec<Output>,
     ) {
-        let (mut full, mut others) = (false, true);
+        let mut by = Fetcher::load(caller.tenant);
+        // Who was short of slots before this load comes first.
+        by.stopped = (!self.tenants[by.t].short.is_empty()).then_some(Coming::Short);
         let wanted = (asked.space, asked.group);
         for at in &waiting.below {
-            let hash = &asked.hashes[*at as usize];
-            let coming = match self.index.find(asked.space, asked.group, hash) {
-                Found::Entry(id) => Some(id),
-                _ if full => None,
-                _ => match self.stored_entry(asked.space, asked.group, hash) {
-                    Some(stored) => {
-                        let id = self.fetch(caller.tenant, wanted, hash, stored, &mut others, out);
-                        full = id.is_none();
-                        id
-                    }
-                    None => None,
-                },
-            };
-            let Disks { fetches, all, .. } = &mut self.disks;
-            let fetch = coming.and_then(|id| fetches.get_mut(&id));
-            // Nobody waits for a device that does not answer.
-            match fetch.filter(|fetch| all[fetch.store].on) {
-                Some(fetch) if !fetch.waiters.contains(&number) => {
-                    fetch.waiters.push(number);
+            match self.bring(&mut by, wanted, &asked.hashes[*at as usize], number, out) {
+                Coming::Waits => waiting.left += 1,
+                Coming::Again => {}
+                Coming::Short => {
+                    self.tenants[by.t].short.push_back((number, *at));
                     waiting.left += 1;
                 }
-                Some(_) => {}
-                None => self.tier_counters.fetch_busy += 1,
+                Coming::Refused => self.tier_counters.fetch_busy += 1,
             }
         }
     }
 
-    /// Begins to bring up blocks that a lookup with a lease has found below (group and hash), because a load will ask for them: that one
-    /// joins the reads. Stops while a quarter of host memory or half of a store's reads is taken by what is coming; the rest is left
-    /// for the load to begin. What has come is leased to nobody before that load.
-    pub(crate) fn read_ahead(
-        &mut self,
-        t: usize,
-        space: u32,
-        wanted: &[(u8, [u8; 32])],
-        out: &mut Vec<Output>,
-    ) {
-        let mut others = true;
-        for (group, hash) in wanted {
-            let usable = self.tenants[t].pool.as_ref().map(Pool::usable_bytes);
-            if usable.is_none_or(|usable| self.tenants[t].coming_bytes > usable / 4) {
-                return;
-            }
-            if matches!(self.index.find(space, *group, hash), Found::Entry(_)) {
-                continue;
-            }
-            let Some(stored) = self.stored_entry(space, *group, hash) else {
-                continue;
-            };
-            if self.disks.all[stored.0].reads >= self.settings.tiers.max_reads / 2 {
-                continue;
-            }
-            if self
-                .fetch(t, (space, *group), hash, stored, &mut others, out)
-                .is_none()
-            {
-                return;
-            }
-            self.tier_counters.fetched_ahead += 1;
-        }
+    /// Whether the limits of loads allow one more read.
+    pub(super) fn may_load(&self, t: usize, store: usize, slot_bytes: u64) -> bool {
+        let tenant = &self.tenants[t];
+        let usable = tenant.pool.as_ref().map_or(0, Pool::usable_bytes);
+        self.disks.all[store].reads < self.settings.tiers.max_reads
+            && tenant.coming_bytes + slot_bytes <= usable / 2
     }
 
-    /// Begins to read one block into host memory. Gives its entry there; `None` when there is no room or too much under way.
-    fn fetch(
+    /// Begins to read one block into host memory. Gives its entry there, or says that there is no room or too much under way.
+    pub(super) fn fetch(
         &mut self,
-        t: usize,
+        by: &mut Fetcher,
         (space, group): (u32, u8),
         hash: &[u8; 32],
         (store, stored): (usize, u32),
-        others: &mut bool,
         out: &mut Vec<Output>,
-    ) -> Option<u32> {
+    ) -> Result<u32, Coming> {
+        let t = by.t;
         let namespace = self.spaces.get(space);
         let found = &namespace.groups[usize::from(group)];
         let (class, slot_bytes) = (found.class, found.slot_bytes);
-        let usable = self.tenants[t].pool.as_ref()?.usable_bytes();
-        let disk = &self.disks.all[store];
-        if !disk.on
-            || disk.reads >= self.settings.tiers.max_reads
-            || self.tenants[t].coming_bytes + slot_bytes > usable / 2
+        let allowed = match by.ahead {
+            true => self.may_read_ahead(t, slot_bytes),
+            false => self.may_load(t, store, slot_bytes),
+        };
+        if !allowed
+            || !self.disks.all[store].on
             || self.index.find(space, group, hash) == Found::Crowded
         {
-            return None;
+            return Err(Coming::Refused);
         }
-        let geometry = namespace.record.groups()[usize::from(group)].clone();
-        while self.index.len() >= self.settings.max_entries as usize {
-            if !self.make_room(t, class, others, out) {
-                return None;
-            }
-        }
-        let slot = self.room_for(t, class, others, out)?;
-        self.tenants[t].coming_bytes += slot_bytes;
+        let Some(slot) = self.room_to_fetch(by, class, out) else {
+            let short = !by.ahead && self.tenants[t].ahead_reads > 0;
+            return Err(if short {
+                Coming::Short
+            } else {
+                Coming::Refused
+            });
+        };
+        let groups = self.spaces.get(space).record.groups();
+        let geometry = groups[usize::from(group)].clone();
         let host = self.enter_coming(t, (space, group), hash, (store, stored), slot);
+        if by.ahead {
+            self.begin_ahead(t, host, slot_bytes);
+        } else {
+            self.disks.all[store].reads += 1;
+            self.tenants[t].coming_bytes += slot_bytes;
+        }
         let disk = &mut self.disks.all[store];
-        disk.reads += 1;
         disk.index.entries.hot[stored].pins += 1;
         let place = disk.places.place(disk.index.entries.hot[stored].slot);
         let key = disk.key(stored);
@@ -251,7 +222,22 @@ impl Core {
         };
         let store = StoreId(store as u8);
         out.push(Output::Store { store, op });
-        Some(host)
+        Ok(host)
+    }
+
+    /// A slot for a block that comes up, and a place in the index.
+    fn room_to_fetch(
+        &mut self,
+        by: &mut Fetcher,
+        class: u16,
+        out: &mut Vec<Output>,
+    ) -> Option<u32> {
+        while self.index.len() >= self.settings.max_entries as usize {
+            if !self.make_room(by.t, class, &mut by.others, out) {
+                return None;
+            }
+        }
+        self.room_for(by.t, class, &mut by.others, out)
     }
 
     /// The entry in the host's index of a block that comes up.
@@ -303,9 +289,8 @@ impl Core {
         let Some(fetch) = self.disks.fetches.remove(&host) else {
             return;
         };
-        let disk = &mut self.disks.all[fetch.store];
-        disk.reads -= 1;
-        disk.index.entries.hot[fetch.entry].pins -= 1;
+        let stored = &mut self.disks.all[fetch.store].index.entries;
+        stored.hot[fetch.entry].pins -= 1;
         let (space, group) = {
             let entry = &self.index.entries.hot[host];
             (entry.space, entry.group)
@@ -313,7 +298,12 @@ impl Core {
         let namespace = self.spaces.get_mut(space);
         namespace.coming -= 1;
         let slot_bytes = namespace.groups[usize::from(group)].slot_bytes;
-        self.tenants[fetch.t].coming_bytes -= slot_bytes;
+        if self.index.entries.side[host].ahead {
+            self.tenants[fetch.t].ahead_reads -= 1;
+        } else {
+            self.disks.all[fetch.store].reads -= 1;
+            self.tenants[fetch.t].coming_bytes -= slot_bytes;
+        }
         let came = match result {
             Ok(found) => self.came(host, &fetch, &found.0, &found.1, out),
             Err(error) => {
@@ -329,6 +319,9 @@ impl Core {
                 false
             }
         };
+        if !came || !fetch.waiters.is_empty() {
+            self.end_ahead(host);
+        }
         if !came {
             self.did_not_come(host, fetch.t, out);
         }
@@ -336,6 +329,7 @@ impl Core {
             self.came_for(number, came.then_some(host), out);
         }
         self.drop_space_if_idle(space);
+        self.serve_short(fetch.t, out);
     }
 
     /// A block is in host memory and sound: it becomes visible. False: its namespace has too many cuts.
@@ -395,7 +389,7 @@ impl Core {
     }
 
     /// Tells one waiting load of one of its blocks: its host entry, if it came.
-    fn came_for(&mut self, number: u64, host: Option<u32>, out: &mut Vec<Output>) {
+    pub(super) fn came_for(&mut self, number: u64, host: Option<u32>, out: &mut Vec<Output>) {
         let Some(waiting) = self.disks.waiting.get_mut(&number) else {
             return;
         };
@@ -422,6 +416,8 @@ impl Core {
             for fetch in self.disks.fetches.values_mut() {
                 fetch.waiters.retain(|waiter| *waiter != number);
             }
+            let t = self.sessions[waiting.session].tenant;
+            self.tenants[t].short.retain(|(short, _)| *short != number);
         }
         Some(waiting)
     }

@@ -5,6 +5,8 @@
 //! plans go out as [`crate::tier::StoreOp`], and what became of them comes back as an input. Deliberately absent: bytes, journals,
 //! deadlines of devices.
 
+mod ahead;
+mod bring;
 mod check;
 mod fetch;
 mod offload;
@@ -23,6 +25,7 @@ use crate::log::{Change, ChangeKind, Tier};
 use crate::settings::EvictionPolicy;
 use crate::state::Core;
 use crate::tier::{BlockKey, OpId, StoreOp, StoreShape, stride_of};
+pub(crate) use ahead::AHEAD_A_LOOKUP;
 pub(crate) use fetch::Asked;
 use places::Places;
 
@@ -63,6 +66,7 @@ pub(crate) struct Disk {
     /// It takes operations.
     pub(crate) on: bool,
     pub(crate) writes: u32,
+    /// For loads; reads ahead are counted apart, by tenant.
     pub(crate) reads: u32,
     /// Drops that the store has been asked for.
     pub(crate) drops: u32,
@@ -116,7 +120,7 @@ pub(crate) struct Waiting {
     namespace: u32,
     group: u8,
     hashes: Vec<[u8; 32]>,
-    /// Blocks that have not come.
+    /// Blocks that have not come, those included that it is short of slots for.
     left: u32,
     /// Positions whose blocks were held below, or coming up, when the load came: what is not here in the end has failed.
     below: BTreeSet<u32>,

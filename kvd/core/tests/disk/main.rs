@@ -1,5 +1,6 @@
 //! The slower tier: going down, coming up, failing, restarting.
 
+mod ahead;
 #[path = "../common/mod.rs"]
 mod common;
 mod random;
@@ -38,72 +39,6 @@ fn a_block_goes_down_and_comes_up_again() {
     assert!(reply.generations.iter().all(|word| word % 2 == 0));
     node.release(&reply);
     assert_eq!(node.place_of(away[0]), Where::Host);
-}
-
-/// Ten blocks, of which four were pushed out of host memory.
-fn with_some_away(read_ahead: bool, max_reads: u32) -> (Node, Vec<[u8; 32]>) {
-    let mut node = Node::new(
-        TierSettings {
-            read_ahead,
-            max_reads,
-            ..few_spare()
-        },
-        1,
-    );
-    let list = hashes(0..10);
-    node.put(&list);
-    node.finish_all();
-    node.put(&hashes(100..110));
-    node.finish_all();
-    let away = list.iter().copied();
-    let away: Vec<[u8; 32]> = away
-        .filter(|hash| node.place_of(*hash) == Where::Nvme)
-        .collect();
-    assert_eq!(away.len(), 4);
-    (node, away)
-}
-
-#[test]
-fn a_lookup_that_leases_reads_ahead_of_its_load() {
-    let (mut node, away) = with_some_away(true, 100);
-    node.world.lookup(1, &away, 0, true);
-    node.take();
-    assert!(
-        node.store.open.is_empty(),
-        "who leases nothing loads nothing"
-    );
-    let found = node.world.lookup(1, &away, 1000, true).chains.remove(0);
-    assert_eq!(found.at(3), Where::Nvme);
-    node.take();
-    assert_eq!(node.store.open.len(), 4);
-    assert_eq!(node.world.core.tier_counters().fetched_ahead, 4);
-    assert_eq!(node.place_of(away[0]), Where::Fetching);
-    // Again: they are coming already. The load joins.
-    node.world.lookup(1, &away, 1000, true);
-    let id = node.ask_load(&away, 0);
-    assert_eq!(node.store.open.len(), 4, "one read each");
-    assert_eq!(node.answer(id), None);
-    node.finish_all();
-    let reply = node.answer(id).expect("answered");
-    assert_eq!(reply.states, [LoadState::Ready; 4]);
-    node.release(&reply);
-}
-
-#[test]
-fn reading_ahead_stops_at_a_gap_leaves_room_and_can_be_switched_off() {
-    let (mut node, away) = with_some_away(true, 100);
-    let gap = [away[0], hash(9_999), away[1]];
-    node.world.lookup(1, &gap, 1000, false);
-    node.take();
-    assert_eq!(node.store.open.len(), 1, "behind a gap nothing is loaded");
-    let (mut node, away) = with_some_away(true, 4);
-    node.world.lookup(1, &away, 1000, true);
-    node.take();
-    assert_eq!(node.store.open.len(), 2, "half is for loads");
-    let (mut node, away) = with_some_away(false, 100);
-    node.world.lookup(1, &away, 1000, true);
-    node.take();
-    assert!(node.store.open.is_empty());
 }
 
 #[test]

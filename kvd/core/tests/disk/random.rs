@@ -26,7 +26,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         6 => (base.clone(), len.clone()).prop_map(|(b, l)| Op::Put(b, l)),
         6 => (base.clone(), len.clone(), 0u32..3).prop_map(|(b, l, d)| Op::Load(b, l, d * 50)),
         16 => (0usize..100, any::<u8>()).prop_map(|(at, how)| Op::Finish(at, how)),
-        2 => (base, len).prop_map(|(b, l)| Op::Look(b, l)),
+        6 => (base, len).prop_map(|(b, l)| Op::Look(b, l)),
         2 => (1u64..100_000).prop_map(Op::Wait),
         1 => any::<bool>().prop_map(Op::Switch),
         1 => Just(Op::Leave),
@@ -50,8 +50,12 @@ proptest! {
     /// Whatever order operations end in and however they fail: the books are right after every step, each load gets one answer
     /// while its session lives, and what is Ready has the checksums it was stored with.
     #[test]
-    fn nothing_breaks_the_books(ops in ops()) {
-        let mut node = Node::new(few_spare(), 2);
+    fn nothing_breaks_the_books(ops in ops(), extents in 1u64..3, max_ahead in 2u32..16, full: bool) {
+        let mut node = Node::new(TierSettings { max_ahead, ..few_spare() }, extents);
+        for base in [0, 14, 28].into_iter().filter(|_| full) {
+            node.put(&hashes(base..base + 14));
+            node.finish_all();
+        }
         let mut asked: Vec<(RequestId, Vec<[u8; 32]>)> = Vec::new();
         let mut session_lives = true;
         for op in ops {
@@ -63,7 +67,7 @@ proptest! {
                     asked.push((id, list));
                 }
                 Op::Look(base, len) if session_lives => {
-                    node.world.lookup(1, &hashes(base..base + len), 100, true);
+                    node.world.lookup(1, &hashes(base..base + len), 1000, true);
                 }
                 Op::Finish(at, how) if !node.store.open.is_empty() => {
                     let at = at % node.store.open.len();

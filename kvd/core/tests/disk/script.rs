@@ -16,7 +16,7 @@ pub(crate) fn crcs_of(hash: &[u8; 32]) -> Vec<u64> {
     (0..4).map(|head| low64(hash) ^ head).collect()
 }
 
-/// A fake store of two segments.
+/// A fake store.
 #[derive(Default)]
 pub(crate) struct Script {
     pub(crate) held: BTreeMap<Place, BlockHeader>,
@@ -58,11 +58,13 @@ impl Node {
     }
 
     pub(crate) fn with(settings: Settings, extents: u64) -> Node {
+        Node::on(settings, extents, store_shape())
+    }
+
+    pub(crate) fn on(settings: Settings, extents: u64, shape: StoreShape) -> Node {
         let mut world = World::new(settings, extents);
-        world.step(Input::StoreOpened {
-            store: STORE,
-            shape: store_shape(),
-        });
+        let store = STORE;
+        world.step(Input::StoreOpened { store, shape });
         world.script(1, 0);
         Node {
             world,
@@ -95,14 +97,20 @@ impl Node {
     }
 
     pub(crate) fn put(&mut self, list: &[[u8; 32]]) -> usize {
-        let got = self.world.reserve(1, list, None);
+        self.put_by(1, list)
+    }
+
+    pub(crate) fn put_by(&mut self, session: u64, list: &[[u8; 32]]) -> usize {
+        let got = self.world.reserve(session, list, None);
         let mut crcs = Vec::new();
         for (hash, state) in list.iter().zip(&got.states) {
             if *state == ReserveState::Reserved {
                 crcs.extend(crcs_of(hash));
             }
         }
-        let states = self.world.commit(1, &got.slots, &got.generations, &crcs);
+        let states = self
+            .world
+            .commit(session, &got.slots, &got.generations, &crcs);
         assert!(states.iter().all(|s| *s == CommitState::Visible));
         self.take();
         got.slots.len()
