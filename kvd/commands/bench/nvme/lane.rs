@@ -1,18 +1,19 @@
 //! One store under load: a device with its thread, memory for as many blocks as are under way, and blocks that it is asked to store
 //! and load. Deliberately absent: what is compared with what.
 
-use std::path::Path;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use crc_fast::{CrcAlgorithm::Crc64Nvme, Digest};
-use kvd_arena::{Arena, HugePages};
+use kvd_arena::{Arena, ArenaView, HugePages};
 use kvd_core::tier::{
     BlockHeader, BlockKey, HostRange, OpId, Place, StoreDone, StoreOp, StoreShape, stride_of,
 };
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
+use kvd_device::{Device as _, HostDevice, OwnedPages, PartGeometry, StoreJob};
 use kvd_nvme::device::{Device, DeviceConfig, DeviceNews};
 use kvd_nvme::io::{ArenaRange, IoOptions, RawReport, cpu_seconds, scattered};
 use kvd_nvme::store::Found;
@@ -22,11 +23,16 @@ use super::super::{Random, Shape, progress};
 /// Bytes of blocks under way, at most, and most blocks.
 const MEMORY: u64 = 128 << 20;
 const DEPTH_MOST: usize = 256;
+const EXTENT: u64 = 64 << 20;
+/// Operations of the device for one block that is stored: its header and its bytes.
+const OPERATIONS: usize = 2;
 /// How long one answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Lane {
     device: Device,
+    path: PathBuf,
+    capacity: u64,
     answers: Receiver<Vec<StoreDone>>,
     arena: Arc<Arena>,
     shape: StoreShape,
@@ -63,34 +69,17 @@ impl Lane {
         let capacity = bytes + bytes / 4 + (128 << 20);
         let directory = directory.join("store");
         let _ = std::fs::remove_dir_all(&directory);
-        let config = DeviceConfig {
-            path: directory,
-            io: IoOptions::default(),
-            store: crate::commands::stores::store_config(capacity)?,
-            faults: None,
-        };
-        let mut made = StoreShape::default();
-        let (tell, answers) = sync_channel(1024);
-        let mut found = |one: Found<'_>| {
-            if let Found::Shape(shape) = one {
-                made = shape;
-            }
-        };
-        let device = Device::open(config, &mut found, move |news| match news {
-            DeviceNews::Done(done) => tell.send(done).is_ok(),
-            DeviceNews::Switched(_) => true,
-        });
-        let device = device.map_err(|error| anyhow::anyhow!("{error}"))?;
-        let arena = Arena::create(
-            (2 * depth(&geometry) as u64 * geometry.slot_bytes()).next_multiple_of(2 << 20),
-            Some(2 << 20),
-            pages,
-        )?;
+        let (device, answers, made) = device(&directory, capacity, IoOptions::default().depth)?;
+        let in_extent = EXTENT / geometry.slot_bytes();
+        let extents = (2 * depth(&geometry) as u64).div_ceil(in_extent);
+        let arena = Arena::create(extents * EXTENT, Some(EXTENT), pages)?;
         for extent in 0..arena.extents() {
             arena.populate(extent)?;
         }
         let mut lane = Lane {
             device,
+            path: directory,
+            capacity,
             answers,
             arena: Arc::new(arena),
             shape: made,
@@ -102,8 +91,29 @@ impl Lane {
             step: 1,
             next_op: 0,
         };
-        lane.fill()?;
+        lane.fill(shape.part)?;
         Ok(lane)
+    }
+
+    /// Opens the store again, for a device that is given at most `depth` blocks at a time.
+    pub(super) fn reopen(self, depth: usize) -> Result<Self> {
+        let Lane {
+            device: old, path, ..
+        } = self;
+        drop(old);
+        let (device, answers, shape) = device(&path, self.capacity, depth * OPERATIONS)?;
+        Ok(Lane {
+            device,
+            path,
+            answers,
+            shape,
+            ..self
+        })
+    }
+
+    /// The store's file.
+    pub(super) fn file(&self) -> PathBuf {
+        self.device.status().path
     }
 
     /// Bytes of a page of its memory.
@@ -125,27 +135,34 @@ impl Lane {
         self.shape.segment_bytes / stride_of(self.geometry.block_bytes())
     }
 
-    /// Where a piece of memory begins.
-    fn offset(&self, piece: usize) -> u64 {
-        piece as u64 * self.geometry.slot_bytes()
+    /// Where a piece of memory begins, and its number as a slot.
+    fn piece(&self, piece: usize) -> (u64, u32) {
+        let shape = self.arena.shape();
+        let in_extent = EXTENT / self.geometry.slot_bytes();
+        let (extent, at) = (piece as u64 / in_extent, piece as u64 % in_extent);
+        let slot = extent * u64::from(shape.slots_per_extent) + at;
+        let offset = extent * EXTENT + at * self.geometry.slot_bytes();
+        (offset, slot as u32)
     }
 
-    fn fill(&mut self) -> Result<()> {
+    fn fill(&mut self, part: PartGeometry) -> Result<()> {
+        let dup = |fd: BorrowedFd<'_>| fd.try_clone_to_owned();
+        let (arena, table) = (dup(self.arena.fd())?, dup(self.arena.generation_fd())?);
+        let view = ArenaView::map(arena, table, self.arena.shape())?;
         let mut random = Random(11);
-        let head = self.geometry.head_bytes() as usize;
-        let heads = self.geometry.heads as usize;
-        let mut block = vec![0; self.geometry.block_bytes() as usize];
+        let mut block = OwnedPages::new(part, 1)?;
         for piece in 0..self.depth() {
-            for word in block.chunks_mut(8) {
-                word.copy_from_slice(&random.next().to_le_bytes()[..word.len()]);
-            }
-            let mut sums: Vec<Digest> = (0..heads).map(|_| Digest::new(Crc64Nvme)).collect();
-            for (at, run) in block.chunks(head).enumerate() {
-                sums[at % heads].update(run);
-            }
-            self.crcs.push(sums.iter().map(Digest::finalize).collect());
-            let wrote = rustix::io::pwrite(self.arena.fd(), &block, self.offset(piece))?;
-            ensure!(wrote == block.len(), "the arena took {wrote} bytes");
+            let salt = random.next() | 1;
+            block.fill(0, |at| ((at as u64).wrapping_mul(salt) >> 32) as u8);
+            let (offset, slot) = self.piece(piece);
+            let job = StoreJob {
+                from: block.pages(),
+                pages: &[0],
+                part: view.slot(slot, offset, part.bytes())?,
+            };
+            let mut crcs = Vec::new();
+            HostDevice.store(&[job], &mut crcs)?;
+            self.crcs.push(crcs);
         }
         Ok(())
     }
@@ -195,16 +212,16 @@ impl Lane {
         }
     }
 
-    /// Stores so many new blocks.
-    pub(super) fn store(&mut self, blocks: u64, depth: usize, random: bool) -> Result<RawReport> {
+    /// Stores so many new blocks, of which `asked` are asked for and not answered.
+    pub(super) fn store(&mut self, blocks: u64, asked: usize, random: bool) -> Result<RawReport> {
         self.step = if random { scattered(blocks) } else { 1 };
         self.stored = vec![0; blocks as usize];
-        self.run(Doing::Store, depth)
+        self.run(Doing::Store, asked)
     }
 
     /// Loads the blocks that were stored, in the order in which they were.
-    pub(super) fn load(&mut self, depth: usize) -> Result<RawReport> {
-        self.run(Doing::Load, depth)
+    pub(super) fn load(&mut self, asked: usize) -> Result<RawReport> {
+        self.run(Doing::Load, asked)
     }
 
     /// Has the store forget them all.
@@ -258,7 +275,7 @@ impl Lane {
         };
         let range = HostRange {
             tenant: TenantId(0),
-            offset: self.offset(memory),
+            offset: self.piece(memory).0,
             bytes: self.geometry.block_bytes(),
         };
         let bytes = range.bytes as usize;
@@ -279,9 +296,9 @@ impl Lane {
         for (piece, number) in last.iter().enumerate() {
             let Some(number) = number else { continue };
             self.arena
-                .read(self.offset(self.depth() + piece), &mut there)?;
+                .read(self.piece(self.depth() + piece).0, &mut there)?;
             self.arena
-                .read(self.offset(self.stored[*number]), &mut wanted)?;
+                .read(self.piece(self.stored[*number]).0, &mut wanted)?;
             ensure!(there == wanted, "block {number} came back different");
         }
         Ok(())
@@ -299,6 +316,36 @@ impl Lane {
             .collect();
         progress(&format!("by {}: {}", status.chosen.name, counts.join(", ")));
     }
+}
+
+/// A device on the store in this directory, made if missing, with at most so many operations at a time.
+fn device(
+    path: &Path,
+    capacity: u64,
+    depth: usize,
+) -> Result<(Device, Receiver<Vec<StoreDone>>, StoreShape)> {
+    let config = DeviceConfig {
+        path: path.to_owned(),
+        io: IoOptions {
+            depth,
+            ..IoOptions::default()
+        },
+        store: crate::commands::stores::store_config(capacity)?,
+        faults: None,
+    };
+    let mut made = StoreShape::default();
+    let (tell, answers) = sync_channel(1024);
+    let mut found = |one: Found<'_>| {
+        if let Found::Shape(shape) = one {
+            made = shape;
+        }
+    };
+    let device = Device::open(config, &mut found, move |news| match news {
+        DeviceNews::Done(done) => tell.send(done).is_ok(),
+        DeviceNews::Switched(_) => true,
+    });
+    let device = device.map_err(|error| anyhow::anyhow!("{error}"))?;
+    Ok((device, answers, made))
 }
 
 fn depth(geometry: &GroupGeometry) -> usize {
