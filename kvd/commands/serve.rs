@@ -6,6 +6,7 @@ use kvd_node::{HostSpec, NodeSettings};
 use kvd_serve::{ServeConfig, Server, SessionLimits, TenantConfig};
 use tracing_subscriber::EnvFilter;
 
+use super::stores::Places;
 use crate::config::{Config, Eviction, LogFormat, Offload, Values};
 
 /// Serves until a signal says to stop.
@@ -15,9 +16,10 @@ pub(crate) fn run(config: &Config) -> Result<()> {
     for (key, value, source) in config.rows() {
         tracing::info!(%source, "{key} = {value}");
     }
+    let places = Places::choose(&config.values);
     let server = Server::bind(
-        serve_config(&config.values),
-        super::stores::openers(&config.values)?,
+        serve_config(&config.values, &places),
+        places.openers(&config.values)?,
     )?;
     let sockets: Vec<_> = server
         .sockets()
@@ -46,7 +48,7 @@ fn start_log(values: &Values) -> Result<()> {
     Ok(())
 }
 
-fn serve_config(values: &Values) -> ServeConfig {
+fn serve_config(values: &Values, places: &Places) -> ServeConfig {
     let limits = TenantLimits {
         sessions: values.max_sessions,
         // 0: core's own share of the arena.
@@ -72,7 +74,7 @@ fn serve_config(values: &Values) -> ServeConfig {
         socket_mode: values.socket_mode,
         directory_mode: values.directory_mode,
         http: values.http,
-        node: node_settings(values),
+        node: node_settings(values, places),
         limits: SessionLimits {
             frame_bytes: values.max_frame,
             hashes: values.max_hashes,
@@ -86,7 +88,7 @@ fn serve_config(values: &Values) -> ServeConfig {
     }
 }
 
-fn node_settings(values: &Values) -> NodeSettings {
+fn node_settings(values: &Values, places: &Places) -> NodeSettings {
     let micros = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     let tenants = u32::try_from(values.tenants.len())
         .unwrap_or(u32::MAX)
@@ -104,12 +106,12 @@ fn node_settings(values: &Values) -> NodeSettings {
             max_session_namespaces: values.max_namespaces,
             max_sessions: values.max_sessions.saturating_mul(tenants),
             tiers: TierSettings {
-                stores: u32::try_from(values.nvme.len()).unwrap_or(u32::MAX),
+                stores: places.count(),
                 offload: match values.offload {
                     Offload::WriteThrough => OffloadPolicy::WriteThrough,
                     Offload::SecondUse => OffloadPolicy::SecondUse,
                 },
-                write_bytes_per_day: values.nvme_write_budget,
+                write_bytes_per_day: places.write_budget,
                 read_ahead: values.read_ahead,
                 ..TierSettings::default()
             },

@@ -1,13 +1,16 @@
-//! The NVMe stores that the configuration names, made for the server. No decisions beyond sizes.
+//! The NVMe stores of the configuration, made for the server; and, where it names none, whether there is a place for one.
 
+use std::path::{Path, PathBuf};
+
+use bytesize::ByteSize;
 use kvd_core::tier::{StoreDone, StoreError, StoreOp};
 use kvd_node::{HostSpan, StoreStatus};
-use kvd_nvme::device::{Device, DeviceConfig, DeviceNews};
+use kvd_nvme::device::{Device, DeviceConfig, DeviceNews, backing};
 use kvd_nvme::io::{ArenaRange, Choice, IoOptions};
 use kvd_nvme::store::{Found, StoreConfig};
 use kvd_serve::{RunningStore, StoreFound, StoreNews, StoreOpener, TellNews};
 
-use crate::config::{NvmeIo, Values};
+use crate::config::{Nvme, NvmeIo, Values};
 
 /// Operations that a store takes before it answers any: more than core ever has under way, so that no kind of them takes another's room.
 const QUEUE: usize = 8192;
@@ -15,27 +18,123 @@ const QUEUE: usize = 8192;
 const SEGMENT_MAX: u64 = 64 << 20;
 const SEGMENT_MIN: u64 = 8 << 20;
 
-/// One opener for each path.
-pub(crate) fn openers(values: &Values) -> anyhow::Result<Vec<Box<dyn StoreOpener>>> {
-    let open = |path: &std::path::PathBuf| {
-        let store = store_config(values.nvme_capacity)?;
-        let config = DeviceConfig {
-            path: path.clone(),
-            io: IoOptions {
-                choice: match values.nvme_io {
-                    NvmeIo::Auto => Choice::Auto,
-                    NvmeIo::Uring => Choice::Uring,
-                    NvmeIo::Threads => Choice::Threads,
-                },
-                ..IoOptions::default()
-            },
-            store,
-            faults: values.nvme_faults.clone(),
-        };
-        Ok(Box::new(Opener(config)) as Box<dyn StoreOpener>)
-    };
-    values.nvme.iter().map(open).collect()
+/// A store in the user's cache directory is no larger, in bytes, nor more than this share of what is free there; and no smaller.
+const AUTO_MOST: u64 = 8 << 30;
+const AUTO_SHARE: u64 = 10;
+const AUTO_LEAST: u64 = 512 << 20;
+/// How often a day it may be written over, if nobody says how much: a drive that stands one a day, and is a hundred times as large,
+/// does not notice.
+const AUTO_WRITES: u64 = 16;
+
+/// Where stores are to be.
+pub(crate) struct Places {
+    paths: Vec<PathBuf>,
+    capacity: u64,
+    /// Most bytes that each takes in a day; 0: no limit.
+    pub(crate) write_budget: u64,
 }
+
+impl Places {
+    /// Those that the configuration names; or one that is found, of which it is said what it is, or why there is none.
+    pub(crate) fn choose(values: &Values) -> Self {
+        let capacity = values.nvme_capacity;
+        let found = match &values.nvme {
+            Nvme::Paths(paths) => {
+                return Places {
+                    paths: paths.clone(),
+                    capacity,
+                    write_budget: values.nvme_write_budget.unwrap_or(0),
+                };
+            }
+            Nvme::Auto => match &values.cache_dir {
+                None => Err("there is no HOME".to_owned()),
+                Some(path) => fit(path, capacity).map(|bytes| (path.clone(), bytes)),
+            },
+        };
+        match found {
+            Ok((path, capacity)) => {
+                let write_budget = values.nvme_write_budget.unwrap_or(AUTO_WRITES * capacity);
+                let (size, day) = (ByteSize::b(capacity), ByteSize::b(write_budget));
+                tracing::info!(
+                    "blocks are kept in {} too: {size}, at most {day} written a day; nvme = \"off\" ends that, a path of yours is better",
+                    path.display(),
+                );
+                Places {
+                    paths: vec![path],
+                    capacity,
+                    write_budget,
+                }
+            }
+            Err(reason) => {
+                tracing::info!(
+                    "no blocks are kept below host memory: {reason}; name a place with nvme"
+                );
+                Places {
+                    paths: Vec::new(),
+                    capacity,
+                    write_budget: 0,
+                }
+            }
+        }
+    }
+
+    /// How many.
+    pub(crate) fn count(&self) -> u32 {
+        u32::try_from(self.paths.len()).unwrap_or(u32::MAX)
+    }
+
+    /// One opener for each.
+    pub(crate) fn openers(&self, values: &Values) -> anyhow::Result<Vec<Box<dyn StoreOpener>>> {
+        let open = |path: &PathBuf| {
+            let config = DeviceConfig {
+                path: path.clone(),
+                io: IoOptions {
+                    choice: match values.nvme_io {
+                        NvmeIo::Auto => Choice::Auto,
+                        NvmeIo::Uring => Choice::Uring,
+                        NvmeIo::Threads => Choice::Threads,
+                    },
+                    ..IoOptions::default()
+                },
+                store: store_config(self.capacity)?,
+                faults: values.nvme_faults.clone(),
+            };
+            Ok(Box::new(Opener(config)) as Box<dyn StoreOpener>)
+        };
+        self.paths.iter().map(open).collect()
+    }
+}
+
+/// How large a store in this directory would be, if it is fit for one: of a file system that does direct transfers to a disk, with
+/// room, and nobody else's. A store that is there keeps its size.
+fn fit(path: &Path, most: u64) -> Result<u64, String> {
+    let why =
+        |what: &dyn std::fmt::Display| format!("{} is not fit for it: {what}", path.display());
+    std::fs::create_dir_all(path).map_err(|e| why(&e))?;
+    let system = rustix::fs::statfs(path).map_err(|e| why(&e))?;
+    if !DISK_SYSTEMS.contains(&(system.f_type as u64 & 0xffff_ffff)) {
+        return Err(why(&"it is on neither ext4 nor XFS"));
+    }
+    let room = rustix::fs::statvfs(path).map_err(|e| why(&e))?;
+    let free = room.f_bavail * room.f_frsize;
+    let there = std::fs::metadata(path.join(kvd_nvme::io::FILE_NAME)).map_or(0, |file| file.len());
+    let bytes = match there {
+        0 => most.min(AUTO_MOST).min(free / AUTO_SHARE),
+        _ => there,
+    };
+    if bytes < AUTO_LEAST.min(most) {
+        return Err(why(&format!(
+            "{} are free, and a tenth of that is too little",
+            ByteSize::b(free)
+        )));
+    }
+    // Takes the space and the lock, and gives the lock back.
+    drop(backing(path, bytes)?);
+    Ok(bytes)
+}
+
+/// `f_type` of ext2 to ext4, and of XFS: statfs(2).
+const DISK_SYSTEMS: [u64; 2] = [0xef53, 0x5846_5342];
 
 /// How a store of so many bytes is made and driven.
 pub(crate) fn store_config(capacity: u64) -> anyhow::Result<StoreConfig> {

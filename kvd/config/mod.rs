@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 pub(crate) use settings::{SETTINGS, Setting};
-pub(crate) use values::{Eviction, LogFormat, NvmeIo, Offload, Surroundings, Tenant, Values};
+pub(crate) use values::{Eviction, LogFormat, Nvme, NvmeIo, Offload, Surroundings, Tenant, Values};
 
 /// The tenant that is there without configuration.
 pub(crate) const DEFAULT_TENANT: &str = "default";

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use kvd_arena::HugePages;
 
-use super::values::{Eviction, LogFormat, NvmeIo, Offload, Values};
+use super::values::{Eviction, LogFormat, Nvme, NvmeIo, Offload, Values};
 
 /// One setting.
 #[derive(Debug)]
@@ -55,10 +55,10 @@ settings! {
     host_capacity: "SIZE", "Host memory for the default tenant's blocks, like 4GiB", size, |v: &u64| show_size(*v);
     extent_size: "SIZE", "Piece of the arena that holds blocks of one size, a power of two; or auto", auto_size, show_auto_size;
     huge_pages: "CHOICE", "2 MiB pages for the arena: auto, off or require", huge_pages, show_huge_pages;
-    nvme: "PATHS", "Directories or block devices for blocks below host memory, with commas between; or off", paths, show_paths;
-    nvme_capacity: "SIZE", "Size of the store in each of those directories, taken at once; of a block device, how much is used", size, |v: &u64| show_size(*v);
+    nvme: "PATHS", "Directories or block devices for blocks below host memory, with commas between; off; or auto: the user's cache directory, if it is fit for it", nvme, show_nvme;
+    nvme_capacity: "SIZE", "Size of the store in each of those directories, taken at once (auto: no more than a tenth of what is free, and 8 GiB); of a block device, how much is used", size, |v: &u64| show_size(*v);
     nvme_io: "CHOICE", "How bytes get to them: auto, uring or threads", nvme_io, show_nvme_io;
-    nvme_write_budget: "SIZE", "Most bytes that each of them takes in a day; or off", budget, show_budget;
+    nvme_write_budget: "SIZE", "Most bytes that each of them takes in a day; off; or auto: off for those that are named, 16 times its size for one that is not", budget, show_budget;
     nvme_faults: "PATH", "For tests: a file that says how each of them shall fail; or off", faults, show_faults;
     offload: "CHOICE", "When blocks are written there: write_through or second_use", offload, show_offload;
     read_ahead: "CHOICE", "Whether a lookup that keeps what it finds begins to bring up what is there: on or off", switch, show_switch;
@@ -232,32 +232,39 @@ macro_rules! choice {
 }
 
 choice!(huge_pages, show_huge_pages, HugePages, "auto" => HugePages::Auto, "off" => HugePages::Off, "require" => HugePages::Require);
-fn paths(text: &str) -> Result<Vec<PathBuf>, String> {
-    if text == "off" {
-        return Ok(Vec::new());
-    }
-    text.split(',').map(|one| path(one.trim())).collect()
-}
-
-fn show_paths(value: &[PathBuf]) -> String {
-    if value.is_empty() {
-        return "off".to_owned();
-    }
-    let all: Vec<String> = value.iter().map(|one| show_path(one)).collect();
-    all.join(",")
-}
-
-fn budget(text: &str) -> Result<u64, String> {
+fn nvme(text: &str) -> Result<Nvme, String> {
     match text {
-        "off" => Ok(0),
-        _ => size(text),
+        "auto" => Ok(Nvme::Auto),
+        "off" => Ok(Nvme::Paths(Vec::new())),
+        _ => {
+            let paths: Result<_, _> = text.split(',').map(|one| path(one.trim())).collect();
+            paths.map(Nvme::Paths)
+        }
     }
 }
 
-fn show_budget(value: &u64) -> String {
+fn show_nvme(value: &Nvme) -> String {
     match value {
-        0 => "off".to_owned(),
-        bytes => show_size(*bytes),
+        Nvme::Auto => "auto".to_owned(),
+        Nvme::Paths(paths) if paths.is_empty() => "off".to_owned(),
+        Nvme::Paths(paths) => {
+            let all: Vec<String> = paths.iter().map(|one| show_path(one)).collect();
+            all.join(",")
+        }
+    }
+}
+
+fn budget(text: &str) -> Result<Option<u64>, String> {
+    match text {
+        "off" => Ok(Some(0)),
+        _ => auto_size(text),
+    }
+}
+
+fn show_budget(value: &Option<u64>) -> String {
+    match value {
+        Some(0) => "off".to_owned(),
+        _ => show_auto_size(value),
     }
 }
 

@@ -6,6 +6,7 @@ use super::*;
 
 fn surroundings() -> Surroundings {
     Surroundings {
+        cache_dir: None,
         uid: 7,
         ram_bytes: 8 << 30,
         xdg_runtime_dir: None,

@@ -28,6 +28,8 @@ pub(crate) struct Surroundings {
     pub(crate) xdg_runtime_dir: Option<PathBuf>,
     /// Whether a directory can be made in `/run`.
     pub(crate) run_writable: bool,
+    /// `XDG_CACHE_HOME`, else `.cache` in `HOME`, when set.
+    pub(crate) cache_dir: Option<PathBuf>,
 }
 
 impl Surroundings {
@@ -35,13 +37,17 @@ impl Surroundings {
     pub(crate) fn of_process() -> Self {
         let info = rustix::system::sysinfo();
         let unit = u64::from(info.mem_unit.max(1));
+        let directory = |name| {
+            let path = std::env::var_os(name).map(PathBuf::from);
+            path.filter(|path| path.is_absolute())
+        };
         Self {
             uid: rustix::process::getuid().as_raw(),
             ram_bytes: info.totalram * unit,
-            xdg_runtime_dir: std::env::var_os("XDG_RUNTIME_DIR")
-                .filter(|d| !d.is_empty())
-                .map(PathBuf::from),
+            xdg_runtime_dir: directory("XDG_RUNTIME_DIR"),
             run_writable: rustix::fs::access("/run", rustix::fs::Access::WRITE_OK).is_ok(),
+            cache_dir: directory("XDG_CACHE_HOME")
+                .or_else(|| directory("HOME").map(|home| home.join(".cache"))),
         }
     }
 
@@ -59,6 +65,15 @@ impl Surroundings {
 pub(crate) enum Eviction {
     Lru,
     S3Fifo,
+}
+
+/// Where blocks below host memory are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Nvme {
+    /// In a directory of the user's cache directory, if that is fit for it.
+    Auto,
+    /// In these directories or devices; none: nowhere.
+    Paths(Vec<PathBuf>),
 }
 
 /// How bytes get to a store.
@@ -148,11 +163,13 @@ pub(crate) struct Values {
     pub(crate) host_capacity: u64,
     pub(crate) extent_size: Option<u64>,
     pub(crate) huge_pages: HugePages,
-    pub(crate) nvme: Vec<PathBuf>,
+    pub(crate) nvme: Nvme,
+    /// What `auto` means, when there is a home.
+    pub(crate) cache_dir: Option<PathBuf>,
     pub(crate) nvme_capacity: u64,
     pub(crate) nvme_io: NvmeIo,
-    /// Bytes a day; 0: no limit.
-    pub(crate) nvme_write_budget: u64,
+    /// Bytes a day, 0 for no limit; or what fits the place.
+    pub(crate) nvme_write_budget: Option<u64>,
     pub(crate) nvme_faults: Option<PathBuf>,
     pub(crate) offload: Offload,
     /// Lookups that lease begin to bring up what is below.
@@ -187,10 +204,11 @@ impl Values {
             host_capacity: (surroundings.ram_bytes / 4).min(4 << 30) & !(CAPACITY_MIN - 1),
             extent_size: None,
             huge_pages: HugePages::Auto,
-            nvme: Vec::new(),
+            nvme: Nvme::Auto,
+            cache_dir: surroundings.cache_dir.as_ref().map(|dir| dir.join("kvd")),
             nvme_capacity: 16 << 30,
             nvme_io: NvmeIo::Auto,
-            nvme_write_budget: 0,
+            nvme_write_budget: None,
             nvme_faults: None,
             offload: Offload::WriteThrough,
             read_ahead: true,
@@ -289,9 +307,11 @@ impl Values {
                 show_size(NVME_MIN)
             );
         }
-        for (at, path) in self.nvme.iter().enumerate() {
-            if self.nvme[..at].contains(path) {
-                bail!("nvme names {} twice: name each once", path.display());
+        if let Nvme::Paths(paths) = &self.nvme {
+            for (at, path) in paths.iter().enumerate() {
+                if paths[..at].contains(path) {
+                    bail!("nvme names {} twice: name each once", path.display());
+                }
             }
         }
         if !(0.0..=1.0).contains(&self.lease_share) {

@@ -105,6 +105,13 @@ impl Home {
         Daemon::spawn(self.command(flags), Arc::clone(&self.run))
     }
 
+    /// A daemon of a user with this home, told nothing of stores.
+    pub(crate) fn serve_at(&self, home: &Path) -> Daemon {
+        let mut command = self.command(&["--nvme", "auto"]);
+        command.env("HOME", home);
+        Daemon::spawn(command, Arc::clone(&self.run))
+    }
+
     /// One that does not come to serve: its exit status, and what it said.
     pub(crate) fn refused(&self, flags: &[&str]) -> (i32, String) {
         let out = run(self.command(flags));

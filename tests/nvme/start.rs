@@ -21,6 +21,31 @@ fn two_daemons_do_not_share_a_store() {
 }
 
 #[test]
+fn unasked_blocks_are_kept_in_the_users_cache_directory() {
+    let (one, two) = (Home::new(), Home::new());
+    let home = one.store.path();
+    let daemon = one.serve_at(home);
+    Engine::new(&daemon).store(1, 0..16);
+    offloaded(&daemon, 16);
+    let second = two.serve_at(home);
+    assert!(
+        second.status().stores.is_empty(),
+        "one has it, the other goes on without"
+    );
+    Engine::new(&second).store(1, 0..16);
+    drop(second);
+    drop(daemon); // by SIGKILL
+    let file = home.join(".cache/kvd/kvd.nvme");
+    assert_eq!(std::fs::metadata(file).expect("there").len(), 128 << 20);
+    let daemon = one.serve_at(home);
+    assert_eq!(store(&daemon).blocks, 16);
+    Engine::new(&daemon).load_all(1, 0..16);
+    // Memory is no disk.
+    let memory = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    assert!(two.serve_at(memory.path()).status().stores.is_empty());
+}
+
+#[test]
 fn a_newer_format_is_refused_and_left_untouched() {
     let home = Home::new();
     drop(home.serve(&[]));

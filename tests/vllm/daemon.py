@@ -44,7 +44,9 @@ class Daemon:
 
     def _env(self) -> dict[str, str]:
         """Nothing of the caller's configuration. (KVD_BIN and KVD_TEST_* are the tests' own; kvd refuses variables it does not know.)"""
-        return {k: v for k, v in os.environ.items() if not k.startswith("KVD_")} | {"KVD_RUNTIME_DIR": str(self.where / "run"), "HOME": str(self.where)}
+        return {k: v for k, v in os.environ.items() if not k.startswith("KVD_")} | {
+            "KVD_RUNTIME_DIR": str(self.where / "run"), "KVD_NVME": "off", "HOME": str(self.where)
+        }
 
     def start(self, wait: bool = True) -> Daemon:
         assert self.process is None

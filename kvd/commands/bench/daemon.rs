@@ -57,6 +57,8 @@ impl Daemon {
             .arg("--runtime-dir")
             .arg(&directory)
             .args(flags)
+            // Unless a flag names a place.
+            .env("KVD_NVME", "off")
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn();

@@ -4,7 +4,7 @@
 //! completion, a new operation or a deadline of the store. Deliberately absent: what is stored where (`kvd-core`).
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -243,7 +243,7 @@ fn open(
     tell: &SyncSender<Opening>,
 ) -> Result<(Store<DiskIo>, DeviceStatus), String> {
     let began = clock();
-    let backing = Arc::new(backing(config)?);
+    let backing = Arc::new(backing(&config.path, config.store.capacity)?);
     let store = StoreConfig {
         capacity: backing.bytes(),
         ..config.store.clone()
@@ -284,12 +284,15 @@ fn open(
     Ok((opened.store, status))
 }
 
-/// Opens the file or device. The kernel lets go of a killed daemon's ring, and with it of its lock, some time after the process is
-/// gone: so that is waited for, for a while.
-fn backing(config: &DeviceConfig) -> Result<Backing, String> {
+/// Opens a store's file or device. The kernel lets go of a killed daemon's ring, and with it of its lock, some time after the process
+/// is gone: so that is waited for, for a while.
+///
+/// # Errors
+/// As [`Backing::open`], as text.
+pub fn backing(path: &Path, capacity: u64) -> Result<Backing, String> {
     let until = clock() + LOCK_WITHIN;
     loop {
-        match Backing::open(&config.path, Some(config.store.capacity)) {
+        match Backing::open(path, Some(capacity)) {
             Err(error) if error.kind() == OpenErrorKind::Busy && clock() < until => {
                 let pause = Timespec {
                     tv_sec: 0,

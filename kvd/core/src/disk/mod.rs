@@ -47,11 +47,12 @@ pub(crate) struct StoredSpace {
     pub(crate) bytes: u64,
 }
 
-/// Bytes that may be written yet: fills up by the clock, up to an hour's worth.
+/// Bytes that may be written yet: begins with an hour's worth, and fills up to that by the clock.
 #[derive(Debug, Default)]
 pub(crate) struct Budget {
     level: u64,
-    filled: u64,
+    /// When it was filled up last.
+    filled: Option<u64>,
 }
 
 /// One store.

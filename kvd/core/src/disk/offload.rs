@@ -25,11 +25,13 @@ impl Budget {
         }
         // An hour's worth may be saved up, and at least some blocks.
         let most = (per_day / 24).max(bytes);
-        let since = now.saturating_sub(self.filled);
-        let more = u128::from(per_day) * u128::from(since) / DAY_US;
+        let more = match self.filled {
+            None => u128::from(most),
+            Some(then) => u128::from(per_day) * u128::from(now.saturating_sub(then)) / DAY_US,
+        };
         if more > 0 {
             self.level = most.min(self.level.saturating_add(more.min(u128::from(most)) as u64));
-            self.filled = now;
+            self.filled = Some(now);
         }
         let enough = self.level >= bytes;
         if enough {

@@ -271,9 +271,12 @@ fn what_is_in_the_way_drops_the_offload_and_is_counted() {
         },
         2,
     );
-    node.world.now += 2 * 3_600_000_000;
     node.put(&hashes(0..5));
-    assert_eq!(node.world.core.tier_counters().offload_budget, 2);
+    assert_eq!(
+        node.world.core.tier_counters().offload_budget,
+        2,
+        "an hour's worth at first"
+    );
     node.world.now += 3_600_000_000;
     node.put(&hashes(20..21));
     assert_eq!(node.world.core.tier_counters().offload_budget, 2);
