@@ -11,8 +11,8 @@ mod blocks;
 mod common;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use blocks::{Buffers, hashes};
@@ -23,7 +23,9 @@ use kvd_connectors::meta::{
 };
 use kvd_connectors::scheduler::{Adapter, Match, Scheduler, Settings};
 use kvd_connectors::worker::{Results, Settings as WorkerSettings, Worker};
-use kvd_device::HostDevice;
+use kvd_device::{
+    Device, Error, HostDevice, LoadJob, Loaded, Passed, Point, StoreJob, StreamHandle,
+};
 use kvd_wire::session::Ping;
 use prost::Message;
 
@@ -82,6 +84,15 @@ struct Engine {
 
 impl Engine {
     fn start(socket: &Path, fill: u8, load_deadline: Duration) -> Engine {
+        Self::start_on(Arc::new(HostDevice), socket, fill, load_deadline)
+    }
+
+    fn start_on(
+        device: Arc<dyn Device>,
+        socket: &Path,
+        fill: u8,
+        load_deadline: Duration,
+    ) -> Engine {
         let cache = Buffers::new(1, |_| fill);
         let now = Arc::new(AtomicU64::new(0));
         let clock = now.clone();
@@ -93,7 +104,7 @@ impl Engine {
         let worker = Worker::new(
             settings,
             worker_link.clone(),
-            Arc::new(HostDevice),
+            device,
             Arc::new(move || clock.load(Ordering::Relaxed)),
             hello(0, 1),
             Some(cache.refs()[0].at.clone()),
@@ -134,8 +145,8 @@ impl Engine {
         if !orders.is_empty() {
             self.worker.begin(&orders).expect("orders");
         }
-        self.worker.start_loads(0);
-        self.worker.start_stores(0);
+        self.worker.start_loads(StreamHandle::DEFAULT);
+        self.worker.start_stores(StreamHandle::DEFAULT);
         let results = self.worker.results();
         let report = self.worker.report();
         let texts = |list: &[String]| list.to_vec();
@@ -270,6 +281,132 @@ fn a_lost_daemon_fails_a_load_at_once_and_stores_resume_by_themselves() {
     assert_eq!(engine.scheduler.counters().hold_timeouts, 0);
 }
 
+/// A fake device: it copies as the host does, and what an engine computes is over when the test says so.
+#[derive(Clone, Default)]
+struct FakeStream(Arc<(Mutex<Work>, Condvar)>);
+
+#[derive(Default)]
+struct Work {
+    over: bool,
+    broken: bool,
+    /// How often somebody waited for it to be over.
+    waits: u32,
+    /// Copies that did not.
+    early: u32,
+}
+
+impl FakeStream {
+    fn work(&self) -> MutexGuard<'_, Work> {
+        self.0.0.lock().expect("nobody panics")
+    }
+
+    fn set(&self, over: bool) {
+        self.work().over = over;
+        self.0.1.notify_all();
+    }
+
+    fn copies(&self) {
+        let mut work = self.work();
+        work.early += u32::from(!work.over);
+    }
+}
+
+impl Passed for FakeStream {
+    fn wait(&self) -> Result<(), Error> {
+        let mut work = self.work();
+        work.waits += 1;
+        let waited = self.0.1.wait_timeout_while(work, LONG, |work| !work.over);
+        assert!(!waited.expect("nobody panics").1.timed_out());
+        Ok(())
+    }
+}
+
+impl Device for FakeStream {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn register(&self, _: usize, _: usize) -> Result<Option<kvd_arena::Registered>, Error> {
+        Ok(None)
+    }
+
+    fn point(&self, _: StreamHandle) -> Result<Point, Error> {
+        match self.work().broken {
+            true => Err(Error::Failed("broken".into())),
+            false => Ok(Point::new(self.clone())),
+        }
+    }
+
+    fn store(&self, jobs: &[StoreJob<'_>], crcs: &mut Vec<u64>) -> Result<(), Error> {
+        self.copies();
+        HostDevice.store(jobs, crcs)
+    }
+
+    fn load(&self, jobs: &[LoadJob<'_>], results: &mut Vec<Loaded>) -> Result<(), Error> {
+        self.copies();
+        HostDevice.load(jobs, results)
+    }
+}
+
+#[test]
+fn copies_wait_for_what_the_engine_computes() {
+    let (_dir, path, daemon) = daemon(Script::default());
+    let stream = FakeStream::default();
+    let mut engine = Engine::start_on(Arc::new(stream.clone()), &path, 42, LONG);
+    engine.connect();
+    engine
+        .scheduler
+        .on_new_request(0, "a", Adapter::Base, &[], true);
+    engine.step(&["a"], &[0]);
+    assert_eq!(engine.scheduler.finish_from(0, "a", 1), Some(0));
+    assert!(engine.scheduler.finished(0, "a", &hashes(0..1), &[0]));
+    engine.until("a store waits", |_| stream.work().waits == 1);
+    assert!(engine.results.sent.is_empty());
+    stream.set(true);
+    engine.until("it is stored", |engine| !engine.results.sent.is_empty());
+    stream.set(false);
+    engine.order_load("b", 0);
+    engine.step(&[], &[]);
+    // The daemon is asked meanwhile.
+    daemon.expect(LOAD);
+    engine.until("a load waits", |_| stream.work().waits == 2);
+    assert!(engine.results.received.is_empty());
+    stream.set(true);
+    engine.until("it is loaded", |engine| !engine.results.received.is_empty());
+    assert!(engine.results.invalid.is_empty() && engine.cache.holds(0, 42));
+    assert_eq!(stream.work().early, 0);
+}
+
+#[test]
+fn nothing_is_copied_while_the_cache_may_be_unmapped_or_the_device_is_broken() {
+    let (_dir, path, _daemon) = daemon(Script::default());
+    let stream = FakeStream::default();
+    stream.set(true);
+    let mut engine = Engine::start_on(Arc::new(stream.clone()), &path, 42, LONG);
+    engine.connect();
+    engine.compute_and_finish("a", 0);
+    assert_eq!(engine.worker.counters().copied_blocks, 1);
+    engine.worker.pause();
+    engine.order_load("b", 0);
+    engine.until("it has failed", |engine| {
+        !engine.results.received.is_empty()
+    });
+    assert_eq!(std::mem::take(&mut engine.results.invalid), [0]);
+    engine.worker.resume();
+    stream.work().broken = true;
+    engine.order_load("c", 0);
+    engine.until("it has failed", |engine| engine.results.received.len() == 2);
+    assert_eq!(engine.results.invalid, [0]);
+    engine.compute_and_finish("d", 1);
+    let counters = engine.worker.counters();
+    assert_eq!((counters.copied_blocks, counters.dropped_blocks), (1, 1));
+    assert_eq!(engine.worker.notices().len(), 1, "said once");
+    stream.work().broken = false;
+    engine.order_load("e", 0);
+    engine.until("it is loaded", |engine| engine.results.received.len() == 3);
+    assert_eq!(engine.worker.counters().loaded_blocks, 1);
+}
+
 /// Aborts that the daemon gets when a worker has another connection than its order says.
 fn aborts_of_stale_orders(change: fn(&mut StoreOrder)) -> Vec<Vec<u32>> {
     let (_dir, path, daemon) = daemon(Script::default());
@@ -298,7 +435,7 @@ fn aborts_of_stale_orders(change: fn(&mut StoreOrder)) -> Vec<Vec<u32>> {
         change(&mut meta.stores[0]);
         engine.worker.begin(&meta.encode_to_vec()).expect("orders");
     }
-    engine.worker.start_stores(0);
+    engine.worker.start_stores(StreamHandle::DEFAULT);
     engine.worker.wait_idle();
     assert_eq!(engine.worker.counters().copied_blocks, copied);
     assert_eq!(engine.worker.counters().dropped_blocks, 1);
@@ -369,7 +506,7 @@ fn replicas_take_turns_by_hash() {
             ..StepMeta::default()
         };
         worker.begin(&meta.encode_to_vec()).expect("orders");
-        worker.start_stores(0);
+        worker.start_stores(StreamHandle::DEFAULT);
         worker.wait_idle();
         assert_eq!(worker.results().sent, ["a"], "both report, one writes");
         let counters = worker.counters();
@@ -403,7 +540,7 @@ fn what_can_not_be_loaded_is_still_over() {
         ..StepMeta::default()
     };
     worker.begin(&meta.encode_to_vec()).expect("orders");
-    worker.start_loads(0);
+    worker.start_loads(StreamHandle::DEFAULT);
     let results = worker.results();
     assert_eq!(results.received, ["a"]);
     assert_eq!(results.invalid, [4, 5]);

@@ -7,7 +7,7 @@ use kvd_core::GroupKind;
 use kvd_core::geometry::{Cut, GroupGeometry};
 use kvd_device::{
     CudaDevice, Device, HostDevice, LayerView, LoadJob, LoadPlan, Loaded, Pages, PartGeometry,
-    StoreJob,
+    StoreJob, StreamHandle,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -83,6 +83,8 @@ impl KvCache {
                 pages: &pages,
                 part,
             };
+            // SAFETY: the caller's promise: 0 or a live stream of this device.
+            let stream = unsafe { StreamHandle::new(stream) };
             self.device.point(stream)?.wait()?;
             self.device.store(&[job], &mut Vec::new())
         })
@@ -120,7 +122,7 @@ fn open(py: Python<'_>, name: &str) -> PyResult<Arc<dyn Device>> {
     let (kind, number) = name.split_once(':').unwrap_or((name, "0"));
     match (kind, number.parse::<u32>()) {
         ("cpu", Ok(_)) => Ok(Arc::new(HostDevice)),
-        ("cuda", Ok(number)) => match CudaDevice::open(number) {
+        ("cuda", Ok(number)) => match py.detach(|| CudaDevice::open(number)) {
             Ok(device) => Ok(Arc::new(device)),
             Err(failure) => Err(error(
                 py,
@@ -173,6 +175,8 @@ impl KvCache {
             pages: &pages,
         };
         let mut results = Vec::new();
+        // SAFETY: the caller's promise: 0 or a live stream of this device.
+        let stream = unsafe { StreamHandle::new(stream) };
         let after = self.device.point(stream).map_err(|e| text(&e))?;
         after.wait().map_err(|e| text(&e))?;
         self.device

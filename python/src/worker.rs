@@ -9,7 +9,7 @@ use kvd_client::{Identity, Role};
 use kvd_connectors::meta::{RankGroup, RankHello, VERSION};
 use kvd_connectors::notice::Level;
 use kvd_connectors::worker::{Counters, Settings, Worker};
-use kvd_device::{Device, HostDevice};
+use kvd_device::{Device, HostDevice, StreamHandle};
 use parking_lot::Mutex;
 use prost::Message;
 use pyo3::prelude::*;
@@ -140,16 +140,33 @@ impl WorkerHalf {
         py.detach(|| self.with(|half| half.wait_idle()));
     }
 
-    /// `stream`: the handle of the stream that the engine computes on; 0 where there is none.
-    #[pyo3(signature = (stream=0))]
-    fn start_loads(&self, stream: usize) {
-        self.with(|half| half.start_loads(stream));
+    /// `stream` gives the handle of the stream that the engine computes on; it is called if there is something to load.
+    #[pyo3(signature = (stream=None))]
+    fn start_loads(&self, stream: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        if self.with(|half| half.has_loads()) == Some(true) {
+            let stream = handle(stream)?;
+            self.with(|half| half.start_loads(stream));
+        }
+        Ok(())
     }
 
     /// As `start_loads`.
-    #[pyo3(signature = (stream=0))]
-    fn start_stores(&self, stream: usize) {
-        self.with(|half| half.start_stores(stream));
+    #[pyo3(signature = (stream=None))]
+    fn start_stores(&self, stream: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        if self.with(|half| half.has_stores()) == Some(true) {
+            let stream = handle(stream)?;
+            self.with(|half| half.start_stores(stream));
+        }
+        Ok(())
+    }
+
+    /// Waits until no copy is under way, and lets none begin until `resume`.
+    fn pause(&self, py: Python<'_>) {
+        py.detach(|| self.with(Worker::pause));
+    }
+
+    fn resume(&self) {
+        self.with(Worker::resume);
     }
 
     fn results(&self) -> Results {
@@ -187,4 +204,14 @@ impl WorkerHalf {
         let half = self.inner.lock().take();
         py.detach(|| drop(half));
     }
+}
+
+/// What the engine's framework says is its stream.
+fn handle(stream: Option<&Bound<'_, PyAny>>) -> PyResult<StreamHandle> {
+    let Some(stream) = stream else {
+        return Ok(StreamHandle::DEFAULT);
+    };
+    let handle = stream.call0()?.extract()?;
+    // SAFETY: `vllm/caches.py` takes it from the framework's current stream on the device of the KV cache, which the engine keeps.
+    Ok(unsafe { StreamHandle::new(handle) })
 }

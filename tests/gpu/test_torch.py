@@ -74,6 +74,7 @@ def test_copies_come_after_the_streams_work():
             for tensor in one.tensors:
                 tensor.fill_(0)
             copies.unpack(4, block, caches.stream(one))
+        stream.synchronize()  # or what is filled later is not seen
         assert copies.pack(4) == block, f"turn {turn}"
 
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use kvd_client::{Link, Registration};
 use kvd_core::geometry::{Cut, GroupGeometry};
-use kvd_device::{Device, Pages, Point};
+use kvd_device::{Device, Pages, Point, StreamHandle};
 use prost::Message;
 
 pub use state::{Counters, Results};
@@ -64,6 +64,8 @@ pub struct Worker {
     /// Connection and registered namespaces, as last reported.
     told_state: Option<(u64, Vec<u32>)>,
     pages: Option<Pages>,
+    paused: bool,
+    device_failed: bool,
     namespaces: HashMap<u32, Arc<Joined>>,
     shared: Arc<Shared>,
     copier: Copier,
@@ -96,6 +98,8 @@ impl Worker {
             told_hello: false,
             told_state: Some((0, Vec::new())),
             pages,
+            paused: false,
+            device_failed: false,
             namespaces: HashMap::new(),
             shared,
             copier,
@@ -191,28 +195,55 @@ impl Worker {
         Ok(())
     }
 
-    /// Where the engine's work on `stream` is now: see [`Device::point`].
-    fn point(&mut self, stream: usize) -> Option<Point> {
-        match self.device.point(stream) {
-            Ok(point) => Some(point),
-            Err(error) => {
-                // Its loads will fail and its stores will be given up.
-                self.notices.warn(format!("the device failed: {error}"));
-                None
+    /// Where the engine's work on this stream is now. If that can't be told, nothing is copied: loads fail, stores are given up.
+    fn point(&mut self, stream: StreamHandle) -> Point {
+        self.device.point(stream).unwrap_or_else(|error| {
+            if !std::mem::replace(&mut self.device_failed, true) {
+                self.notices.warn(format!(
+                    "the device failed; nothing more is stored or loaded: {error}"
+                ));
             }
-        }
+            Point::failed(error)
+        })
     }
 
-    /// Hands this step's loads to the threads. `stream` is what the engine computes on (0 where there are no streams): blocks
-    /// are written when what it was asked up to now is done.
-    pub fn start_loads(&mut self, stream: usize) {
+    /// Whether there are loads for [`Worker::start_loads`].
+    pub fn has_loads(&self) -> bool {
+        !self.loads.is_empty()
+    }
+
+    /// Whether there are stores for [`Worker::start_stores`].
+    pub fn has_stores(&self) -> bool {
+        !self.stores.is_empty()
+    }
+
+    /// Waits until no copy is under way, and lets none begin until [`Worker::resume`]: the KV cache may be unmapped meanwhile, and
+    /// mapped again at the same addresses.
+    pub fn pause(&mut self) {
+        self.paused = true;
+        self.shared.wait_idle();
+    }
+
+    /// Copies may begin again.
+    pub fn resume(&mut self) {
+        self.paused = false;
+    }
+
+    /// The KV cache, if copies may begin.
+    fn pages(&self) -> Option<&Pages> {
+        self.pages.as_ref().filter(|_| !self.paused)
+    }
+
+    /// Hands this step's loads to the threads. `stream` is what the engine computes on: blocks are written when what it was asked
+    /// up to now is done.
+    pub fn start_loads(&mut self, stream: StreamHandle) {
         if self.loads.is_empty() {
             return;
         }
         let after = self.point(stream);
         for order in std::mem::take(&mut self.loads) {
             let joined = self.namespaces.get(&order.namespace).cloned();
-            let (Some(joined), Some(pages), Some(after)) = (joined, &self.pages, &after) else {
+            let (Some(joined), Some(pages)) = (joined, self.pages()) else {
                 self.shared.load_failed(&order.request, &order.blocks);
                 continue;
             };
@@ -230,17 +261,16 @@ impl Worker {
         }
     }
 
-    /// Hands this step's stores to the threads: the forward pass that completes their blocks is over, or asked of `stream`
-    /// (0 where there are no streams).
-    pub fn start_stores(&mut self, stream: usize) {
+    /// Hands this step's stores to the threads: the forward pass that completes their blocks is over, or asked of `stream`.
+    pub fn start_stores(&mut self, stream: StreamHandle) {
         if self.stores.is_empty() {
             return;
         }
         let after = self.point(stream);
         for order in std::mem::take(&mut self.stores) {
             let joined = self.namespaces.get(&order.namespace).cloned();
-            match (joined, &self.pages, &after) {
-                (Some(joined), Some(pages), Some(after)) => {
+            match (joined, self.pages()) {
+                (Some(joined), Some(pages)) => {
                     let task = StoreTask::new(joined, pages.clone(), order, after.clone());
                     self.copier.store(task, &self.link, &self.shared);
                 }

@@ -123,7 +123,8 @@ impl Shared {
         self.closed_one.notify_all();
     }
 
-    /// Waits until no store of this request is under way. Copies are plain memory copies, so this is short.
+    /// Waits until no store of this request is under way. They wait for the engine's work that fills their blocks, which was asked of
+    /// it before, and are short themselves.
     pub(crate) fn wait_for_stores(&self, request: &str) {
         let mut inner = self.inner.lock();
         while inner.open.contains_key(request) {

@@ -351,11 +351,13 @@ fn store(context: &Context, piece: &StorePiece) {
     }
 }
 
-/// Gives the daemon a deadline from the order on for its first answer, and the same again after each: one that is slow with
-/// much is waited for, one that is silent is not, however many loads stand in line.
+/// Gives the daemon a deadline from the order on for its first answer, and the same again for each later one: one that is slow with
+/// much is waited for, one that is silent is not, however many loads stand in line. What the engine and the copies take between two
+/// answers is not the daemon's.
 struct LoadCaller<'a> {
     context: &'a Context,
-    until: u64,
+    /// Of the first answer.
+    until: Option<u64>,
 }
 
 impl Caller for LoadCaller<'_> {
@@ -365,14 +367,15 @@ impl Caller for LoadCaller<'_> {
             drop(self.context.link.submit(body)?);
             return Ok(reply::Body::Release(ReleaseReply {}));
         }
-        let left = self.until.saturating_sub((self.context.clock)());
+        let timeout = match self.until.take() {
+            Some(until) => Duration::from_micros(until.saturating_sub((self.context.clock)())),
+            None => self.context.deadline,
+        };
         let mut caller = LinkCaller {
             link: &self.context.link,
-            timeout: Duration::from_micros(left),
+            timeout,
         };
-        let answer = caller.call(body)?;
-        self.until = (self.context.clock)() + self.context.deadline.as_micros() as u64;
-        Ok(answer)
+        caller.call(body)
     }
 
     /// A load says nothing of what it copied to; its leases are of whoever is asked.
@@ -390,15 +393,17 @@ fn load(context: &Context, task: &LoadTask) -> Vec<u32> {
     let order = &task.order;
     let registered = registered(context, task);
     let mover = task.joined.mover(&context.device, context.deadline);
-    let (Some(registered), Ok(mut mover), Ok(())) = (registered, mover, task.after.wait()) else {
+    let (Some(registered), Ok(mut mover)) = (registered, mover) else {
         context.shared.failed(order.blocks.len());
         return order.blocks.clone();
     };
     let pages = pages_of(&task.pages, &order.blocks);
     let to = refs(&task.pages, &pages);
+    // The daemon looks for the blocks while the engine comes to that point.
+    mover.after(task.after.clone());
     let mut caller = LoadCaller {
         context,
-        until: task.until,
+        until: Some(task.until),
     };
     match mover.load(&mut caller, registered.namespace, &order.hashes, &to) {
         Ok(outcomes) => {

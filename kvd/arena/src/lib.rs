@@ -27,7 +27,7 @@ pub use arena::{Arena, HugePages, default_extent_bytes};
 pub use error::{Error, ErrorKind};
 pub use generations::{GenerationTable, WRITERS_MAX};
 pub use mapping::PageReport;
-pub use view::{ArenaView, Registered, SlotBytes};
+pub use view::{ArenaView, Prepared, Registered, SlotBytes};
 
 pub use kvd_core::ArenaShape;
 

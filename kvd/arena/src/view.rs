@@ -6,7 +6,7 @@
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::SealFlags;
 
@@ -18,15 +18,30 @@ use crate::{ArenaShape, Error, SLOT_MIN_BYTES, memfd};
 /// What a driver gave for memory that it was told of; dropping it takes that back.
 pub type Registered = Box<dyn Send + Sync>;
 
+/// An extent whose pages are in this process' page tables, and what a driver gave for it.
+#[derive(Default)]
+struct Extent(Option<Option<Registered>>);
+
 /// The mapped memory and which file it is.
 struct Memory {
-    /// Dropped first: a driver must not know of memory that is not mapped.
-    registered: Mutex<Vec<Registered>>,
+    /// Dropped first: a driver must not know of memory that is not mapped. Read-locked while copies go there.
+    extents: Vec<RwLock<Extent>>,
     map: Mapping,
     device: u64,
     inode: u64,
-    /// One for each extent: its pages are in this process' page tables, and the driver knows of them.
-    prepared: Vec<Once>,
+}
+
+/// Extents that copies go to or come from: as long as this lives, drivers know of them.
+pub struct Prepared<'a> {
+    _extents: Vec<RwLockReadGuard<'a, Extent>>,
+}
+
+impl std::fmt::Debug for Prepared<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Prepared")
+            .field(&self._extents.len())
+            .finish()
+    }
 }
 
 impl std::fmt::Debug for Memory {
@@ -116,8 +131,7 @@ impl ArenaView {
                     map,
                     device: memory.device,
                     inode: memory.inode,
-                    registered: Mutex::default(),
-                    prepared: (0..extents(shape)).map(|_| Once::new()).collect(),
+                    extents: (0..extents(shape)).map(|_| RwLock::default()).collect(),
                 })
             }
         };
@@ -195,28 +209,49 @@ impl ArenaView {
         (self.memory.map.address() as usize, self.memory.map.len())
     }
 
-    /// Before the first copy from or to an extent: puts its pages into this process' page tables, so that copies do not fault
-    /// page by page, and lets `register` tell a driver of them (address and bytes). Later calls for the same extent do
-    /// nothing; those at the same time wait. Call it for slots that the daemon has handed out: it has faulted their extent in
-    /// already. What `register` gives is dropped before the arena is unmapped.
-    pub fn prepare(&self, slot: u32, register: impl FnOnce(usize, usize) -> Option<Registered>) {
-        let extent = slot / self.shape.slots_per_extent;
-        let Some(once) = self.memory.prepared.get(extent as usize) else {
-            return;
-        };
-        once.call_once_force(|_| {
-            let (offset, bytes) = (
-                u64::from(extent) * self.shape.extent_bytes,
-                self.shape.extent_bytes as usize,
-            );
-            // Copies fault by themselves where this fails.
-            let _ = self.memory.map.populate(offset, bytes);
-            let address = self.memory.map.range(offset, bytes);
-            if let Some(registered) = address.and_then(|at| register(at as usize, bytes)) {
-                let all = self.memory.registered.lock();
-                all.unwrap_or_else(PoisonError::into_inner).push(registered);
+    /// Before copies from or to slots that the daemon has handed out, whose extents it has faulted in: puts the pages of each
+    /// extent into this process' page tables, once, so that copies do not fault page by page, and lets `register` tell a driver
+    /// of them (address and bytes). What that gives is dropped before the arena is unmapped.
+    pub fn prepare(
+        &self,
+        slots: impl Iterator<Item = u32>,
+        register: &dyn Fn(usize, usize) -> Option<Registered>,
+    ) -> Prepared<'_> {
+        // Each once: whoever waits to forget one would stand between two locks of one thread.
+        let mut numbers: Vec<u32> = slots.map(|s| s / self.shape.slots_per_extent).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        let extents = numbers.into_iter().filter_map(|number| {
+            let lock = self.memory.extents.get(number as usize)?;
+            let extent = lock.read().unwrap_or_else(PoisonError::into_inner);
+            if extent.0.is_some() {
+                return Some(extent);
             }
+            drop(extent);
+            let mut extent = lock.write().unwrap_or_else(PoisonError::into_inner);
+            if extent.0.is_none() {
+                let offset = u64::from(number) * self.shape.extent_bytes;
+                let bytes = self.shape.extent_bytes as usize;
+                // Copies fault by themselves where this fails.
+                let _ = self.memory.map.populate(offset, bytes);
+                let address = self.memory.map.range(offset, bytes)?;
+                extent.0 = Some(register(address as usize, bytes));
+            }
+            Some(RwLockWriteGuard::downgrade(extent))
         });
+        Prepared {
+            _extents: extents.collect(),
+        }
+    }
+
+    /// Takes back what a driver was told of this slot's extent, once no copy uses it; the next [`ArenaView::prepare`] tells it anew.
+    /// For bytes that are not what was stored: if somebody has punched a hole there, a driver goes on with pages that nobody else
+    /// has.
+    pub fn forget(&self, slot: u32) {
+        let number = slot / self.shape.slots_per_extent;
+        if let Some(lock) = self.memory.extents.get(number as usize) {
+            lock.write().unwrap_or_else(PoisonError::into_inner).0 = None;
+        }
     }
 }
 

@@ -174,8 +174,10 @@ fn populate_faults_in_and_smaps_says_so() {
     assert_eq!(report.resident_bytes, 2 * EXTENT);
     assert_eq!(report.kernel_page_bytes, 4096);
     let view = view(&arena);
-    view.prepare(16, |_, _| None);
-    view.prepare(u32::MAX, |_, _| panic!("there is no such extent"));
+    drop(view.prepare([16, 17, 16].into_iter(), &|_, _| None));
+    drop(view.prepare([u32::MAX].into_iter(), &|_, _| {
+        panic!("there is no such extent")
+    }));
 }
 
 #[test]
@@ -199,12 +201,20 @@ fn a_driver_is_told_once_of_each_extent_and_again_before_it_is_unmapped() {
     let per = view.shape().slots_per_extent;
     std::thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(|| view.prepare(per + 1, tell));
+            scope.spawn(|| drop(view.prepare([per + 1, per].into_iter(), &tell)));
         }
     });
     assert_eq!(told.load(Ordering::SeqCst), 1, "one extent, whoever comes");
-    view.prepare(3 * per, tell);
+    let both = view.prepare([3 * per, per].into_iter(), &tell);
     assert_eq!(told.load(Ordering::SeqCst), 2);
+    std::thread::scope(|scope| {
+        scope.spawn(|| view.forget(per));
+        assert_eq!(told.load(Ordering::SeqCst), 2, "a copy may be under way");
+        drop(both);
+    });
+    assert_eq!(told.load(Ordering::SeqCst), 1, "one is forgotten");
+    drop(view.prepare([per].into_iter(), &tell));
+    assert_eq!(told.load(Ordering::SeqCst), 2, "and told anew");
     drop(view);
     assert_eq!(told.load(Ordering::SeqCst), 0, "taken back");
 }

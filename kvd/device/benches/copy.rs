@@ -37,7 +37,7 @@ fn setup(layers: u32, heads: u32, nhd: bool) -> Setup {
     let view = ArenaView::map(dup(arena.fd()), dup(arena.generation_fd()), arena.shape());
     let view = view.expect("a view");
     for slot in (0..arena.generations().slots()).step_by(arena.shape().slots_per_extent as usize) {
-        view.prepare(slot, |_, _| None);
+        drop(view.prepare([slot].into_iter(), &|_, _| None));
     }
     let mut engine: Vec<u8> = (0..TOTAL).map(|i| (i * 31) as u8).collect();
     let (page, cell) = (block / layers as usize, 256);

@@ -6,7 +6,7 @@ use kvd_arena::checksum::{Engine, State};
 use kvd_arena::{Registered, SlotBytes};
 
 use crate::view::LayerView;
-use crate::{Device, Error, LoadJob, Loaded, Pages, PartGeometry, Point, StoreJob};
+use crate::{Device, Error, LoadJob, Loaded, Pages, PartGeometry, Point, StoreJob, StreamHandle};
 
 /// A batch that is at least this long goes past the caches on its way into the engine: it would not stay in them. Bytes.
 const STREAM_LOADS_FROM: usize = 8 << 20;
@@ -24,7 +24,7 @@ impl Device for HostDevice {
         Ok(None)
     }
 
-    fn point(&self, _stream: usize) -> Result<Point, Error> {
+    fn point(&self, _stream: StreamHandle) -> Result<Point, Error> {
         Ok(Point::passed())
     }
 

@@ -26,7 +26,7 @@ pub use error::Error;
 pub use host::HostDevice;
 pub use owned::OwnedPages;
 pub use plan::LoadPlan;
-pub use point::{Passed, Point};
+pub use point::{Passed, Point, StreamHandle};
 pub use view::{LayerView, Pages, PartGeometry};
 
 /// One block to copy out of the engine.
@@ -116,16 +116,15 @@ pub trait Device: Send + Sync {
     /// When the driver refuses; copies work all the same, slower.
     fn register(&self, address: usize, bytes: usize) -> Result<Option<Registered>, Error>;
 
-    /// The point that the engine's own work on `stream` has come to: copies out of what it writes, or into what it reads, wait
-    /// for it. `stream` is the framework's handle of a stream of this device (for CUDA a `CUstream`, 0 for the default
-    /// one), alive during the call; ordinary memory has none, and its work is over when it is asked.
+    /// The point that the engine's own work on this stream has come to: copies out of what it writes, or into what it reads, wait
+    /// for it. Ordinary memory has no streams, and its work is over when it is asked.
     ///
     /// # Errors
     /// When the driver refuses.
-    fn point(&self, stream: usize) -> Result<Point, Error>;
+    fn point(&self, stream: StreamHandle) -> Result<Point, Error>;
 
     /// Copies blocks out of the engine. Appends to `crcs` the CRC-64/NVME of every head of the part over
-    /// `[layer][token][cell]`, as written to the slot, job after job.
+    /// `[layer][token][cell]`, of the very words that were copied, job after job: in the slot, or on the way there in the device.
     ///
     /// # Errors
     /// `Invalid` when a job does not fit its memory (nothing was copied then); `Failed` when the device fails (slots may

@@ -1,7 +1,7 @@
 //! The CUDA adapter holds what every adapter must, on a real GPU (`make gpu-test`); and without a driver it says so.
 
 use kvd_device::conformance;
-use kvd_device::{CudaDevice, Device, Error};
+use kvd_device::{CudaDevice, Device, Error, StreamHandle};
 
 #[test]
 fn without_a_driver_there_is_a_reason() {
@@ -47,5 +47,9 @@ fn memory_is_registered_once_and_given_back() {
         let again = device.register(address, bytes);
         assert!(matches!(again, Err(Error::Failed(_))), "it is known");
     }
-    device.point(0).expect("a point").wait().expect("passed");
+    device
+        .point(StreamHandle::DEFAULT)
+        .expect("a point")
+        .wait()
+        .expect("passed");
 }

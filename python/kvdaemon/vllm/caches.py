@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,17 @@ def refuse_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
     kind = _kind(groups[0].kv_cache_spec)
     if kind != "full":
         return f"KV caches of the kind {type(groups[0].kv_cache_spec).__name__} are not supported yet"
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False) and not _says_when_it_sleeps():
+        return "sleep mode is not supported with this vLLM: it does not say when the KV cache goes (0.33 does)"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         return "KV scales that are computed while serving (calculate_kv_scales) are not supported"
     return None
+
+
+def _says_when_it_sleeps() -> bool:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    return hasattr(KVConnectorBase_V1, "unregister_kv_caches")
 
 
 def _kind(spec: Any) -> str:
@@ -125,11 +134,18 @@ def _device(device: torch.device) -> str:
     return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
 
 
-def stream(share: Share | None) -> int:
-    """The handle of the stream that the framework computes on now; 0 where it has none."""
-    if share is None or not share.device.startswith("cuda"):
-        return 0
-    return torch.cuda.current_stream(torch.device(share.device)).cuda_stream
+def stream_of(share: Share) -> Callable[[], int] | None:
+    """What gives the handle of the stream that the framework computes on now; nothing where it has none."""
+    if not share.device.startswith("cuda"):
+        return None
+    device = torch.device(share.device)
+    return lambda: torch.cuda.current_stream(device).cuda_stream
+
+
+def stream(share: Share) -> int:
+    """That handle; 0 where there is none."""
+    handle = stream_of(share)
+    return handle() if handle else 0
 
 
 def _layer_order(names: list[str], kv_caches: dict[str, torch.Tensor]) -> list[str]:

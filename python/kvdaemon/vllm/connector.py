@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         self._times: dict[str, deque[int]] = {}
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
-        self._share: caches.Share | None = None
+        self._stream: Callable[[], int] | None = None
         self._requests: dict[str, Request] = {}
         self._adapters: set[str] = set()
         self._inplace = 0
@@ -413,7 +413,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             refusal = str(error)
             cache = None
             logger.warning("kvd: KV blocks are neither stored nor loaded: %s", refusal)
-        self._share = share
+        self._stream = caches.stream_of(share) if share else None
         self._start_worker(share, cache, refusal)
 
     def _start_worker(self, share: caches.Share | None, cache: KvCache | None, refusal: str) -> None:
@@ -495,7 +495,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.start_loads(caches.stream(self._share))
+            self._worker.start_loads(self._stream)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are asynchronous: nothing to wait for."""
@@ -505,7 +505,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         if self._worker is not None:
-            self._worker.start_stores(caches.stream(self._share))
+            self._worker.start_stores(self._stream)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._worker is None:
@@ -526,9 +526,13 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         return None if report is None else KvdWorkerMeta([report])
 
     def unregister_kv_caches(self) -> None:
-        """The KV cache is about to be unmapped (sleep). It comes back at the same addresses, so nothing else is needed."""
+        """The KV cache is about to be unmapped (sleep). It comes back at the same addresses; until then nothing is copied."""
         if self._worker is not None:
-            self._worker.wait_idle()
+            self._worker.pause()
+
+    def restore_kv_caches(self) -> None:
+        if self._worker is not None:
+            self._worker.resume()
 
     # --- both -----------------------------------------------------------------------------------------------------------
 

@@ -122,7 +122,6 @@ impl BlockMover {
         for (position, block) in ready.iter().enumerate() {
             match arena.slot(block.slot, block.offset, self.block_bytes) {
                 Ok(slot) if block.generation % 2 == 0 => {
-                    self.prepare(arena, block.slot);
                     copied.push(position);
                     jobs.push(LoadJob {
                         slot,
@@ -136,7 +135,12 @@ impl BlockMover {
             }
         }
         let mut results = Vec::with_capacity(jobs.len());
-        if let Err(error) = self.device.load(&jobs, &mut results) {
+        let slots = copied.iter().map(|position| ready[*position].slot);
+        let prepared = self.prepare(arena, slots);
+        let after = self.after.wait();
+        let loaded = after.and_then(|()| self.device.load(&jobs, &mut results));
+        drop(prepared);
+        if let Err(error) = loaded {
             tracing::warn!(%error, "a copy into the engine failed");
             for position in copied {
                 outcomes[ready[position].at] = LoadOutcome::Failed(FailReason::Device);
@@ -152,6 +156,7 @@ impl BlockMover {
                 LoadOutcome::Failed(FailReason::Overrun)
             } else if result == Loaded::Corrupt {
                 release.corrupt.push(position as u32);
+                arena.forget(block.slot);
                 LoadOutcome::Failed(FailReason::Corrupt)
             } else {
                 LoadOutcome::Loaded

@@ -9,10 +9,10 @@ mod store;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvd_arena::ArenaView;
+use kvd_arena::{ArenaView, Prepared};
 use kvd_core::geometry::{MAX_CRCS, MAX_PARTS};
 use kvd_core::{Cut, GroupGeometry, Rect};
-use kvd_device::{Device, LoadPlan, Pages, PartGeometry};
+use kvd_device::{Device, LoadPlan, Pages, PartGeometry, Point};
 use kvd_wire::session::{reply, request};
 
 use crate::epoch::CopyGuard;
@@ -146,6 +146,7 @@ impl MoverConfig {
 /// Stores and loads blocks of one group, as one rank sees them.
 pub struct BlockMover {
     device: Arc<dyn Device>,
+    after: Point,
     config: MoverConfig,
     own: Rect,
     part: PartGeometry,
@@ -192,6 +193,7 @@ impl BlockMover {
         let too_large = |_| Error::invalid("a block is larger than the address space");
         Ok(Self {
             device,
+            after: Point::passed(),
             part: *plan.part(),
             part_offset: usize::try_from(config.cut.part_offset(config.part, geometry))
                 .map_err(too_large)?,
@@ -227,15 +229,20 @@ impl BlockMover {
         (self.config.window_bytes / slot).clamp(1, most)
     }
 
-    /// Before a copy from or to a slot that the daemon has handed out.
-    fn prepare(&self, arena: &ArenaView, slot: u32) {
-        arena.prepare(slot, |address, bytes| {
+    /// Before copies from or to slots that the daemon has handed out.
+    fn prepare<'a>(&self, arena: &'a ArenaView, slots: impl Iterator<Item = u32>) -> Prepared<'a> {
+        arena.prepare(slots, &|address, bytes| {
             let told = self.device.register(address, bytes);
             told.unwrap_or_else(|error| {
                 tracing::warn!(%error, "copies will be slow: the device can't be told of {} MiB of the arena", bytes >> 20);
                 None
             })
-        });
+        })
+    }
+
+    /// Copies into the engine wait for this point, from when there is something to copy.
+    pub fn after(&mut self, point: Point) {
+        self.after = point;
     }
 
     fn check(&self, hashes: &[u8], blocks: &[BlockRef<'_>]) -> Result<(), Error> {

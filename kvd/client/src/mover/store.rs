@@ -159,7 +159,6 @@ impl BlockMover {
             if arena.generation(slot.slot) != Some(slot.generation) {
                 continue; // stale: not ours any more
             }
-            self.prepare(arena, slot.slot);
             at.push(i);
             jobs.push(StoreJob {
                 from: block.at,
@@ -171,7 +170,9 @@ impl BlockMover {
             return;
         }
         let mut crcs = Vec::with_capacity(jobs.len() * self.part.heads as usize);
+        let prepared = self.prepare(arena, at.iter().map(|i| slots[*i].slot));
         let copied = self.device.store(&jobs, &mut crcs);
+        drop(prepared);
         let numbers: Vec<u32> = at.iter().map(|i| slots[*i].slot).collect();
         let generations: Vec<u64> = at.iter().map(|i| slots[*i].generation).collect();
         let committed = match copied {

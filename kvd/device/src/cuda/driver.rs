@@ -38,6 +38,8 @@ struct CopyAttributes {
 /// `CU_MEMCPY_SRC_ACCESS_ORDER_STREAM`
 const ORDER_STREAM: u32 = 1;
 const BATCH_SINCE: i32 = 12080;
+/// What reads the kernel's PTX, and has all calls that are made here.
+const DRIVER_SINCE: i32 = 12010;
 /// Pieces of one batched call. More of them were slower on an H200: 64 KiB pieces at 0.95 of the link in calls of 32, and at 0.75
 /// in calls of 4096.
 const BATCH: usize = 32;
@@ -84,14 +86,19 @@ unsafe impl Sync for Context {}
 /// A context is current on this thread as long as this lives.
 pub(super) struct Entered<'a> {
     context: &'a Arc<Context>,
+    /// What this thread's calls may do while somebody captures a graph, to be put back.
+    capture: sys::CUstreamCaptureMode,
     /// Current is a property of a thread.
     thread: PhantomData<*const ()>,
 }
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
-        // SAFETY: pops what `enter` has pushed.
-        let _ = unsafe { sys::cuCtxPopCurrent_v2(ptr::null_mut()) };
+        // SAFETY: puts back and pops what `enter` has set and pushed.
+        unsafe {
+            let _ = sys::cuThreadExchangeStreamCaptureMode(&mut self.capture);
+            let _ = sys::cuCtxPopCurrent_v2(ptr::null_mut());
+        }
     }
 }
 
@@ -107,6 +114,14 @@ impl Context {
         // SAFETY: no arguments that could be wrong, and places of the right types.
         unsafe {
             check("cuInit", sys::cuInit(0))?;
+            let version = given("cuDriverGetVersion", |v| sys::cuDriverGetVersion(v))?;
+            if version < DRIVER_SINCE {
+                return Err(Error::Failed(format!(
+                    "CUDA: the driver is one of CUDA {}.{}; 12.1 or newer is needed",
+                    version / 1000,
+                    version % 1000 / 10
+                )));
+            }
             let device = given("cuDeviceGet", |d| sys::cuDeviceGet(d, ordinal as i32))?;
             let context = given("cuDevicePrimaryCtxRetain", |c| {
                 sys::cuDevicePrimaryCtxRetain(c, device)
@@ -136,8 +151,18 @@ impl Context {
         check("cuCtxPushCurrent", unsafe {
             sys::cuCtxPushCurrent_v2(self.context)
         })?;
+        // The engine may be capturing a graph: calls of this thread have nothing to do with it, and must neither fail nor spoil it.
+        let mut capture = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: a place of the right type.
+        let exchanged = unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut capture) };
+        if let Err(error) = check("cuThreadExchangeStreamCaptureMode", exchanged) {
+            // SAFETY: pops what was just pushed.
+            let _ = unsafe { sys::cuCtxPopCurrent_v2(ptr::null_mut()) };
+            return Err(error);
+        }
         Ok(Entered {
             context: self,
+            capture,
             thread: PhantomData,
         })
     }
@@ -243,14 +268,15 @@ impl Entered<'_> {
             let module = given("cuModuleLoadData", |m| {
                 sys::cuModuleLoadData(m, ptx.as_ptr().cast())
             })?;
-            let raw = given("cuModuleGetFunction", |f| {
+            let mut function = Function {
+                module,
+                raw: ptr::null_mut(),
+                context: Arc::clone(self.context),
+            };
+            function.raw = given("cuModuleGetFunction", |f| {
                 sys::cuModuleGetFunction(f, module, name.as_ptr())
             })?;
-            Ok(Function {
-                module,
-                raw,
-                context: Arc::clone(self.context),
-            })
+            Ok(function)
         }
     }
 
@@ -424,7 +450,7 @@ impl Event {
         })
     }
 
-    /// Sleeps until it has passed. Needs no current context.
+    /// Sleeps until it has passed.
     pub(super) fn synchronize(&self) -> Result<(), Error> {
         // SAFETY: a live event.
         check("cuEventSynchronize", unsafe {

@@ -36,6 +36,8 @@ struct Layer {
     u64 token_stride;
 };
 
+static_assert(sizeof(Item) == 48 && sizeof(Layer) == 32, "as in batch.rs");
+
 __device__ static u64 multiply(u64 a, u64 b) {
     u64 product = 0;
     for (int bit = 63; bit >= 0; bit--) {

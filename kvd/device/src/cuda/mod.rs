@@ -1,7 +1,8 @@
 //! The adapter for NVIDIA GPUs: the driver's side of [`crate::gpu`].
 //!
 //! A call takes a lane: two streams with half a staging buffer each, so that one half's transfer runs beside the other half's
-//! kernel. Lanes are made when calls overlap, and kept. The kernel comes as PTX, which the driver compiles.
+//! kernel. All lanes are made at the start, and calls wait for one: a GPU that serves has no memory to spare. The kernel comes as
+//! PTX, which the driver compiles.
 //!
 //! What was measured on an H200 stands behind the form (`docs/benchmarks.md`): pieces of a page are too small to be copied
 //! one by one (8 KiB: a fourteenth of the link by plain calls, at best 0.4 of it batched), pieces of 64 KiB reach the link in
@@ -15,15 +16,17 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 use kvd_arena::Registered;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
-use crate::gpu::batch::{Batch, Chunk, Item, Transfer, Way};
+use crate::gpu::batch::{Batch, Chunk, Item, Layer, Transfer, Way};
 use crate::gpu::{Backend, Gpu, crc};
-use crate::{Device, Error, LoadJob, Loaded, Passed, Point, StoreJob};
+use crate::{Device, Error, LoadJob, Loaded, Passed, Point, StoreJob, StreamHandle};
 pub use memory::{CudaMemory, Link};
 
 use driver::{Context, DeviceMemory, Entered, Event, Function, Pieces, PinnedMemory, Stream};
 
+/// Calls at the same time: what an engine's worker has threads for. Each lane has 16 MiB of the GPU, and a little for lists.
+const LANES: usize = 4;
 /// Bytes of half a staging buffer.
 const HALF_BYTES: usize = 8 << 20;
 /// Blocks of the kernel: enough to be well ahead of the link, and few beside the engine's own.
@@ -32,6 +35,9 @@ const BLOCKS_MAX: u32 = 64;
 const LAST_CHUNKS: usize = 3;
 /// Bytes of a lane's lists, or more when a call needs them.
 const LIST_BYTES: usize = 1 << 20;
+// The kernel has the same.
+const _: () = assert!(size_of::<Item>() == 48 && size_of::<Layer>() == 32);
+
 /// Threads of a block; the kernel is compiled for no more.
 const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / 32;
@@ -61,7 +67,7 @@ impl Device for CudaDevice {
         self.0.register(address, bytes)
     }
 
-    fn point(&self, stream: usize) -> Result<Point, Error> {
+    fn point(&self, stream: StreamHandle) -> Result<Point, Error> {
         self.0.point(stream)
     }
 
@@ -76,7 +82,9 @@ impl Device for CudaDevice {
 
 #[derive(Debug)]
 struct Cuda {
+    /// Those that no call has.
     lanes: Mutex<Vec<Lane>>,
+    free: Condvar,
     tables: DeviceMemory,
     kernel: Function,
     context: Arc<Context>,
@@ -94,14 +102,32 @@ impl Cuda {
         let tables = entered.allocate(words.len() * 8)?;
         let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
         entered.upload(tables.address, &bytes)?;
-        let lane = Lane::new(&entered)?;
+        let lanes = (0..LANES)
+            .map(|_| Lane::new(&entered))
+            .collect::<Result<_, _>>()?;
         drop(entered);
         Ok(Self {
-            lanes: Mutex::new(vec![lane]),
+            lanes: Mutex::new(lanes),
+            free: Condvar::new(),
             tables,
             kernel,
             context,
         })
+    }
+
+    /// Takes a lane; waits for one.
+    fn call(&self) -> Call<'_> {
+        let mut lanes = self.lanes.lock();
+        loop {
+            if let Some(lane) = lanes.pop() {
+                return Call {
+                    lane: Some(lane),
+                    cuda: self,
+                    over: false,
+                };
+            }
+            self.free.wait(&mut lanes);
+        }
     }
 
     /// Asks for everything, in the order in which each half's stream must do it.
@@ -196,23 +222,13 @@ impl Backend for Cuda {
             return Ok(Vec::new());
         }
         let entered = self.context.enter()?;
-        let spare = self.lanes.lock().pop();
-        let mut lane = match spare {
-            Some(lane) => lane,
-            None => Lane::new(&entered)?,
-        };
-        // SAFETY: jobs are borrowed until this returns, and it waits for both streams before, whatever happened.
-        let asked = unsafe { self.ask(&entered, &mut lane, way, batch) };
-        let done = asked.and_then(|()| lane.wait(batch.chunks.len()));
-        if let Err(error) = done {
-            // After an error of the device nothing runs any more; after one of asking, this waits for what was asked.
-            for half in &lane.halves {
-                let _ = half.stream.synchronize();
-            }
-            return Err(error);
-        }
-        let sums = lane.sums(batch.items.len());
-        self.lanes.lock().push(lane);
+        let mut call = self.call();
+        // SAFETY: jobs are borrowed until this returns, and `call` waits for both streams before it lets go of the lane, whatever
+        // happened.
+        unsafe { self.ask(&entered, call.lane(), way, batch)? };
+        call.lane().wait(batch.chunks.len())?;
+        let sums = call.lane().sums(batch.items.len());
+        call.over = true;
         Ok(sums)
     }
 
@@ -221,11 +237,11 @@ impl Backend for Cuda {
         Ok(Some(Box::new(told)))
     }
 
-    fn point(&self, stream: usize) -> Result<Point, Error> {
+    fn point(&self, stream: StreamHandle) -> Result<Point, Error> {
         let entered = self.context.enter()?;
         let event = entered.event()?;
-        // SAFETY: the caller's promise (see `Device::point`) is that this is a stream of this device's primary context.
-        unsafe { event.record_raw(stream as sys::CUstream)? };
+        // SAFETY: who made the handle has promised that it is a stream of this device's primary context.
+        unsafe { event.record_raw(stream.get() as sys::CUstream)? };
         Ok(Point::new(event))
     }
 }
@@ -233,6 +249,37 @@ impl Backend for Cuda {
 impl Passed for Event {
     fn wait(&self) -> Result<(), Error> {
         self.synchronize()
+    }
+}
+
+/// A call that has a lane.
+struct Call<'a> {
+    /// None once it is given back.
+    lane: Option<Lane>,
+    cuda: &'a Cuda,
+    /// All that was asked for is done.
+    over: bool,
+}
+
+impl Call<'_> {
+    fn lane(&mut self) -> &mut Lane {
+        self.lane.as_mut().expect("kept until the call is dropped")
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        let Some(lane) = self.lane.take() else { return };
+        if !self.over {
+            // Something failed on the way; what was asked for before is waited for. An error here is one of the whole context, in
+            // which nothing runs any more.
+            let _entered = self.cuda.context.enter();
+            for half in &lane.halves {
+                let _ = half.stream.synchronize();
+            }
+        }
+        self.cuda.lanes.lock().push(lane);
+        self.cuda.free.notify_one();
     }
 }
 

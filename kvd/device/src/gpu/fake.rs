@@ -6,7 +6,7 @@ use kvd_arena::Registered;
 use super::batch::{Batch, Item, NOWHERE, Shape, Way};
 use super::{Backend, Gpu, crc};
 use crate::conformance::{self, HostMemory};
-use crate::{Error, Point};
+use crate::{Error, Point, StreamHandle};
 
 /// A fake accelerator with a staging buffer of so many bytes.
 #[derive(Debug)]
@@ -102,7 +102,7 @@ impl Backend for FakeGpu {
         Ok(None)
     }
 
-    fn point(&self, _stream: usize) -> Result<Point, Error> {
+    fn point(&self, _stream: StreamHandle) -> Result<Point, Error> {
         Ok(Point::passed())
     }
 }

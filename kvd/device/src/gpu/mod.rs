@@ -12,7 +12,7 @@ mod fake;
 use batch::{Batch, Planner, Way};
 use kvd_arena::Registered;
 
-use crate::{Device, Error, LoadJob, Loaded, Point, StoreJob};
+use crate::{Device, Error, LoadJob, Loaded, Point, StoreJob, StreamHandle};
 
 /// What moves bytes.
 pub(crate) trait Backend: Send + Sync {
@@ -29,7 +29,7 @@ pub(crate) trait Backend: Send + Sync {
     fn register(&self, address: usize, bytes: usize) -> Result<Option<Registered>, Error>;
 
     /// As [`Device::point`].
-    fn point(&self, stream: usize) -> Result<Point, Error>;
+    fn point(&self, stream: StreamHandle) -> Result<Point, Error>;
 }
 
 /// A [`Device`] on a backend.
@@ -57,7 +57,7 @@ impl<B: Backend> Device for Gpu<B> {
         self.0.register(address, bytes)
     }
 
-    fn point(&self, stream: usize) -> Result<Point, Error> {
+    fn point(&self, stream: StreamHandle) -> Result<Point, Error> {
         self.0.point(stream)
     }
 
