@@ -15,7 +15,7 @@ use std::time::Duration;
 use crc_fast::{CrcAlgorithm::Crc64Nvme, Digest};
 use kvd_arena::{Arena, HugePages};
 use kvd_core::tier::{
-    BlockHeader, BlockKey, HostRange, OpId, Place, StoreDone, StoreOp, stride_of,
+    BlockHeader, BlockKey, HostRange, OpId, Place, ReadBlock, StoreDone, StoreOp, stride_of,
 };
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 use kvd_nvme::device::{Device, DeviceConfig, DeviceNews};
@@ -34,10 +34,8 @@ const COUNTED: usize = 8;
 /// How long any answer may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Most that a block may cost on each side: little more than what it costs today, where it is told alone. Lower these when it
-/// costs less.
-const MOST_TO_ASK: f64 = 1.0;
-const MOST_IN_STORE: f64 = 7.0;
+/// Most that a block may cost on each side: nothing, but that a list grows in a batch that is told otherwise than those before it.
+const MOST: f64 = 0.05;
 
 /// Allocations, and their bytes.
 #[derive(Clone, Copy, Default)]
@@ -66,6 +64,9 @@ struct Blocks {
     arena: Arc<Arena>,
     crcs: Vec<u64>,
     next_op: u64,
+    /// What reads that are over have brought back, as core keeps it.
+    #[allow(clippy::vec_box, reason = "the boxes are what is kept")]
+    spare: Vec<Box<ReadBlock>>,
 }
 
 impl Blocks {
@@ -115,6 +116,7 @@ impl Blocks {
             crcs: sums.iter().map(Digest::finalize).collect(),
             geometry,
             next_op: 0,
+            spare: Vec::with_capacity(BATCH),
         }
     }
 
@@ -182,26 +184,33 @@ impl Blocks {
     fn read(&mut self, number: usize) -> (StoreOp, Option<ArenaRange>) {
         self.next_op += 1;
         let (into, host) = self.range(number);
+        let block = self.spare.pop();
         let op = StoreOp::Read {
             op: OpId(self.next_op),
             from: self.place(number),
             into,
             key: self.key(number),
-            geometry: Box::new(self.geometry.clone()),
+            block: block.unwrap_or_else(|| ReadBlock::new(self.geometry.clone())),
         };
         (op, Some(host))
     }
-}
 
-fn check(done: &[StoreDone]) {
-    for one in done {
-        assert!(
-            matches!(
-                one,
-                StoreDone::Written { result: Ok(()), .. } | StoreDone::Read { result: Ok(_), .. }
-            ),
-            "{one:?}"
-        );
+    /// Looks at answers, and keeps what they have brought back.
+    fn check(&mut self, done: &mut Vec<StoreDone>) {
+        for one in done.drain(..) {
+            match one {
+                StoreDone::Written { result: Ok(()), .. } => {}
+                StoreDone::Read {
+                    block,
+                    result: Ok(()),
+                    ..
+                } => {
+                    assert_eq!(block.crcs, self.crcs);
+                    self.spare.push(block);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
     }
 }
 
@@ -248,8 +257,7 @@ fn driven(blocks: &mut Blocks, directory: &Path) -> (Count, Count) {
     let mut lane = Driven::open(directory, &blocks.store_config());
     let mut ops: Vec<_> = (0..BATCH).map(|n| blocks.write(n)).collect();
     lane.all(&mut ops);
-    check(&lane.done);
-    lane.done.clear();
+    blocks.check(&mut lane.done);
     let (mut asking, mut storing) = (Count::default(), Count::default());
     for batch in 0..WARM + COUNTED {
         if batch == WARM {
@@ -257,8 +265,7 @@ fn driven(blocks: &mut Blocks, directory: &Path) -> (Count, Count) {
         }
         asking.of(|| ops.extend((0..BATCH).map(|n| blocks.read(n))));
         storing.of(|| lane.all(&mut ops));
-        check(&lane.done);
-        lane.done.clear();
+        blocks.check(&mut lane.done);
     }
     (asking, storing)
 }
@@ -302,7 +309,9 @@ impl Held {
     /// Takes so many answers. The thread is held again after the last.
     fn answers(&self, wanted: usize, done: &mut Vec<StoreDone>) {
         loop {
-            done.append(&mut self.answers.recv_timeout(PATIENCE).expect("an answer"));
+            let mut some = self.answers.recv_timeout(PATIENCE).expect("an answer");
+            done.append(&mut some);
+            self.device.give_back(some);
             if done.len() >= wanted {
                 return;
             }
@@ -318,8 +327,7 @@ fn threaded(blocks: &mut Blocks, directory: &Path) -> (Count, Count) {
     let mut done = Vec::with_capacity(BATCH);
     lane.ask(&mut ops);
     lane.answers(BATCH, &mut done);
-    check(&done);
-    done.clear();
+    blocks.check(&mut done);
     let (mut asking, mut storing) = (Count::default(), Count::default());
     for batch in 0..WARM + COUNTED {
         if batch == WARM {
@@ -333,15 +341,14 @@ fn threaded(blocks: &mut Blocks, directory: &Path) -> (Count, Count) {
             lane.go.send(()).expect("the thread is there");
             lane.answers(BATCH, &mut done);
         });
-        check(&done);
-        done.clear();
+        blocks.check(&mut done);
     }
     drop(lane.go);
     (asking, storing)
 }
 
 #[test]
-fn blocks_are_loaded_with_few_allocations() {
+fn blocks_are_loaded_without_allocations() {
     // Beside the binary, because `/tmp` may be a tmpfs without direct I/O.
     let place = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let mut rows = Vec::new();
@@ -366,7 +373,7 @@ fn blocks_are_loaded_with_few_allocations() {
             out,
             "{kib:>5} KiB, {what:<6}: {ask:.2} ({ask_bytes:.0}), {store:.2} ({store_bytes:.0})"
         );
-        assert!(ask <= MOST_TO_ASK, "{ask} to ask for a block");
-        assert!(store <= MOST_IN_STORE, "{store} in the store for a block");
+        assert!(ask <= MOST, "{ask} to ask for a block");
+        assert!(store <= MOST, "{store} in the store for a block");
     }
 }

@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail, ensure};
 use crc_fast::{CrcAlgorithm::Crc64Nvme, Digest};
 use kvd_arena::{Arena, HugePages};
 use kvd_core::tier::{
-    BlockHeader, BlockKey, HostRange, OpId, Place, StoreDone, StoreOp, StoreShape, stride_of,
+    BlockHeader, BlockKey, HostRange, OpId, Place, ReadBlock, StoreDone, StoreOp, StoreShape,
+    stride_of,
 };
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 use kvd_nvme::device::{Device, DeviceConfig, DeviceNews};
@@ -169,7 +170,7 @@ impl Lane {
 
     fn op(&self, doing: Doing, op: OpId, number: usize, of: usize, range: HostRange) -> StoreOp {
         let (place, key) = (self.place(number, of), self.key(number));
-        let geometry = Box::new(self.geometry.clone());
+        let geometry = self.geometry.clone();
         match doing {
             Doing::Store => StoreOp::Write {
                 op,
@@ -181,7 +182,7 @@ impl Lane {
                     cut: Cut::whole(&self.geometry),
                     crcs: self.crcs[self.stored[number]].clone(),
                 }),
-                geometry,
+                geometry: Box::new(geometry),
                 record: Arc::clone(&self.record),
             },
             Doing::Load => StoreOp::Read {
@@ -189,7 +190,7 @@ impl Lane {
                 from: place,
                 into: range,
                 key,
-                geometry,
+                block: ReadBlock::new(geometry),
             },
             Doing::Drop => StoreOp::Drop { op, place, key },
         }
@@ -308,7 +309,7 @@ fn depth(geometry: &GroupGeometry) -> usize {
 fn judge(done: &StoreDone) -> Result<OpId> {
     let (op, error) = match done {
         StoreDone::Written { op, result } | StoreDone::Dropped { op, result } => (op, result.err()),
-        StoreDone::Read { op, result } => (op, result.as_ref().err().copied()),
+        StoreDone::Read { op, result, .. } => (op, result.err()),
     };
     match error {
         None => Ok(*op),
