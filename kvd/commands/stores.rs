@@ -200,6 +200,10 @@ impl RunningStore for Running {
         self.0.begin(op, host)
     }
 
+    fn give_back(&self, list: Vec<StoreDone>) {
+        self.0.give_back(list);
+    }
+
     fn status(&self) -> StoreStatus {
         let status = self.0.status();
         StoreStatus {

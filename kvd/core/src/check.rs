@@ -163,7 +163,7 @@ impl Core {
             let named = if entry.state == EntryState::Resident {
                 owner
             } else if owner == NIL {
-                assert!(self.disks.fetches.contains_key(&id), "nobody fills a slot");
+                assert!(self.disks.fetches(id), "nobody fills a slot");
                 id
             } else {
                 self.fills[owner].entry
@@ -183,7 +183,7 @@ impl Core {
             .map(|c| c.policy.len())
             .sum();
         assert_eq!(candidates, leaves, "candidates for eviction");
-        let known = self.index.len() - self.disks.fetches.len();
+        let known = self.index.len() - self.disks.fetching();
         assert_eq!(self.crcs.len(), known, "runs of checksums");
     }
 

@@ -192,29 +192,30 @@ impl Cut {
         head_bounds: &[u32],
         geometry: &GroupGeometry,
     ) -> Result<Cut, GeometryError> {
-        check_bounds("layer", layer_bounds, geometry.layers)?;
-        check_bounds("head", head_bounds, geometry.heads)?;
-        let ranges = layer_bounds.len() as u64 - 1;
-        let parts = ranges * (head_bounds.len() as u64 - 1);
-        if parts > MAX_PARTS as u64 {
-            return Err(GeometryError::TooFine {
-                what: "parts",
-                value: parts,
-                most: MAX_PARTS as u64,
-            });
-        }
-        let crcs = ranges * u64::from(geometry.heads);
-        if crcs > MAX_CRCS.into() {
-            return Err(GeometryError::TooFine {
-                what: "checksums",
-                value: crcs,
-                most: MAX_CRCS.into(),
-            });
-        }
+        check_cut(layer_bounds, head_bounds, geometry)?;
         Ok(Cut {
             layer_bounds: layer_bounds.to_vec(),
             head_bounds: head_bounds.to_vec(),
         })
+    }
+
+    /// Makes this what [`Cut::new`] would give, in the memory that it has. After an error it is as it was.
+    pub fn set(
+        &mut self,
+        layer_bounds: &[u32],
+        head_bounds: &[u32],
+        geometry: &GroupGeometry,
+    ) -> Result<(), GeometryError> {
+        check_cut(layer_bounds, head_bounds, geometry)?;
+        let bounds = [
+            (&mut self.layer_bounds, layer_bounds),
+            (&mut self.head_bounds, head_bounds),
+        ];
+        for (old, new) in bounds {
+            old.clear();
+            old.extend_from_slice(new);
+        }
+        Ok(())
     }
 
     /// The cut with one part: the whole block.
@@ -327,6 +328,33 @@ fn check_bounds(what: &'static str, bounds: &[u32], end: u32) -> Result<(), Geom
     let rising = bounds.windows(2).all(|pair| pair[0] < pair[1]);
     if bounds.len() < 2 || bounds[0] != 0 || bounds[bounds.len() - 1] != end || !rising {
         return Err(GeometryError::Bounds { what, end });
+    }
+    Ok(())
+}
+
+fn check_cut(
+    layer_bounds: &[u32],
+    head_bounds: &[u32],
+    geometry: &GroupGeometry,
+) -> Result<(), GeometryError> {
+    check_bounds("layer", layer_bounds, geometry.layers)?;
+    check_bounds("head", head_bounds, geometry.heads)?;
+    let ranges = layer_bounds.len() as u64 - 1;
+    let parts = ranges * (head_bounds.len() as u64 - 1);
+    if parts > MAX_PARTS as u64 {
+        return Err(GeometryError::TooFine {
+            what: "parts",
+            value: parts,
+            most: MAX_PARTS as u64,
+        });
+    }
+    let crcs = ranges * u64::from(geometry.heads);
+    if crcs > MAX_CRCS.into() {
+        return Err(GeometryError::TooFine {
+            what: "checksums",
+            value: crcs,
+            most: MAX_CRCS.into(),
+        });
     }
     Ok(())
 }
@@ -451,7 +479,13 @@ mod tests {
         ];
         for bounds in absurd {
             assert!(Cut::new(bounds, &[0, 4], &g).is_err(), "{bounds:?}");
+            let mut cut = Cut::whole(&g);
+            assert!(cut.set(bounds, &[0, 4], &g).is_err(), "{bounds:?}");
+            assert_eq!(cut, Cut::whole(&g));
         }
+        let mut cut = Cut::grid(&g, 6, 1).unwrap();
+        assert_eq!(cut.set(&[0, 2, 6], &[0, 1, 4], &g), Ok(()));
+        assert_eq!(cut, Cut::new(&[0, 2, 6], &[0, 1, 4], &g).unwrap());
         assert!(Cut::grid(&g, 0, 1).is_err() && Cut::grid(&g, 7, 1).is_err());
         let wide = GroupGeometry {
             heads: 4096,

@@ -21,6 +21,7 @@ mod list;
 mod load;
 pub mod log;
 mod lookup;
+mod map;
 mod pool;
 pub mod record;
 mod register;

@@ -99,6 +99,14 @@ impl Core {
         let found = &self.spaces.get(loading.space).cuts[usize::from(stored)];
         debug_assert_eq!(found.group, loading.group);
         self.crcs.append_to(found.crcs, crcs, &mut reply.crcs);
+        if reply.slots.is_empty() {
+            // Each list is made once, however many blocks there are.
+            let most = reply.states.capacity();
+            reply.slots.reserve_exact(most);
+            reply.generations.reserve_exact(most);
+            reply.offsets.reserve_exact(most);
+            reply.cut.reserve_exact(most);
+        }
         reply.slots.push(slot);
         reply.generations.push(word);
         reply.offsets.push(offset);

@@ -147,7 +147,7 @@ impl Core {
                     }
                     NIL => Where::Absent,
                     id if index.entries.hot[id].state == EntryState::Filling => {
-                        match disks.fetches.contains_key(&id) {
+                        match disks.fetches(id) {
                             true => {
                                 hits.below += slot_bytes;
                                 hits.hit += 1;

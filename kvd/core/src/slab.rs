@@ -15,6 +15,11 @@ impl<T: Default, const CHUNK: usize> Chunked<T, CHUNK> {
         Chunked { chunks: Vec::new() }
     }
 
+    /// All places, those that never held anything included.
+    fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.chunks.iter_mut().flat_map(|chunk| chunk.iter_mut())
+    }
+
     /// Makes `at` a valid index; new places hold the default.
     pub(crate) fn reach(&mut self, at: u32) {
         while self.chunks.len() <= at as usize / CHUNK {
@@ -74,6 +79,11 @@ impl<T: Default, const CHUNK: usize> Slab<T, CHUNK> {
         debug_assert!(at < self.end, "no such place");
         self.free.push(at);
         std::mem::take(&mut self.items[at])
+    }
+
+    /// All places, in use or not.
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.items.iter_mut()
     }
 
     /// Places in use.

@@ -64,6 +64,30 @@ pub struct BlockHeader {
     pub crcs: Vec<u64>,
 }
 
+/// What goes down with a read and comes back with its answer, whatever that is, so that core uses it again: reading a block takes
+/// no memory. Boxed, because it is handed on from thread to thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadBlock {
+    /// Sizes of its group.
+    pub geometry: GroupGeometry,
+    /// How its bytes are cut into parts. Of no meaning but in the answer to a read that succeeded, as `crcs`.
+    pub cut: Cut,
+    /// CRC-64/NVME of each head of each part, parts in order, against which its bytes were checked.
+    pub crcs: Vec<u64>,
+}
+
+impl ReadBlock {
+    /// For a block of this group.
+    pub fn new(geometry: GroupGeometry) -> Box<Self> {
+        let (cut, crcs) = (Cut::whole(&geometry), Vec::new());
+        Box::new(ReadBlock {
+            geometry,
+            cut,
+            crcs,
+        })
+    }
+}
+
 /// A block's bytes in host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostRange {
@@ -103,8 +127,8 @@ pub enum StoreOp {
         into: HostRange,
         /// Which block it must be.
         key: BlockKey,
-        /// Sizes of its group.
-        geometry: Box<GroupGeometry>,
+        /// Sizes of its group, and room for what is kept with it.
+        block: Box<ReadBlock>,
     },
     /// Forget a block. Answered when no restart can bring it back; only then may its place be written again.
     Drop {
@@ -126,14 +150,15 @@ impl StoreOp {
     }
 
     /// That it failed so.
-    pub fn refused(&self, error: StoreError) -> StoreDone {
-        match *self {
+    pub fn refused(self, error: StoreError) -> StoreDone {
+        match self {
             StoreOp::Write { op, .. } => StoreDone::Written {
                 op,
                 result: Err(error),
             },
-            StoreOp::Read { op, .. } => StoreDone::Read {
+            StoreOp::Read { op, block, .. } => StoreDone::Read {
                 op,
+                block,
                 result: Err(error),
             },
             StoreOp::Drop { op, .. } => StoreDone::Dropped {
@@ -169,8 +194,10 @@ pub enum StoreDone {
     Read {
         /// Which.
         op: OpId,
-        /// How the block is cut, and its checksums, against which its bytes were checked.
-        result: Result<Box<(Cut, Vec<u64>)>, StoreError>,
+        /// What went with the read. If that succeeded: how the block is cut, and its checksums.
+        block: Box<ReadBlock>,
+        /// Whether the block is there, and sound.
+        result: Result<(), StoreError>,
     },
     /// Of a drop.
     Dropped {

@@ -3,9 +3,9 @@
 //! Everything is called from one thread. Each call gives core one input and carries out all that core answers before it
 //! returns; answers for sessions are kept as [`Effect`]s until the caller takes them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
-use kvd_core::tier::{OpId, Recovered, StoreDone, StoreError, StoreOp, StoreShape};
+use kvd_core::tier::{Recovered, StoreDone, StoreError, StoreOp, StoreShape};
 use kvd_core::{
     Adopted, Core, Failure, Input, InstanceId, Now, Output, Reply, Request, RequestId, Role,
     SessionId, Settings, StoreId, TenantId,
@@ -73,8 +73,6 @@ pub struct Node<C, E, A, S = NoStores> {
     stores: S,
     /// Operations that could not be begun, to be told to core.
     unbegun: VecDeque<(StoreId, StoreDone)>,
-    /// In whose memory the operations under way are, for counting. Bounded by core's limits of operations.
-    whose: BTreeMap<OpId, TenantId>,
     settings: NodeSettings,
     tenants: Vec<Tenant>,
     out: Vec<Output>,
@@ -113,7 +111,6 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
             arenas,
             stores,
             unbegun: VecDeque::new(),
-            whose: BTreeMap::new(),
             settings,
             tenants: Vec::new(),
             out: Vec::new(),
@@ -306,7 +303,7 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
 
     /// One of a store's operations is over.
     pub fn store_done(&mut self, store: StoreId, done: StoreDone) {
-        let tenant = self.whose.remove(&done.op());
+        let tenant = self.core.tenant_of(done.op());
         self.step(tenant, Input::StoreDone { store, done });
     }
 
@@ -446,7 +443,7 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
     fn step(&mut self, tenant: Option<TenantId>, input: Input<'_>) {
         self.step_once(tenant, input);
         while let Some((store, done)) = self.unbegun.pop_front() {
-            let tenant = self.whose.remove(&done.op());
+            let tenant = self.core.tenant_of(done.op());
             self.step_once(tenant, Input::StoreDone { store, done });
         }
     }
@@ -474,9 +471,6 @@ impl<C: Clock, E: Entropy, A: ArenaPort, S: StorePort<A::Span>> Node<C, E, A, S>
             StoreOp::Read { into, .. } => Some(*into),
             StoreOp::Drop { .. } => None,
         };
-        if let Some(range) = range {
-            self.whose.insert(op.op(), range.tenant);
-        }
         let span = range.and_then(|range| self.arenas.span(range));
         let refused = if span.is_some() == range.is_some() {
             self.stores.begin(store, op, span)

@@ -12,8 +12,8 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvd_core::NamespaceId;
-use kvd_core::tier::{Recovered, StoreDone, StoreError, StoreOp, StoreShape};
+use kvd_core::tier::{OpId, ReadBlock, Recovered, StoreDone, StoreError, StoreOp, StoreShape};
+use kvd_core::{GroupGeometry, NamespaceId};
 use rustix::event::Timespec;
 
 use crate::io::{ArenaRange, Backing, BlockIo, Chosen, DiskIo, IoOptions, OpenErrorKind, Waker};
@@ -23,6 +23,8 @@ use crate::store::{Counters, Found, RecoveryReport, Store, StoreConfig};
 const NAP: Duration = Duration::from_secs(1);
 /// How long another daemon's lock is waited for.
 const LOCK_WITHIN: Duration = Duration::from_secs(5);
+/// Most empty lists that wait for answers.
+const LISTS: usize = 64;
 /// How long an orderly end may take.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -42,7 +44,7 @@ pub struct DeviceConfig {
 /// What a device tells while it runs.
 #[derive(Debug, Clone)]
 pub enum DeviceNews {
-    /// Operations that are over.
+    /// Operations that are over. [`Device::give_back`] takes the list again.
     Done(Vec<StoreDone>),
     /// It was switched off because it fails, or on again.
     Switched(bool),
@@ -75,6 +77,7 @@ type Shared = Arc<Mutex<DeviceStatus>>;
 /// A store that runs on a thread of its own. Dropping it ends the thread, after what is under way.
 pub struct Device {
     queue: Option<SyncSender<Job>>,
+    lists: SyncSender<Vec<StoreDone>>,
     waker: Option<Waker>,
     stop: Arc<AtomicBool>,
     status: Shared,
@@ -86,13 +89,45 @@ struct Runner<N> {
     store: Store<DiskIo>,
     /// Answers that are not told yet.
     done: Vec<StoreDone>,
-    /// That nothing was begun of the operation that the store is just being given.
-    taking: Option<StoreDone>,
+    /// What the store is just being given.
+    taking: Option<Taking>,
     queue: Receiver<Job>,
+    /// Empty ones, for answers.
+    lists: Receiver<Vec<StoreDone>>,
     stop: Arc<AtomicBool>,
     status: Shared,
     news: N,
     began: Instant,
+}
+
+/// An operation of which nobody knows any more, should the store panic over it: enough to answer it.
+enum Taking {
+    Write(OpId),
+    Read(OpId, GroupGeometry),
+    Drop(OpId),
+}
+
+impl Taking {
+    fn of(op: &StoreOp) -> Self {
+        match op {
+            StoreOp::Write { op, .. } => Taking::Write(*op),
+            StoreOp::Read { op, block, .. } => Taking::Read(*op, block.geometry.clone()),
+            StoreOp::Drop { op, .. } => Taking::Drop(*op),
+        }
+    }
+
+    /// That nothing was begun of it.
+    fn refused(self) -> StoreDone {
+        let result = Err(StoreError::Off);
+        match self {
+            Taking::Write(op) => StoreDone::Written { op, result },
+            Taking::Read(op, geometry) => {
+                let block = ReadBlock::new(geometry);
+                StoreDone::Read { op, block, result }
+            }
+            Taking::Drop(op) => StoreDone::Dropped { op, result },
+        }
+    }
 }
 
 #[allow(
@@ -129,11 +164,12 @@ impl Device {
         let path = config.path.display().to_string();
         let stop = Arc::new(AtomicBool::new(false));
         let (queue, jobs) = sync_channel(config.store.max_queue.max(1));
+        let (lists, empty) = sync_channel(LISTS);
         let (tell, opening) = sync_channel(2);
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("kvd-nvme".to_owned())
-            .spawn(move || live(&config, &tell, jobs, stopped, news))
+            .spawn(move || live(&config, &tell, (jobs, empty), stopped, news))
             .map_err(|error| format!("no thread for {path}: {error}"))?;
         let gone = || format!("{path}: the thread of the store has failed; see the log");
         loop {
@@ -149,6 +185,7 @@ impl Device {
                 Opening::Ready(waker, status) => {
                     return Ok(Self {
                         queue: Some(queue),
+                        lists,
                         waker,
                         stop,
                         status,
@@ -171,6 +208,12 @@ impl Device {
                 Some(op.refused(StoreError::Off))
             }
         }
+    }
+
+    /// Gives back a list of answers that was told, to be used for others. Never waits; what is too many is freed.
+    pub fn give_back(&self, mut list: Vec<StoreDone>) {
+        list.clear();
+        let _ = self.lists.try_send(list);
     }
 
     /// What people should know of it, as of its last turn.
@@ -204,7 +247,7 @@ impl Drop for Device {
 fn live(
     config: &DeviceConfig,
     tell: &SyncSender<Opening>,
-    queue: Receiver<Job>,
+    (queue, lists): (Receiver<Job>, Receiver<Vec<StoreDone>>),
     stop: Arc<AtomicBool>,
     news: impl Fn(DeviceNews) -> bool,
 ) {
@@ -227,6 +270,7 @@ fn live(
         done: Vec::new(),
         taking: None,
         queue,
+        lists,
         stop,
         status,
         news,
@@ -318,7 +362,8 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
             };
             self.store.turn(now, wait, &mut self.done);
             if !self.done.is_empty() {
-                let all = std::mem::take(&mut self.done);
+                let empty = self.lists.try_recv().unwrap_or_default();
+                let all = std::mem::replace(&mut self.done, empty);
                 if !(self.news)(DeviceNews::Done(all)) {
                     break;
                 }
@@ -335,7 +380,7 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
 
     fn take_jobs(&mut self) {
         while let Ok((op, host)) = self.queue.try_recv() {
-            self.taking = Some(op.refused(StoreError::Off));
+            self.taking = Some(Taking::of(&op));
             self.done.extend(self.store.submit(op, host));
             self.taking = None;
         }
@@ -370,7 +415,8 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
             news,
             ..
         } = self;
-        done.extend(taking.filter(|answer| !store.has(answer.op())));
+        let lost = taking.map(Taking::refused);
+        done.extend(lost.filter(|answer| !store.has(answer.op())));
         let refused = |(op, _): Job| op.refused(StoreError::Off);
         done.extend(queue.try_iter().map(refused));
         let tell = |done: Vec<StoreDone>| done.is_empty() || news(DeviceNews::Done(done));

@@ -15,11 +15,11 @@ use std::time::Duration;
 use crc_fast::{CrcAlgorithm::Crc64Nvme, Digest};
 use kvd_arena::{Arena, HugePages};
 use kvd_core::tier::{
-    BlockHeader, BlockKey, HostRange, OpId, Place, StoreDone, StoreOp, stride_of,
+    BlockHeader, BlockKey, HostRange, OpId, Place, ReadBlock, StoreDone, StoreOp, stride_of,
 };
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 use kvd_nvme::device::{Device, DeviceConfig, DeviceNews};
-use kvd_nvme::io::{ArenaRange, Backing, DiskIo, IoOptions};
+use kvd_nvme::io::{ArenaRange, Backing, Choice, DiskIo, IoOptions};
 use kvd_nvme::store::{Store, StoreConfig};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -29,15 +29,14 @@ static HEAP: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 /// Blocks that are asked for at a time.
 const BATCH: usize = 32;
 /// Batches before any is counted, and counted ones.
-const WARM: usize = 4;
-const COUNTED: usize = 8;
+const WARM: usize = 8;
+const COUNTED: usize = 16;
 /// How long any answer may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Most that a block may cost on each side: little more than what it costs today, where it is told alone. Lower these when it
-/// costs less.
-const MOST_TO_ASK: f64 = 1.0;
-const MOST_IN_STORE: f64 = 7.0;
+/// Most that a block may cost on each side. Nothing is taken for a block; but when threads run in another order than before, a list
+/// grows or one page more is under way than ever, and that stays for later.
+const MOST: f64 = 0.05;
 
 /// Allocations, and their bytes.
 #[derive(Clone, Copy, Default)]
@@ -66,6 +65,9 @@ struct Blocks {
     arena: Arc<Arena>,
     crcs: Vec<u64>,
     next_op: u64,
+    /// What reads that are over have brought back, as core keeps it.
+    #[allow(clippy::vec_box, reason = "the boxes are what is kept")]
+    spare: Vec<Box<ReadBlock>>,
 }
 
 impl Blocks {
@@ -115,6 +117,7 @@ impl Blocks {
             crcs: sums.iter().map(Digest::finalize).collect(),
             geometry,
             next_op: 0,
+            spare: Vec::with_capacity(BATCH),
         }
     }
 
@@ -182,26 +185,40 @@ impl Blocks {
     fn read(&mut self, number: usize) -> (StoreOp, Option<ArenaRange>) {
         self.next_op += 1;
         let (into, host) = self.range(number);
+        let block = self.spare.pop();
         let op = StoreOp::Read {
             op: OpId(self.next_op),
             from: self.place(number),
             into,
             key: self.key(number),
-            geometry: Box::new(self.geometry.clone()),
+            block: block.unwrap_or_else(|| ReadBlock::new(self.geometry.clone())),
         };
         (op, Some(host))
     }
+
+    /// Looks at answers, and keeps what they have brought back.
+    fn check(&mut self, done: &mut Vec<StoreDone>) {
+        for one in done.drain(..) {
+            match one {
+                StoreDone::Written { result: Ok(()), .. } => {}
+                StoreDone::Read {
+                    block,
+                    result: Ok(()),
+                    ..
+                } => {
+                    assert_eq!(block.crcs, self.crcs);
+                    self.spare.push(block);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
 }
 
-fn check(done: &[StoreDone]) {
-    for one in done {
-        assert!(
-            matches!(
-                one,
-                StoreDone::Written { result: Ok(()), .. } | StoreDone::Read { result: Ok(_), .. }
-            ),
-            "{one:?}"
-        );
+fn options(choice: Choice) -> IoOptions {
+    IoOptions {
+        choice,
+        ..IoOptions::default()
     }
 }
 
@@ -213,9 +230,9 @@ struct Driven {
 }
 
 impl Driven {
-    fn open(directory: &Path, config: &StoreConfig) -> Self {
+    fn open(directory: &Path, config: &StoreConfig, choice: Choice) -> Self {
         let backing = Backing::open(directory, Some(config.capacity)).expect("a file");
-        let (io, _) = DiskIo::open(Arc::new(backing), &IoOptions::default()).expect("an adapter");
+        let (io, _) = DiskIo::open(Arc::new(backing), &options(choice)).expect("an adapter");
         let opened = Store::open(io, config, &mut |_| {});
         let opened = opened.map_err(|error| error.to_string()).expect("opens");
         Driven {
@@ -244,12 +261,11 @@ impl Driven {
 }
 
 /// What asking for a block costs, and what the store does with it.
-fn driven(blocks: &mut Blocks, directory: &Path) -> (Count, Count) {
-    let mut lane = Driven::open(directory, &blocks.store_config());
+fn driven(blocks: &mut Blocks, directory: &Path, choice: Choice) -> (Count, Count) {
+    let mut lane = Driven::open(directory, &blocks.store_config(), choice);
     let mut ops: Vec<_> = (0..BATCH).map(|n| blocks.write(n)).collect();
     lane.all(&mut ops);
-    check(&lane.done);
-    lane.done.clear();
+    blocks.check(&mut lane.done);
     let (mut asking, mut storing) = (Count::default(), Count::default());
     for batch in 0..WARM + COUNTED {
         if batch == WARM {
@@ -257,8 +273,7 @@ fn driven(blocks: &mut Blocks, directory: &Path) -> (Count, Count) {
         }
         asking.of(|| ops.extend((0..BATCH).map(|n| blocks.read(n))));
         storing.of(|| lane.all(&mut ops));
-        check(&lane.done);
-        lane.done.clear();
+        blocks.check(&mut lane.done);
     }
     (asking, storing)
 }
@@ -271,10 +286,10 @@ struct Held {
 }
 
 impl Held {
-    fn open(directory: &Path, store: StoreConfig) -> Self {
+    fn open(directory: &Path, store: StoreConfig, choice: Choice) -> Self {
         let config = DeviceConfig {
             path: directory.to_owned(),
-            io: IoOptions::default(),
+            io: options(choice),
             store,
             faults: None,
         };
@@ -302,7 +317,9 @@ impl Held {
     /// Takes so many answers. The thread is held again after the last.
     fn answers(&self, wanted: usize, done: &mut Vec<StoreDone>) {
         loop {
-            done.append(&mut self.answers.recv_timeout(PATIENCE).expect("an answer"));
+            let mut some = self.answers.recv_timeout(PATIENCE).expect("an answer");
+            done.append(&mut some);
+            self.device.give_back(some);
             if done.len() >= wanted {
                 return;
             }
@@ -312,14 +329,13 @@ impl Held {
 }
 
 /// The same for a device with its thread.
-fn threaded(blocks: &mut Blocks, directory: &Path) -> (Count, Count) {
-    let lane = Held::open(directory, blocks.store_config());
+fn threaded(blocks: &mut Blocks, directory: &Path, choice: Choice) -> (Count, Count) {
+    let lane = Held::open(directory, blocks.store_config(), choice);
     let mut ops: Vec<_> = (0..BATCH).map(|n| blocks.write(n)).collect();
     let mut done = Vec::with_capacity(BATCH);
     lane.ask(&mut ops);
     lane.answers(BATCH, &mut done);
-    check(&done);
-    done.clear();
+    blocks.check(&mut done);
     let (mut asking, mut storing) = (Count::default(), Count::default());
     for batch in 0..WARM + COUNTED {
         if batch == WARM {
@@ -333,40 +349,44 @@ fn threaded(blocks: &mut Blocks, directory: &Path) -> (Count, Count) {
             lane.go.send(()).expect("the thread is there");
             lane.answers(BATCH, &mut done);
         });
-        check(&done);
-        done.clear();
+        blocks.check(&mut done);
     }
     drop(lane.go);
     (asking, storing)
 }
 
 #[test]
-fn blocks_are_loaded_with_few_allocations() {
+fn blocks_are_loaded_without_allocations() {
     // Beside the binary, because `/tmp` may be a tmpfs without direct I/O.
     let place = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let mut rows = Vec::new();
-    for layers in [1, 18, 32] {
+    for layers in [1, 32] {
         let mut blocks = Blocks::new(layers);
-        let scratch = tempfile::tempdir_in(place).expect("a directory");
         let kib = blocks.geometry.block_bytes() >> 10;
-        rows.push((kib, "store", driven(&mut blocks, scratch.path())));
-        let scratch = tempfile::tempdir_in(place).expect("a directory");
-        rows.push((kib, "device", threaded(&mut blocks, scratch.path())));
+        // What the daemon chooses here, which is a ring where there may be one, and what it does without.
+        for (choice, word) in [(Choice::Auto, "auto"), (Choice::Threads, "threads")] {
+            let scratch = tempfile::tempdir_in(place).expect("a directory");
+            let counts = driven(&mut blocks, scratch.path(), choice);
+            rows.push((kib, word, "store", counts));
+            let scratch = tempfile::tempdir_in(place).expect("a directory");
+            let counts = threaded(&mut blocks, scratch.path(), choice);
+            rows.push((kib, word, "device", counts));
+        }
     }
     let mut out = std::io::stderr();
     let _ = writeln!(
         out,
         "allocations for each block that is loaded: to ask for it, and in the store (bytes)"
     );
-    for (kib, what, (asking, storing)) in rows {
+    for (kib, io, what, (asking, storing)) in rows {
         let blocks = (COUNTED * BATCH) as f64;
         let each = |count: Count| (count.times as f64 / blocks, count.bytes as f64 / blocks);
         let ((ask, ask_bytes), (store, store_bytes)) = (each(asking), each(storing));
         let _ = writeln!(
             out,
-            "{kib:>5} KiB, {what:<6}: {ask:.2} ({ask_bytes:.0}), {store:.2} ({store_bytes:.0})"
+            "{kib:>5} KiB, {io:<7}, {what:<6}: {ask:.2} ({ask_bytes:.0}), {store:.2} ({store_bytes:.0})"
         );
-        assert!(ask <= MOST_TO_ASK, "{ask} to ask for a block");
-        assert!(store <= MOST_IN_STORE, "{store} in the store for a block");
+        assert!(ask <= MOST, "{ask} to ask for a block");
+        assert!(store <= MOST, "{store} in the store for a block");
     }
 }

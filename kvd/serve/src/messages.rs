@@ -36,9 +36,12 @@ impl Reactor {
                         .populated(tenant, arena, extent, failed.as_deref());
                     self.deliver(None);
                 }
-                Message::Store(store, StoreNews::Done(all)) => {
-                    for done in all {
+                Message::Store(store, StoreNews::Done(mut all)) => {
+                    for done in all.drain(..) {
                         self.node.store_done(store, done);
+                    }
+                    if let Some(running) = self.node.stores().all.get(usize::from(store.0)) {
+                        running.give_back(all);
                     }
                     self.deliver(None);
                 }

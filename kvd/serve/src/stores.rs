@@ -25,7 +25,7 @@ pub enum StoreFound<'a> {
 /// Something that a store tells while it runs.
 #[derive(Debug, Clone)]
 pub enum StoreNews {
-    /// Operations that are over.
+    /// Operations that are over. [`RunningStore::give_back`] takes the list again.
     Done(Vec<StoreDone>),
     /// It is off because its device fails, or on again.
     Switched(bool),
@@ -51,6 +51,9 @@ pub trait StoreOpener: Send {
 pub trait RunningStore: Send {
     /// Begins an operation, or answers it at once. Never waits.
     fn begin(&self, op: StoreOp, span: Option<HostSpan>) -> Option<StoreDone>;
+
+    /// Takes back a list of answers that it told, to be used for others. Never waits.
+    fn give_back(&self, list: Vec<StoreDone>);
 
     /// What people should know of it.
     fn status(&self) -> StoreStatus;

@@ -14,7 +14,9 @@ mod flips;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use kvd_core::tier::{HostRange, OpId, Place, Recovered, StoreDone, StoreError, StoreOp};
+use kvd_core::tier::{
+    HostRange, OpId, Place, ReadBlock, Recovered, StoreDone, StoreError, StoreOp,
+};
 use kvd_core::{Cut, TenantId};
 use kvd_nvme::store::{Counters, Found, Store, StoreConfig, fsck};
 
@@ -215,7 +217,7 @@ impl Run {
         let block = self.model.blocks.get_mut(&from).ok_or("no block")?;
         block.readers += 1;
         let (key, space) = (block.key, block.space);
-        let geometry = Box::new(self.model.spaces[space].geometry.clone());
+        let geometry = self.model.spaces[space].geometry.clone();
         let into = self.range(geometry.block_bytes());
         let host = SimHost::new(vec![0xaa; geometry.block_bytes() as usize]);
         let op = StoreOp::Read {
@@ -223,7 +225,7 @@ impl Run {
             from,
             into,
             key,
-            geometry,
+            block: ReadBlock::new(geometry),
         };
         let asked = Asked::Read(from, host.clone());
         self.submit(op, Some(host), asked)
@@ -273,7 +275,7 @@ impl Run {
     fn answered(&mut self, done: StoreDone) -> Result<(), String> {
         let (op, error) = match &done {
             StoreDone::Written { op, result } => (*op, result.err()),
-            StoreDone::Read { op, result } => (*op, result.as_ref().err().copied()),
+            StoreDone::Read { op, result, .. } => (*op, result.err()),
             StoreDone::Dropped { op, result } => (*op, result.err()),
         };
         let asked = self
@@ -312,11 +314,11 @@ impl Run {
                 }
                 self.report.dropped += u64::from(error.is_none());
             }
-            (Asked::Read(place, host), StoreDone::Read { result, .. }) => {
+            (Asked::Read(place, host), StoreDone::Read { block, result, .. }) => {
                 if host.in_use() {
                     return Err("5: a read's memory is in use after its answer".into());
                 }
-                self.read_answered(place, &host, result)?;
+                self.read_answered(place, &host, result.map(|()| &block.cut))?;
             }
             _ => return Err("5: an answer of another kind".into()),
         }
@@ -327,17 +329,17 @@ impl Run {
         &mut self,
         place: Place,
         host: &SimHost,
-        result: Result<Box<(Cut, Vec<u64>)>, StoreError>,
+        cut: Result<&Cut, StoreError>,
     ) -> Result<(), String> {
         let block = self.model.blocks.get_mut(&place).ok_or("no block")?;
         block.readers -= 1;
         let block = block.clone();
-        match result {
-            Ok(kept) => {
+        match cut {
+            Ok(cut) => {
                 let there = host.bytes();
                 let is = |other: &Block| {
                     let bytes = self.model.bytes(other);
-                    other.key == block.key && there[..bytes.len()] == bytes && other.cut == kept.0
+                    other.key == block.key && there[..bytes.len()] == bytes && other.cut == *cut
                 };
                 // A lost write may leave an older block of the same key, whole and with its own checksums.
                 let older = self.model.history(place, &block.key);

@@ -10,7 +10,9 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
-use kvd_core::tier::{HostRange, OpId, Recovered, StoreDone, StoreError, StoreOp, StoreShape};
+use kvd_core::tier::{
+    HostRange, OpId, ReadBlock, Recovered, StoreDone, StoreError, StoreOp, StoreShape,
+};
 use kvd_core::{Cut, GroupGeometry, OffloadPolicy, StoreId, TenantId, TierSettings};
 use kvd_node::StorePort;
 use kvd_nvme::store::{Found, OpenError, Store, StoreConfig};
@@ -267,13 +269,13 @@ impl SimStores {
                 bytes,
             },
             key: block.key,
-            geometry: Box::new(geometry.clone()),
+            block: ReadBlock::new(geometry.clone()),
         };
         let mut done = Vec::new();
         done.extend(store.submit(op, Some(host.clone())));
         for _ in 0..1_000 {
-            if let Some(StoreDone::Read { result, .. }) = done.pop() {
-                return (result.map(|kept| kept.0), host.bytes());
+            if let Some(StoreDone::Read { block, result, .. }) = done.pop() {
+                return (result.map(|()| block.cut), host.bytes());
             }
             store.turn(one.disk.now(), Duration::from_millis(1), &mut done);
         }

@@ -204,7 +204,7 @@ impl World {
     pub(crate) fn store_answered(&mut self, store: usize, done: &StoreDone) -> Check {
         let (op, error) = match done {
             StoreDone::Written { op, result } => (*op, result.err()),
-            StoreDone::Read { op, result } => (*op, result.as_ref().err().copied()),
+            StoreDone::Read { op, result, .. } => (*op, result.err()),
             StoreDone::Dropped { op, result } => (*op, result.err()),
         };
         let asked = self.kept.asked.remove(&op).map(|(_, asked)| asked);
@@ -258,8 +258,8 @@ impl World {
                     };
                 }
             }
-            (Some(asked @ Asked::Read { .. }), StoreDone::Read { result, .. }) => {
-                let cut = result.as_ref().ok().map(|kept| &kept.0);
+            (Some(asked @ Asked::Read { .. }), StoreDone::Read { block, result, .. }) => {
+                let cut = result.ok().map(|()| &block.cut);
                 self.read_answered(store, &asked, cut, error)?;
             }
             _ => ensure!(false, 5, "{op:?} was answered in another way than asked"),

@@ -200,14 +200,22 @@ impl World {
                 op: *op,
                 result: Ok(()),
             },
-            (Some(Plant::EarlyRead), StoreOp::Read { op, from, .. }) => {
+            (
+                Some(Plant::EarlyRead),
+                StoreOp::Read {
+                    op, from, block, ..
+                },
+            ) => {
                 let Some(kept) = self.kept.stores[store].blocks.get(from) else {
                     return;
                 };
                 let crcs = content::block_crcs(kept.seed, &kept.geometry, &kept.cut);
+                let mut block = block.clone();
+                (block.cut, block.crcs) = (kept.cut.clone(), crcs);
                 StoreDone::Read {
                     op: *op,
-                    result: Ok(Box::new((kept.cut.clone(), crcs))),
+                    block,
+                    result: Ok(()),
                 }
             }
             _ => return,

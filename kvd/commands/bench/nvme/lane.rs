@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use kvd_arena::{Arena, ArenaView, HugePages};
 use kvd_core::tier::{
-    BlockHeader, BlockKey, HostRange, OpId, Place, StoreDone, StoreOp, StoreShape, stride_of,
+    BlockHeader, BlockKey, HostRange, OpId, Place, ReadBlock, StoreDone, StoreOp, StoreShape,
+    stride_of,
 };
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 use kvd_device::{Device as _, HostDevice, OwnedPages, PartGeometry, StoreJob};
@@ -186,7 +187,7 @@ impl Lane {
 
     fn op(&self, doing: Doing, op: OpId, number: usize, of: usize, range: HostRange) -> StoreOp {
         let (place, key) = (self.place(number, of), self.key(number));
-        let geometry = Box::new(self.geometry.clone());
+        let geometry = self.geometry.clone();
         match doing {
             Doing::Store => StoreOp::Write {
                 op,
@@ -198,7 +199,7 @@ impl Lane {
                     cut: Cut::whole(&self.geometry),
                     crcs: self.crcs[self.stored[number]].clone(),
                 }),
-                geometry,
+                geometry: Box::new(geometry),
                 record: Arc::clone(&self.record),
             },
             Doing::Load => StoreOp::Read {
@@ -206,7 +207,7 @@ impl Lane {
                 from: place,
                 into: range,
                 key,
-                geometry,
+                block: ReadBlock::new(geometry),
             },
             Doing::Drop => StoreOp::Drop { op, place, key },
         }
@@ -355,7 +356,7 @@ fn depth(geometry: &GroupGeometry) -> usize {
 fn judge(done: &StoreDone) -> Result<OpId> {
     let (op, error) = match done {
         StoreDone::Written { op, result } | StoreDone::Dropped { op, result } => (op, result.err()),
-        StoreDone::Read { op, result } => (op, result.as_ref().err().copied()),
+        StoreDone::Read { op, result, .. } => (op, result.err()),
     };
     match error {
         None => Ok(*op),

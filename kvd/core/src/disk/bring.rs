@@ -83,7 +83,9 @@ impl Core {
     pub(super) fn join_read(&mut self, host: u32, number: u64) -> Coming {
         let Disks { fetches, all, .. } = &mut self.disks;
         // Nobody waits for a device that does not answer.
-        let fetch = fetches.get_mut(&host).filter(|fetch| all[fetch.store].on);
+        let fetch = fetches
+            .get_mut(host.into())
+            .filter(|fetch| all[fetch.store].on);
         let (t, store) = match fetch {
             Some(fetch) if fetch.waiters.contains(&number) => return Coming::Again,
             Some(fetch) => {

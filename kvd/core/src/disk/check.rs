@@ -11,7 +11,7 @@ impl Core {
     pub(crate) fn check_disks(&self) {
         let (mut writes, mut drops) = (BTreeMap::new(), BTreeMap::new());
         let mut reads = 0;
-        for doing in self.disks.doing.values() {
+        for doing in self.disks.doing.iter().map(|(_, doing)| doing) {
             match doing {
                 Doing::Write { store, entry, .. } => {
                     *writes.entry(*store).or_insert(0) += 1;
@@ -20,12 +20,20 @@ impl Core {
                 }
                 Doing::Drop { store, .. } => *drops.entry(*store).or_insert(0u32) += 1,
                 Doing::Read { host } => {
-                    assert!(self.disks.fetches.contains_key(host), "a read for nobody");
+                    assert!(self.disks.fetches(*host), "a read for nobody");
                     reads += 1;
                 }
             }
         }
         assert_eq!(self.disks.fetches.len(), reads, "fetches and reads");
+        let spare = &self.disks.spare;
+        let most = self.disks.fetches.most();
+        assert!(
+            spare.blocks.len() + reads <= most,
+            "more than was ever read at once"
+        );
+        assert!(spare.waiters.len() + reads <= most);
+        assert!(spare.waiters.iter().all(Vec::is_empty));
         for (at, disk) in self.disks.all.iter().enumerate() {
             assert_eq!(disk.writes, writes.get(&at).copied().unwrap_or(0));
             let asked = drops.get(&at).copied().unwrap_or(0);
@@ -34,7 +42,7 @@ impl Core {
             assert_eq!(dropping, u64::from(asked) + disk.undropped.len() as u64);
             let side = &self.index.entries.side;
             let reads = self.disks.fetches.iter();
-            let reads = reads.filter(|(host, f)| f.store == at && !side[**host].ahead);
+            let reads = reads.filter(|(host, f)| f.store == at && !side[*host as u32].ahead);
             assert_eq!(disk.reads as usize, reads.count(), "reads of loads");
             assert!(disk.reads <= self.settings.tiers.max_reads);
             self.check_disk(at, disk);
@@ -56,7 +64,7 @@ impl Core {
             let bytes = space.groups[usize::from(entry.group)].slot_bytes;
             let early = self.index.entries.side[id].ahead;
             ahead[space.tenant] += u64::from(early) * bytes;
-            if let Some(fetch) = self.disks.fetches.get(&id) {
+            if let Some(fetch) = self.disks.fetches.get(id.into()) {
                 assert_eq!(fetch.t, space.tenant);
                 let (loads, reads) = &mut coming[fetch.t];
                 *loads += u64::from(!early) * bytes;
@@ -94,8 +102,10 @@ impl Core {
             assert!(disk.places.owners(place.segment).contains(&id));
             let sum = spaces.entry(entry.space).or_default();
             *sum = (sum.0 + 1, sum.1 + place.stride);
-            let reads = self.disks.fetches.values();
-            let reads = reads.filter(|f| (f.store, f.entry) == (at, id)).count();
+            let reads = self.disks.fetches.iter();
+            let reads = reads
+                .filter(|(_, f)| (f.store, f.entry) == (at, id))
+                .count();
             assert_eq!(entry.pins as usize, reads, "pins of a stored block");
         }
         for (number, space) in &disk.spaces {
@@ -118,8 +128,8 @@ impl Core {
         for (number, waiting) in &self.disks.waiting {
             *by_session.entry(waiting.session).or_default() += 1;
             hashes += waiting.hashes.len();
-            let for_it = self.disks.fetches.values();
-            let for_it = for_it.filter(|f| f.waiters.contains(number)).count();
+            let for_it = self.disks.fetches.iter();
+            let for_it = for_it.filter(|(_, f)| f.waiters.contains(number)).count();
             let tenant = &self.tenants[self.sessions[waiting.session].tenant];
             let short = tenant.short.iter().filter(|(of, _)| of == number).count();
             assert_eq!(
@@ -143,7 +153,7 @@ impl Core {
 
     /// Pins of host entries by writes and waiting loads.
     pub(crate) fn tier_pins(&self, pins: &mut BTreeMap<u32, u32>) {
-        for doing in self.disks.doing.values() {
+        for doing in self.disks.doing.iter().map(|(_, doing)| doing) {
             if let Doing::Write { host, serial, .. } = doing
                 && self.index.entries.side[*host].serial == *serial
             {
@@ -162,14 +172,16 @@ impl Core {
     /// Whether a slot in this tenant's pool that nobody fills has a block coming up into it.
     pub(crate) fn check_coming(&self, t: usize, slot: u32) {
         let mut fetches = self.disks.fetches.iter();
-        let found = fetches
-            .find(|(host, fetch)| fetch.t == t && self.index.entries.hot[**host].slot == slot);
+        let found = fetches.find(|(host, fetch)| {
+            fetch.t == t && self.index.entries.hot[*host as u32].slot == slot
+        });
         let Some((host, fetch)) = found else {
             panic!("slot {slot} is kept for nobody");
         };
-        let entry = &self.index.entries.hot[*host];
+        let host = host as u32;
+        let entry = &self.index.entries.hot[host];
         assert_eq!((fetch.t, entry.state), (t, EntryState::Filling));
         let found = self.index.find(entry.space, entry.group, &entry.hash);
-        assert_eq!(found, Found::Entry(*host));
+        assert_eq!(found, Found::Entry(host));
     }
 }

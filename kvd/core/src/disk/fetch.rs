@@ -5,8 +5,6 @@
 //! read. A read that fails is a failure, never an absence; the block stays known unless its bytes are wrong. Deliberately absent:
 //! reads that nobody waits for (`ahead`); telling a load's blocks one by one.
 
-use std::collections::BTreeSet;
-
 use super::bring::{Coming, Fetcher};
 use super::{Doing, Fetch, Waiting};
 use crate::api::{Failure, LoadState, NIL, Output, Reply};
@@ -19,7 +17,7 @@ use crate::pool::{Pool, SlotState};
 use crate::settings::OffloadPolicy;
 use crate::state::Core;
 use crate::step::Caller;
-use crate::tier::{HostRange, StoreError, StoreOp};
+use crate::tier::{HostRange, ReadBlock, StoreError, StoreOp};
 
 /// What one load asks for.
 pub(crate) struct Asked<'a> {
@@ -63,8 +61,8 @@ impl Core {
             group: asked.group,
             hashes: Vec::new(),
             left: 0,
-            below: BTreeSet::new(),
-            pins: Vec::new(),
+            below: Vec::new(),
+            pins: Vec::with_capacity(asked.hashes.len()),
             deadline: self.now.saturating_add(self.longest_wait(asked) * 1000),
         };
         self.look_over(caller, asked, &mut waiting);
@@ -111,7 +109,12 @@ impl Core {
                     waiting.pins.push((id, self.index.entries.side[id].serial));
                 }
                 _ if self.below_or_coming(asked.space, asked.group, hash) => {
-                    waiting.below.insert(at);
+                    if waiting.below.is_empty() {
+                        waiting
+                            .below
+                            .reserve_exact(asked.hashes.len() - at as usize);
+                    }
+                    waiting.below.push(at);
                 }
                 _ => {}
             }
@@ -185,6 +188,7 @@ impl Core {
         };
         let groups = self.spaces.get(space).record.groups();
         let geometry = groups[usize::from(group)].clone();
+        let bytes = geometry.block_bytes();
         let host = self.enter_coming(t, (space, group), hash, (store, stored), slot);
         if by.ahead {
             self.begin_ahead(t, host, slot_bytes);
@@ -201,9 +205,9 @@ impl Core {
             store,
             entry: stored,
             t,
-            waiters: Vec::new(),
+            waiters: self.disks.spare.waiters.pop().unwrap_or_default(),
         };
-        self.disks.fetches.insert(host, fetch);
+        self.disks.fetches.insert(host.into(), fetch);
         let offset = self.tenants[t]
             .pool
             .as_ref()
@@ -211,14 +215,14 @@ impl Core {
         let into = HostRange {
             tenant: self.tenants[t].id,
             offset,
-            bytes: geometry.block_bytes(),
+            bytes,
         };
         let op = StoreOp::Read {
             op,
             from: place,
             into,
             key,
-            geometry: Box::new(geometry),
+            block: self.disks.spare.block_for(geometry),
         };
         let store = StoreId(store as u8);
         out.push(Output::Store { store, op });
@@ -283,10 +287,11 @@ impl Core {
     pub(super) fn read_over(
         &mut self,
         host: u32,
-        result: Result<Box<(Cut, Vec<u64>)>, StoreError>,
+        block: Box<ReadBlock>,
+        result: Result<(), StoreError>,
         out: &mut Vec<Output>,
     ) {
-        let Some(fetch) = self.disks.fetches.remove(&host) else {
+        let Some(mut fetch) = self.disks.fetches.remove(host.into()) else {
             return;
         };
         let stored = &mut self.disks.all[fetch.store].index.entries;
@@ -304,8 +309,10 @@ impl Core {
             self.disks.all[fetch.store].reads -= 1;
             self.tenants[fetch.t].coming_bytes -= slot_bytes;
         }
-        let came = match result {
-            Ok(found) => self.came(host, &fetch, &found.0, &found.1, out),
+        // A box that comes back as it went down says nothing of the block.
+        let told = block.crcs.len() == block.cut.crc_count() as usize;
+        let came = match result.and_then(|()| told.then_some(()).ok_or(StoreError::Io)) {
+            Ok(()) => self.came(host, &fetch, &block.cut, &block.crcs, out),
             Err(error) => {
                 let failed = &mut self.tier_counters.fetch_failed;
                 *match error {
@@ -319,15 +326,17 @@ impl Core {
                 false
             }
         };
+        self.disks.spare.blocks.push(block);
         if !came || !fetch.waiters.is_empty() {
             self.end_ahead(host);
         }
         if !came {
             self.did_not_come(host, fetch.t, out);
         }
-        for number in fetch.waiters {
+        for number in fetch.waiters.drain(..) {
             self.came_for(number, came.then_some(host), out);
         }
+        self.disks.spare.waiters.push(fetch.waiters);
         self.drop_space_if_idle(space);
         self.serve_short(fetch.t, out);
     }
@@ -437,7 +446,7 @@ impl Core {
     /// Whether a store holds the block, or it is on its way up from there.
     fn below_or_coming(&self, space: u32, group: u8, hash: &[u8; 32]) -> bool {
         let coming = match self.index.find(space, group, hash) {
-            Found::Entry(id) => self.disks.fetches.contains_key(&id),
+            Found::Entry(id) => self.disks.fetches(id),
             _ => false,
         };
         coming || self.stored_entry(space, group, hash).is_some()
@@ -477,7 +486,7 @@ impl Core {
         let space = space.map(|joined| joined.space);
         for (at, (state, hash)) in (0u32..).zip(states.iter_mut().zip(&waiting.hashes)) {
             let below = |space| self.below_or_coming(space, waiting.group, hash);
-            let held = waiting.below.contains(&at) || space.is_some_and(below);
+            let held = waiting.below.binary_search(&at).is_ok() || space.is_some_and(below);
             if *state == LoadState::Absent && held {
                 *state = LoadState::Failed;
                 self.counters.load_absent -= 1;

@@ -22,9 +22,10 @@ use crate::geometry::GroupGeometry;
 use crate::ids::{BlockHash, NamespaceId, RequestId, SessionId, StoreId, TenantId, low64};
 use crate::index::{Entry, EntryState, Found, Index};
 use crate::log::{Change, ChangeKind, Tier};
+use crate::map::Map;
 use crate::settings::EvictionPolicy;
 use crate::state::Core;
-use crate::tier::{BlockKey, OpId, StoreOp, StoreShape, stride_of};
+use crate::tier::{BlockKey, OpId, ReadBlock, StoreOp, StoreShape, stride_of};
 pub(crate) use ahead::AHEAD_A_LOOKUP;
 pub(crate) use fetch::Asked;
 use places::Places;
@@ -101,7 +102,7 @@ pub(crate) enum Doing {
     },
 }
 
-/// A block that comes up. Its entry in the host's index is Filling and has no checksums yet.
+/// A block that comes up, by its entry in the host's index, which is Filling and has no checksums yet.
 #[derive(Debug)]
 pub(crate) struct Fetch {
     store: usize,
@@ -123,11 +124,20 @@ pub(crate) struct Waiting {
     hashes: Vec<[u8; 32]>,
     /// Blocks that have not come, those included that it is short of slots for.
     left: u32,
-    /// Positions whose blocks were held below, or coming up, when the load came: what is not here in the end has failed.
-    below: BTreeSet<u32>,
+    /// Ascending positions whose blocks were held below, or coming up, when the load came: what is not here in the end has failed.
+    below: Vec<u32>,
     /// Host entries and their serials, pinned until the answer.
     pins: Vec<(u32, u32)>,
     deadline: u64,
+}
+
+/// What reads that are over have left to those that come. There is never more of it than reads were under way at once.
+#[derive(Default)]
+struct Spare {
+    #[allow(clippy::vec_box, reason = "the boxes are what is kept")]
+    blocks: Vec<Box<ReadBlock>>,
+    /// Empty lists of waiters.
+    waiters: Vec<Vec<u64>>,
 }
 
 /// All stores, and what is under way.
@@ -136,15 +146,28 @@ pub(crate) struct Disks {
     pub(crate) all: Vec<Disk>,
     /// How many there will be.
     pub(crate) expected: usize,
-    doing: BTreeMap<OpId, Doing>,
+    /// By operation.
+    doing: Map<Doing>,
     last_op: u64,
-    /// By host entry.
-    pub(crate) fetches: BTreeMap<u32, Fetch>,
+    fetches: Map<Fetch>,
+    spare: Spare,
     waiting: BTreeMap<u64, Waiting>,
     last_wait: u64,
     by_deadline: BTreeSet<(u64, u64)>,
     /// Hashes in all waiting loads.
     waiting_hashes: usize,
+}
+
+impl Spare {
+    /// What goes down with a read of a block of this group, without checksums.
+    fn block_for(&mut self, geometry: GroupGeometry) -> Box<ReadBlock> {
+        let Some(mut block) = self.blocks.pop() else {
+            return ReadBlock::new(geometry);
+        };
+        block.geometry = geometry;
+        block.crcs.clear();
+        block
+    }
 }
 
 impl Disks {
@@ -192,8 +215,18 @@ impl Disks {
     fn begin(&mut self, doing: Doing) -> OpId {
         self.last_op += 1;
         let op = OpId(self.last_op);
-        self.doing.insert(op, doing);
+        self.doing.insert(op.0, doing);
         op
+    }
+
+    /// Whether a block is coming up into this entry of the host's index.
+    pub(crate) fn fetches(&self, host: u32) -> bool {
+        self.fetches.contains(host.into())
+    }
+
+    /// How many blocks are coming up.
+    pub(crate) fn fetching(&self) -> usize {
+        self.fetches.len()
     }
 }
 
@@ -369,6 +402,16 @@ impl Disk {
 }
 
 impl Core {
+    /// In whose memory an operation under way is; a drop is in nobody's.
+    pub fn tenant_of(&self, op: OpId) -> Option<TenantId> {
+        let t = match self.disks.doing.get(op.0)? {
+            Doing::Write { t, .. } => *t,
+            Doing::Read { host } => self.disks.fetches.get((*host).into())?.t,
+            Doing::Drop { .. } => return None,
+        };
+        Some(self.tenants[t].id)
+    }
+
     /// A store can be used from now on. What it holds comes by `store_found`.
     pub(crate) fn store_opened(&mut self, store: StoreId, shape: StoreShape) {
         if usize::from(store.0) != self.disks.all.len() {

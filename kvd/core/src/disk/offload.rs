@@ -297,6 +297,6 @@ impl Core {
 
     /// Whether this operation is one that core knows; says what it was.
     pub(super) fn over(&mut self, op: OpId) -> Option<Doing> {
-        self.disks.doing.remove(&op)
+        self.disks.doing.remove(op.0)
     }
 }

@@ -123,9 +123,9 @@ impl Core {
                     self.written(doing, result, out);
                 }
             }
-            StoreDone::Read { op, result } => {
+            StoreDone::Read { op, block, result } => {
                 if let Some(Doing::Read { host }) = self.over(op) {
-                    self.read_over(host, result, out);
+                    self.read_over(host, block, result, out);
                 }
             }
             StoreDone::Dropped { op, result } => {

@@ -127,12 +127,20 @@ impl Node {
                 let result = outcome;
                 StoreDone::Written { op, result }
             }
-            StoreOp::Read { op, from, key, .. } => {
+            StoreOp::Read {
+                op,
+                from,
+                key,
+                mut block,
+                ..
+            } => {
                 let header = &self.store.held[&from];
                 assert_eq!(header.key, key, "another block was asked for");
-                let found = Box::new((header.cut.clone(), header.crcs.clone()));
-                let result = outcome.map(|()| found);
-                StoreDone::Read { op, result }
+                assert!(block.crcs.is_empty(), "of the block before");
+                block.cut = header.cut.clone();
+                block.crcs.extend(&header.crcs);
+                let result = outcome;
+                StoreDone::Read { op, block, result }
             }
             StoreOp::Drop { op, place, .. } => {
                 if outcome.is_ok() {

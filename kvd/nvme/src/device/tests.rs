@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-use kvd_core::tier::{BlockKey, HostRange, OpId, Place, STORE_PAGE, stride_of};
-use kvd_core::{BlockHash, GroupGeometry, GroupKind, TenantId};
+use kvd_core::tier::{BlockKey, HostRange, Place, STORE_PAGE, stride_of};
+use kvd_core::{BlockHash, GroupKind, TenantId};
 
 use super::*;
 use crate::io::testing::{arena, scratch};
@@ -46,15 +46,19 @@ fn read_op(op: u64) -> StoreOp {
             bytes: STORE_PAGE,
         },
         key: KEY,
-        geometry: Box::new(GroupGeometry {
-            kind: GroupKind::Full,
-            layers: 1,
-            heads: 1,
-            block_tokens: 1,
-            cell_bytes: STORE_PAGE as u32,
-            window: None,
-        }),
+        block: block(),
     }
+}
+
+fn block() -> Box<ReadBlock> {
+    ReadBlock::new(GroupGeometry {
+        kind: GroupKind::Full,
+        layers: 1,
+        heads: 1,
+        block_tokens: 1,
+        cell_bytes: STORE_PAGE as u32,
+        window: None,
+    })
 }
 
 #[test]
@@ -104,6 +108,7 @@ fn a_panic_loses_no_answer_and_it_is_switched_off_before_any_is_told() {
     }
     let read = |op| StoreDone::Read {
         op: OpId(op),
+        block: block(),
         result: Err(StoreError::Io),
     };
     assert_eq!(done, [refused(1), read(2), read(3)]);

@@ -2,7 +2,7 @@
 
 use kvd_core::tier::StoreShape;
 
-use super::format::Flaw;
+use super::block::Flaw;
 use crate::io::IoError;
 
 /// How a store is to be made and driven.

@@ -8,8 +8,8 @@ use std::time::Duration;
 use kvd_core::tier::{BlockKey, OpId, Place, Recovered, STORE_PAGE, StoreDone, StoreOp, stride_of};
 use kvd_core::{GroupGeometry, NamespaceId, NamespaceRecord};
 
+use super::block::{BlockPage, Flaw};
 use super::config::{OpenError, RecoveryReport, StoreConfig};
-use super::format::Flaw;
 use super::read::check_header;
 use super::recover::{Found, Heads, State, heads, recover};
 use super::verify::Verifier;
@@ -174,10 +174,10 @@ fn check_block<I: BlockIo>(
     };
     let group = groups.get(&key.namespace);
     let geometry = group.and_then(|groups| groups.get(usize::from(key.group)));
-    let page = match check_header(head.bytes(), &state.head.id, at, key, geometry) {
-        Ok(page) => page,
-        Err(flaw) => return Ok(Err(Some(flaw))),
-    };
+    let (mut page, store) = (BlockPage::new(), &state.head.id);
+    if let Err(flaw) = check_header(&mut page, head.bytes(), store, at, key, geometry) {
+        return Ok(Err(Some(flaw)));
+    }
     let bytes = page.geometry.block_bytes();
     if page.crc != *crc || page.header.parent != block.parent {
         return Ok(Err(Some(Flaw::OtherBlock)));

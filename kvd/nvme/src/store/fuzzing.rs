@@ -5,13 +5,15 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use kvd_core::tier::{BlockKey, HostRange, OpId, Recovered, StoreDone, StoreOp, stride_of};
+use kvd_core::tier::{
+    BlockKey, HostRange, OpId, ReadBlock, Recovered, StoreDone, StoreOp, stride_of,
+};
 use kvd_core::{BlockHash, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 
+use super::block::{BLOCK_MAGIC, BlockPage, encode_block};
 use super::format::{
-    BLOCK_MAGIC, List, NAME_MAGIC, NameRead, PAGE_MAGIC, PER_PAGE, RECORD, SUPER_MAGIC, SuperRead,
-    Superblock, VERSION, crc, decode_block, decode_name, encode_block, page_header, page_records,
-    records_crc,
+    List, NAME_MAGIC, NameRead, PAGE_MAGIC, PER_PAGE, RECORD, SUPER_MAGIC, SuperRead, Superblock,
+    VERSION, crc, decode_name, page_header, page_records, records_crc,
 };
 use super::layout::{HEADS, Layout, NAME_SLOT};
 use super::memory::{MemoryIo, Owned, Pages};
@@ -274,26 +276,30 @@ fn records(page: &[u8], list: List) -> bool {
 }
 
 fn block(page: &[u8]) -> bool {
-    let Ok(found) = decode_block(page, &STORE) else {
+    let (mut found, mut second) = (BlockPage::new(), BlockPage::new());
+    if found.decode(page, &STORE).is_err() {
         return false;
-    };
+    }
     let (header, geometry) = (&found.header, &found.geometry);
     assert!(8 * header.crcs.len() < PAGE);
     let mut again = vec![0xff; PAGE];
     let sum = encode_block(&mut again, &STORE, header, geometry, found.offset);
     assert!(sum.is_some(), "it came from one page");
-    let Ok(second) = decode_block(&again, &STORE) else {
-        panic!("it was encoded just now");
-    };
+    assert_eq!(
+        second.decode(&again, &STORE),
+        Ok(()),
+        "it was encoded just now"
+    );
     assert!(second.header == *header && second.geometry == *geometry);
     let key = header.key;
-    let right = check_header(page, &STORE, found.offset, &key, Some(geometry));
-    assert!(right.is_ok(), "it is what it says to be");
+    let mut third = BlockPage::new();
+    let right = check_header(&mut third, page, &STORE, found.offset, &key, Some(geometry));
+    assert_eq!(right, Ok(()), "it is what it says to be");
     let other = BlockKey {
         hash: BlockHash(key.hash.0.map(|byte| !byte)),
         ..key
     };
-    assert!(check_header(page, &STORE, found.offset, &other, None).is_err());
+    assert!(check_header(&mut third, page, &STORE, found.offset, &other, None).is_err());
     let mut verifier = Verifier::new(&found, Vec::new());
     verifier.feed(page);
     let all = verifier.finish().0;
@@ -362,7 +368,7 @@ fn use_some(
                     bytes: geometry.block_bytes(),
                 },
                 key: block.key,
-                geometry: Box::new(geometry.clone()),
+                block: ReadBlock::new(geometry.clone()),
             };
             let memory = Owned(vec![0; geometry.slot_bytes() as usize]);
             done.extend(store.submit(read, Some(memory)));

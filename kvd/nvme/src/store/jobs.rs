@@ -9,7 +9,8 @@ use kvd_core::tier::{
 };
 use kvd_core::{GroupGeometry, NamespaceRecord};
 
-use super::format::{block_fits, encode_block, encode_name, name_bytes};
+use super::block::{block_fits, encode_block};
+use super::format::{encode_name, name_bytes};
 use super::names::Slotted;
 use super::read::ReadJob;
 use super::{Purpose, Store, slots};
@@ -78,37 +79,13 @@ impl<H> Job<H> {
     }
 
     /// The answer with an error.
-    pub(crate) fn refusal(&self, error: StoreError) -> StoreDone {
-        match &self.work {
-            Work::Write(write) => StoreDone::Written {
-                op: write.op,
-                result: Err(error),
-            },
-            Work::Read(read) => StoreDone::Read {
-                op: read.op,
-                result: Err(error),
-            },
-            Work::Drop { op, .. } => StoreDone::Dropped {
-                op: *op,
-                result: Err(error),
-            },
+    pub(crate) fn refusal(self, error: StoreError) -> StoreDone {
+        let result = Err(error);
+        match self.work {
+            Work::Write(WriteJob { op, .. }) => StoreDone::Written { op, result },
+            Work::Read(ReadJob { op, block, .. }) => StoreDone::Read { op, block, result },
+            Work::Drop { op, .. } => StoreDone::Dropped { op, result },
         }
-    }
-}
-
-/// The answer to an operation that was not taken.
-fn refused(op: &StoreOp, error: StoreError) -> StoreDone {
-    let result = Err(error);
-    match op {
-        StoreOp::Write { op, .. } => StoreDone::Written {
-            op: *op,
-            result: Err(error),
-        },
-        StoreOp::Read { op, .. } => StoreDone::Read { op: *op, result },
-        StoreOp::Drop { op, .. } => StoreDone::Dropped {
-            op: *op,
-            result: Err(error),
-        },
     }
 }
 
@@ -117,19 +94,19 @@ impl<I: BlockIo> Store<I> {
     pub(crate) fn take(&mut self, op: StoreOp, host: Option<I::Host>) -> Result<(), StoreDone> {
         if self.health.off {
             self.counters.refused_off += 1;
-            return Err(refused(&op, StoreError::Off));
+            return Err(op.refused(StoreError::Off));
         }
         if self.jobs.len() >= self.config.max_queue.min(slots::MOST) {
             self.counters.refused_queue += 1;
-            return Err(refused(&op, StoreError::Off));
+            return Err(op.refused(StoreError::Off));
         }
         if self.cycle.wedged && !matches!(op, StoreOp::Read { .. }) {
             self.counters.refused_full += 1;
-            return Err(refused(&op, StoreError::Off));
+            return Err(op.refused(StoreError::Off));
         }
         if !self.makes_sense(&op, host.as_ref()) {
             self.counters.refused_invalid += 1;
-            return Err(refused(&op, StoreError::Io));
+            return Err(op.refused(StoreError::Io));
         }
         match op {
             StoreOp::Write { .. } => self.take_write(op, host),
@@ -138,9 +115,9 @@ impl<I: BlockIo> Store<I> {
                 from,
                 into,
                 key,
-                geometry,
+                block,
             } => {
-                let read = ReadJob::new(op, from, into.bytes, key, geometry, host);
+                let read = ReadJob::new(op, from, into.bytes, key, block, host);
                 self.add(Work::Read(read), [What::ReadHead, What::ReadBody]);
                 Ok(())
             }
@@ -178,25 +155,24 @@ impl<I: BlockIo> Store<I> {
             StoreOp::Read {
                 from,
                 into,
-                geometry,
+                block: read,
                 ..
-            } => block(*from, into.bytes, geometry),
+            } => block(*from, into.bytes, &read.geometry),
             StoreOp::Drop { place, .. } => self.layout.has(*place),
         }
     }
 
     fn take_write(&mut self, op: StoreOp, host: Option<I::Host>) -> Result<(), StoreDone> {
-        let refusal = |error| refused(&op, error);
         let StoreOp::Write { header, record, .. } = &op else {
-            return Err(refusal(StoreError::Io));
+            return Err(op.refused(StoreError::Io));
         };
         if self.table.live() + self.unlisted >= self.layout.most_blocks() {
             self.counters.refused_full += 1;
-            return Err(refusal(StoreError::Off));
+            return Err(op.refused(StoreError::Off));
         }
         if !block_fits(header) {
             self.counters.refused_header += 1;
-            return Err(refusal(StoreError::Io));
+            return Err(op.refused(StoreError::Io));
         }
         let id = header.key.namespace;
         let (name, new) = match self.names.claim(id) {
@@ -204,14 +180,14 @@ impl<I: BlockIo> Store<I> {
             Slotted::New(slot) => (slot, true),
             Slotted::Full => {
                 self.counters.refused_full += 1;
-                return Err(refusal(StoreError::Off));
+                return Err(op.refused(StoreError::Off));
             }
         };
         if new && !NamespaceRecord::parse(record).is_ok_and(|record| record.id() == id) {
             self.names.wrote(name, false);
             self.names.release(name);
             self.counters.refused_invalid += 1;
-            return Err(refusal(StoreError::Io));
+            return Err(op.refused(StoreError::Io));
         }
         let StoreOp::Write {
             op,
@@ -409,10 +385,14 @@ impl<I: BlockIo> Store<I> {
         let Some(job) = self.jobs.remove(job) else {
             return;
         };
+        let name = match &job.work {
+            Work::Write(write) => Some(write.name),
+            _ => None,
+        };
         done.push(job.refusal(error));
-        if let Work::Write(write) = &job.work {
+        if let Some(name) = name {
             self.unlisted -= 1;
-            self.names.release(write.name);
+            self.names.release(name);
         }
     }
 }

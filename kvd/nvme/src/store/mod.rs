@@ -9,6 +9,7 @@
 //! Bytes are checked when they are read, against the header beside them; recovery looks at records alone.
 //! Deliberately absent: which place to take, and what to forget (core); threads and real devices ([`crate::io`]).
 
+mod block;
 mod config;
 mod cycle;
 mod format;
@@ -41,13 +42,15 @@ use std::time::Duration;
 use kvd_arena::checksum::State as Sum;
 use kvd_core::tier::{OpId, StoreDone, StoreError, StoreOp, StoreShape};
 
+pub use self::block::Flaw;
 pub use self::config::{Counters, OpenError, RecoveryReport, StoreConfig};
-pub use self::format::{Flaw, VERSION};
+pub use self::format::VERSION;
 pub use self::fsck::{Finding, FsckReport, fsck};
 #[cfg(feature = "planted")]
 pub use self::plant::Plant;
 pub use self::recover::Found;
 
+use self::block::BlockPage;
 use self::cycle::Cycle;
 use self::format::Superblock;
 use self::jobs::{Job, Piece};
@@ -118,6 +121,8 @@ pub struct Store<I: BlockIo> {
     spare: Vec<Aligned>,
     /// Memory for sums of what is checked, to be used again.
     sums: Vec<Sum>,
+    /// The header of what was checked last.
+    page: BlockPage,
     /// Reads whose bytes are there and not checked.
     unchecked: VecDeque<u64>,
     #[cfg(feature = "planted")]
@@ -177,6 +182,7 @@ impl<I: BlockIo> Store<I> {
             over: Vec::new(),
             spare: Vec::new(),
             sums: Vec::new(),
+            page: BlockPage::new(),
             unchecked: VecDeque::new(),
             #[cfg(feature = "planted")]
             plant: None,
@@ -340,7 +346,7 @@ impl<I: BlockIo> Store<I> {
         for job in left {
             counters.unanswered += u64::from(jobs.remove(job).is_some());
         }
-        let refusals = jobs.values().map(|job| job.refusal(StoreError::Io));
+        let refusals = jobs.into_values().map(|job| job.refusal(StoreError::Io));
         (refusals.collect(), counters)
     }
 

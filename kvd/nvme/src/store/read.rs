@@ -3,10 +3,10 @@
 
 use kvd_arena::checksum::State;
 use kvd_core::GroupGeometry;
-use kvd_core::tier::{BlockKey, OpId, Place, StoreDone, StoreError};
+use kvd_core::tier::{BlockKey, OpId, Place, ReadBlock, StoreDone, StoreError};
 
 use super::Store;
-use super::format::{BlockPage, Flaw, decode_block};
+use super::block::{BlockPage, Flaw};
 use super::jobs::Work;
 use super::verify::Verifier;
 use crate::io::{Aligned, BlockIo, Buffer, HostBytes};
@@ -20,7 +20,7 @@ pub(crate) struct ReadJob<H> {
     pub(crate) from: Place,
     bytes: u64,
     key: BlockKey,
-    geometry: Box<GroupGeometry>,
+    pub(crate) block: Box<ReadBlock>,
     head: Option<Aligned>,
     pub(crate) host: Option<H>,
 }
@@ -31,7 +31,7 @@ impl<H> ReadJob<H> {
         from: Place,
         bytes: u64,
         key: BlockKey,
-        geometry: Box<GroupGeometry>,
+        block: Box<ReadBlock>,
         host: Option<H>,
     ) -> Self {
         let head = None;
@@ -40,7 +40,7 @@ impl<H> ReadJob<H> {
             from,
             bytes,
             key,
-            geometry,
+            block,
             head,
             host,
         }
@@ -56,15 +56,16 @@ impl<H> ReadJob<H> {
     }
 }
 
-/// Whether a header is that of this block at this offset, and of these sizes.
+/// Whether a header is that of this block at this offset, and of these sizes; `page` is what it says.
 pub(crate) fn check_header(
-    page: &[u8],
+    page: &mut BlockPage,
+    bytes: &[u8],
     store: &[u8; 16],
     offset: u64,
     key: &BlockKey,
     geometry: Option<&GroupGeometry>,
-) -> Result<BlockPage, Flaw> {
-    let page = decode_block(page, store)?;
+) -> Result<(), Flaw> {
+    page.decode(bytes, store)?;
     if page.header.key != *key || page.offset != offset {
         return Err(Flaw::OtherBlock);
     }
@@ -82,7 +83,7 @@ pub(crate) fn check_header(
     if !same {
         return Err(Flaw::Geometry);
     }
-    Ok(page)
+    Ok(())
 }
 
 impl<I: BlockIo> Store<I> {
@@ -110,57 +111,70 @@ impl<I: BlockIo> Store<I> {
         let (Some(head), Some(host)) = (&read.head, &read.host) else {
             return self.finish(id, StoreError::Io, done);
         };
-        let mut sums = std::mem::take(&mut self.sums);
-        let checked = self.check_read(read, head, host, &mut sums);
-        self.sums = sums;
-        let result = match checked {
-            Ok(page) => {
+        let at = (&self.head.id, self.layout.block_at(read.from));
+        let sums = match self.skips_sums() {
+            true => None,
+            false => Some(&mut self.sums),
+        };
+        let result = match check_read(read, head, host, at, &mut self.page, sums) {
+            Ok(()) => {
                 self.counters.reads += 1;
                 self.counters.read_bytes += read.bytes;
-                Ok(Box::new((page.header.cut, page.header.crcs)))
+                Ok(())
             }
             Err(flaw) => {
                 self.counters.corrupt(flaw);
                 Err(StoreError::Corrupt)
             }
         };
-        let op = read.op;
-        let job = self.jobs.remove(id);
-        done.push(StoreDone::Read { op, result });
-        if let Some(Work::Read(read)) = job.map(|job| job.work)
-            && let Some(page) = read.head
-        {
+        let Some(Work::Read(mut read)) = self.jobs.remove(id).map(|job| job.work) else {
+            return;
+        };
+        if result.is_ok() {
+            let kept = &mut self.page.header;
+            std::mem::swap(&mut read.block.cut, &mut kept.cut);
+            std::mem::swap(&mut read.block.crcs, &mut kept.crcs);
+        }
+        let (op, block) = (read.op, read.block);
+        done.push(StoreDone::Read { op, block, result });
+        if let Some(page) = read.head {
             self.give_back(page);
         }
     }
 
-    fn check_read(
-        &self,
-        read: &ReadJob<I::Host>,
-        head: &Aligned,
-        host: &I::Host,
-        sums: &mut Vec<State>,
-    ) -> Result<BlockPage, Flaw> {
-        let offset = self.layout.block_at(read.from);
-        let geometry = Some(&*read.geometry);
-        let page = check_header(head.bytes(), &self.head.id, offset, &read.key, geometry)?;
+    /// A deliberate mistake.
+    fn skips_sums(&self) -> bool {
         #[cfg(feature = "planted")]
-        if self.plant == Some(super::Plant::SkipCrc) {
-            return Ok(page);
-        }
-        let mut verifier = Verifier::new(&page, std::mem::take(sums));
-        if host.can_sum(verifier.engine()) {
-            verifier.advance(read.bytes, &mut |at, bytes, engine, state| {
-                host.sum(at as usize, bytes, engine, state);
-            });
-        } else {
-            host.read(0, read.bytes as usize, &mut |bytes| verifier.feed(bytes));
-        }
-        let good;
-        (good, *sums) = verifier.finish();
-        if !good {
-            return Err(Flaw::Payload);
-        }
-        Ok(page)
+        return self.plant == Some(super::Plant::SkipCrc);
+        #[cfg(not(feature = "planted"))]
+        false
     }
+}
+
+/// Whether what was read for the store of this id from this offset is the block that is meant, and sound. `page` and `sums` are
+/// memory to use; without `sums`, nobody looks at the bytes.
+fn check_read<H: HostBytes>(
+    read: &ReadJob<H>,
+    head: &Aligned,
+    host: &H,
+    (store, offset): (&[u8; 16], u64),
+    page: &mut BlockPage,
+    sums: Option<&mut Vec<State>>,
+) -> Result<(), Flaw> {
+    let geometry = Some(&read.block.geometry);
+    check_header(page, head.bytes(), store, offset, &read.key, geometry)?;
+    let Some(sums) = sums else {
+        return Ok(());
+    };
+    let mut verifier = Verifier::new(page, std::mem::take(sums));
+    if host.can_sum(verifier.engine()) {
+        verifier.advance(read.bytes, &mut |at, bytes, engine, state| {
+            host.sum(at as usize, bytes, engine, state);
+        });
+    } else {
+        host.read(0, read.bytes as usize, &mut |bytes| verifier.feed(bytes));
+    }
+    let good;
+    (good, *sums) = verifier.finish();
+    good.then_some(()).ok_or(Flaw::Payload)
 }

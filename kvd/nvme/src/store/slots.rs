@@ -79,6 +79,10 @@ impl<T> Slots<T> {
         self.slots.iter().filter_map(|slot| slot.value.as_ref())
     }
 
+    pub(crate) fn into_values(self) -> impl Iterator<Item = T> {
+        self.slots.into_iter().filter_map(|slot| slot.value)
+    }
+
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (u64, &mut T)> {
         let slots = self.slots.iter_mut();
         slots.filter_map(|slot| Some((slot.id, slot.value.as_mut()?)))

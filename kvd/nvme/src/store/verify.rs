@@ -3,7 +3,7 @@
 
 use kvd_arena::checksum::{Engine, State};
 
-use super::format::BlockPage;
+use super::block::BlockPage;
 
 /// Takes a block's bytes in order, in pieces.
 pub(crate) struct Verifier<'a> {

@@ -31,6 +31,7 @@ fn abandon(test: &mut Test) -> (Vec<u64>, u64) {
         }
         | StoreDone::Read {
             op,
+            block: _,
             result: Err(StoreError::Io),
         } => op.0,
         other => panic!("{other:?}"),

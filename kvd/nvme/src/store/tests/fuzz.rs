@@ -8,10 +8,9 @@ use kvd_core::{BlockHash, Cut};
 
 use super::space;
 use crate::io::PAGE;
+use crate::store::block::encode_block;
 use crate::store::format::Superblock;
-use crate::store::format::{
-    Kind, List, Record, encode_block, encode_name, encode_page, name_bytes,
-};
+use crate::store::format::{Kind, List, Record, encode_name, encode_page, name_bytes};
 use crate::store::fuzzing::{STORE, config, decoders, device};
 use crate::store::layout::Layout;
 use crate::store::open::head_page;

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvd_core::tier::{
-    BlockHeader, BlockKey, HostRange, OpId, Place, Recovered, StoreDone, StoreError, StoreOp,
-    stride_of,
+    BlockHeader, BlockKey, HostRange, OpId, Place, ReadBlock, Recovered, StoreDone, StoreError,
+    StoreOp, stride_of,
 };
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 
@@ -162,7 +162,7 @@ impl Test {
                 group: 0,
                 hash: BlockHash([name; 32]),
             },
-            geometry: Box::new(geometry.clone()),
+            block: ReadBlock::new(geometry.clone()),
         };
         let room = geometry.slot_bytes() as usize;
         (op, Some(Owned(vec![0; room])))
@@ -171,7 +171,7 @@ impl Test {
     fn read(&mut self, space: &Space, from: Place, name: u8) -> Result<(), StoreError> {
         let (op, host) = self.read_op(space, from, name);
         match self.run(op, host) {
-            StoreDone::Read { result, .. } => result.map(|_| ()),
+            StoreDone::Read { result, .. } => result,
             other => panic!("{other:?}"),
         }
     }
@@ -526,7 +526,8 @@ fn decoders_take_any_bytes() {
             page
         };
         let spoilt = spoil(&block, 240, PAGE);
-        blocks += u32::from(format::decode_block(&spoilt, &test.config.start).is_ok());
+        let sound = BlockPage::new().decode(&spoilt, &test.config.start);
+        blocks += u32::from(sound.is_ok());
         let spoilt = spoil(&name, 128, 128);
         format::decode_name(&spoilt, &test.config.start, 0);
         let spoilt = spoil(&head, 160, PAGE);

@@ -8,8 +8,9 @@ use kvd_core::{BlockHash, Cut, GroupGeometry, GroupKind, NamespaceId};
 
 use super::{MIB, space};
 use crate::io::{Aligned, PAGE};
+use crate::store::block::BlockPage;
 use crate::store::format::{
-    BlockPage, Kind, List, PER_PAGE, Record, crc, encode_name, encode_page, name_bytes,
+    Kind, List, PER_PAGE, Record, crc, encode_name, encode_page, name_bytes,
 };
 use crate::store::memory::{MemoryIo, Pages};
 use crate::store::open::{format, head_page};
