@@ -44,6 +44,8 @@ pub(super) struct Lane {
     crcs: Vec<Vec<u64>>,
     /// Blocks that are stored: from which piece.
     stored: Vec<usize>,
+    /// What came back with reads, to go down with others.
+    spare: Vec<Box<ReadBlock>>,
     /// From the place of a block to that of the next.
     step: u64,
     next_op: u64,
@@ -89,6 +91,7 @@ impl Lane {
             geometry,
             crcs: Vec::new(),
             stored: Vec::new(),
+            spare: Vec::new(),
             step: 1,
             next_op: 0,
         };
@@ -185,9 +188,15 @@ impl Lane {
         }
     }
 
-    fn op(&self, doing: Doing, op: OpId, number: usize, of: usize, range: HostRange) -> StoreOp {
+    fn op(
+        &mut self,
+        doing: Doing,
+        op: OpId,
+        number: usize,
+        of: usize,
+        range: HostRange,
+    ) -> StoreOp {
         let (place, key) = (self.place(number, of), self.key(number));
-        let geometry = self.geometry.clone();
         match doing {
             Doing::Store => StoreOp::Write {
                 op,
@@ -199,7 +208,7 @@ impl Lane {
                     cut: Cut::whole(&self.geometry),
                     crcs: self.crcs[self.stored[number]].clone(),
                 }),
-                geometry: Box::new(geometry),
+                geometry: Box::new(self.geometry.clone()),
                 record: Arc::clone(&self.record),
             },
             Doing::Load => StoreOp::Read {
@@ -207,7 +216,10 @@ impl Lane {
                 from: place,
                 into: range,
                 key,
-                block: ReadBlock::new(geometry),
+                block: self
+                    .spare
+                    .pop()
+                    .unwrap_or_else(|| ReadBlock::new(self.geometry.clone())),
             },
             Doing::Drop => StoreOp::Drop { op, place, key },
         }
@@ -249,11 +261,16 @@ impl Lane {
                 self.begin(doing, next, of, piece)?;
                 next += 1;
             }
-            for done in self.answers.recv_timeout(PATIENCE).context("no answer")? {
+            let mut all = self.answers.recv_timeout(PATIENCE).context("no answer")?;
+            for done in all.drain(..) {
                 let op = judge(&done)?;
                 free.push((op.0 % DEPTH_MOST as u64) as usize);
                 over += 1;
+                if let StoreDone::Read { block, .. } = done {
+                    self.spare.push(block);
+                }
             }
+            self.device.give_back(all);
         }
         let seconds = begun.elapsed().as_secs_f64();
         let gb = (of as u64 * self.geometry.block_bytes()) as f64 / 1e9;
