@@ -45,6 +45,7 @@ pub(super) struct Lane {
     /// Blocks that are stored: from which piece.
     stored: Vec<usize>,
     /// What came back with reads, to go down with others.
+    #[expect(clippy::vec_box, reason = "the boxes travel")]
     spare: Vec<Box<ReadBlock>>,
     /// From the place of a block to that of the next.
     step: u64,
