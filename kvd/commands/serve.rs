@@ -108,6 +108,7 @@ fn node_settings(values: &Values) -> NodeSettings {
                 offload: match values.offload {
                     Offload::WriteThrough => OffloadPolicy::WriteThrough,
                     Offload::SecondUse => OffloadPolicy::SecondUse,
+                    Offload::Demotion => OffloadPolicy::Demotion,
                 },
                 write_bytes_per_day: values.nvme_write_budget,
                 read_ahead: values.read_ahead,

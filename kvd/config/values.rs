@@ -74,6 +74,7 @@ pub(crate) enum NvmeIo {
 pub(crate) enum Offload {
     WriteThrough,
     SecondUse,
+    Demotion,
 }
 
 /// Form of the log lines.

@@ -22,6 +22,8 @@ pub enum OffloadPolicy {
     WriteThrough,
     /// When it is loaded for the first time: what is never used again is never written.
     SecondUse,
+    /// When it is about to leave host memory: what never has to leave is never written, and is gone after a restart.
+    Demotion,
 }
 
 /// Settings of the slower tier.
