@@ -87,6 +87,7 @@ impl TierConfig {
                 OffloadPolicy::Demotion,
                 OffloadPolicy::WriteThrough,
             ]),
+            low_water: rng.range(1, 8) as u32,
             // Some blocks a second, or no limit.
             write_bytes_per_day: match rng.one_in(4) {
                 true => rng.spread(1 << 16, 1 << 24) * 86_400,

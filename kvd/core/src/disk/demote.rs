@@ -12,10 +12,6 @@ use crate::index::Entry;
 use crate::settings::OffloadPolicy;
 use crate::state::Core;
 
-/// One in so many of a class's slots is to be free, or its block to be on its way down. Engines store a chunk of a prompt at once, and
-/// so many slots must be had without a wait: at 4 GiB and 2 MiB a block this is 256 blocks, or 4096 tokens. More would write what
-/// may be used again yet.
-const LOW_WATER: u64 = 8;
 /// Most blocks chosen for one slot taken: more than one, so that writing catches up with storing.
 const CHOICES: usize = 2;
 
@@ -84,10 +80,11 @@ impl Core {
         let free = pool.free_slots(class);
         let found = &pool.classes[usize::from(class)];
         let slots = u64::from(found.extents) * u64::from(found.per_extent);
-        let most = self.settings.tiers.max_writes;
+        let tiers = &self.settings.tiers;
+        let low = slots.div_ceil(u64::from(tiers.low_water.max(1)));
         let mut stores = self.disks.all.iter();
-        free + found.policy.chosen() < slots.div_ceil(LOW_WATER)
-            && stores.any(|disk| disk.on && disk.writes < most)
+        free + found.policy.chosen() < low
+            && stores.any(|disk| disk.on && disk.writes < tiers.max_writes)
             && self.may_pin(t, found.slot_bytes)
     }
 
