@@ -110,6 +110,7 @@ fn node_settings(values: &Values, places: &Places) -> NodeSettings {
                 offload: match values.offload {
                     Offload::WriteThrough => OffloadPolicy::WriteThrough,
                     Offload::SecondUse => OffloadPolicy::SecondUse,
+                    Offload::Demotion => OffloadPolicy::Demotion,
                 },
                 write_bytes_per_day: places.write_budget,
                 read_ahead: values.read_ahead,

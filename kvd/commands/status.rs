@@ -164,8 +164,12 @@ fn stores(status: &Status) -> String {
         "fetch_failed_off",
     ];
     let failed: u64 = failed.iter().map(|name| count(name)).sum();
+    let missed = match count("demote_missed") {
+        0 => String::new(),
+        missed => format!(", {missed} left memory before they were written"),
+    };
     format!(
-        "{}{} blocks went down ({}), {} came up ({}), {failed} could not be read\n",
+        "{}{} blocks went down ({}), {} came up ({}), {failed} could not be read{missed}\n",
         finish(&rows),
         count("offloaded"),
         size(count("offloaded_bytes")),

@@ -60,7 +60,7 @@ settings! {
     nvme_io: "CHOICE", "How bytes get to them: auto, uring or threads", nvme_io, show_nvme_io;
     nvme_write_budget: "SIZE", "Most bytes that each of them takes in a day; off; or auto: off for those that are named, 16 times its size for one that is not", budget, show_budget;
     nvme_faults: "PATH", "For tests: a file that says how each of them shall fail; or off", faults, show_faults;
-    offload: "CHOICE", "When blocks are written there: write_through or second_use", offload, show_offload;
+    offload: "CHOICE", "When blocks are written there: write_through, second_use or demotion", offload, show_offload;
     read_ahead: "CHOICE", "Whether a lookup that keeps what it finds begins to bring up what is there: on or off", switch, show_switch;
     http: "ADDRESS", "Where /healthz, /readyz, /metrics and /status listen, like 127.0.0.1:9440; or off", http, show_http;
     socket_mode: "MODE", "Permissions of the sockets, in octal", mode, |v: &u32| format!("{v:04o}");
@@ -292,6 +292,6 @@ fn show_faults(value: &Option<PathBuf>) -> String {
 }
 
 choice!(nvme_io, show_nvme_io, NvmeIo, "auto" => NvmeIo::Auto, "uring" => NvmeIo::Uring, "threads" => NvmeIo::Threads);
-choice!(offload, show_offload, Offload, "write_through" => Offload::WriteThrough, "second_use" => Offload::SecondUse);
+choice!(offload, show_offload, Offload, "write_through" => Offload::WriteThrough, "second_use" => Offload::SecondUse, "demotion" => Offload::Demotion);
 choice!(eviction, show_eviction, Eviction, "lru" => Eviction::Lru, "s3fifo" => Eviction::S3Fifo);
 choice!(log_format, show_log_format, LogFormat, "text" => LogFormat::Text, "json" => LogFormat::Json);

@@ -89,6 +89,7 @@ pub(crate) enum NvmeIo {
 pub(crate) enum Offload {
     WriteThrough,
     SecondUse,
+    Demotion,
 }
 
 /// Form of the log lines.

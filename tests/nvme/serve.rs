@@ -110,6 +110,46 @@ fn on_second_use_only_what_was_loaded_is_written() {
 }
 
 #[test]
+fn on_demotion_only_what_does_not_fit_is_written() {
+    let home = Home::new();
+    let daemon = home.serve(&["--offload", "demotion"]);
+    let mut engine = Engine::new(&daemon);
+    let settled = || {
+        crate::common::eventually("nothing is leased or being written", || {
+            daemon.tenant().tiers.host.pinned_bytes == 0
+        });
+    };
+    // An eighth of host memory is kept free or written ahead.
+    let (ahead, chains) = (HOST_BLOCKS / 8, HOST_BLOCKS / 16);
+    for owner in 0..chains - 2 {
+        engine.store(owner, 0..16);
+    }
+    engine.load_all(0, 0..16);
+    assert_eq!(store(&daemon).counts["writes"], 0, "there is room");
+    // Half as much again, no faster than it is written. The chain that was loaded stays, the next ones go.
+    let more = chains / 2;
+    for owner in chains - 2..chains + more {
+        engine.store(owner, 0..16);
+        settled();
+    }
+    let over = u64::from(more * 16);
+    let written = tier(&daemon, "offloaded");
+    assert!(
+        (over..=over + u64::from(ahead)).contains(&written),
+        "{over} blocks did not fit, {written} were written"
+    );
+    assert_eq!(tier(&daemon, "demote_missed"), 0);
+    engine.load_all(0, 0..16);
+    assert_eq!(tier(&daemon, "fetched"), 0, "it stayed");
+    for owner in 1..chains + more {
+        engine.load_all(owner, 0..16);
+        settled();
+    }
+    assert!(tier(&daemon, "fetched") >= over);
+    assert_eq!(tier(&daemon, "demote_missed"), 0);
+}
+
+#[test]
 fn a_spent_budget_stops_writes_and_counts_them() {
     let home = Home::new();
     // An hour's worth is six blocks.

@@ -2,7 +2,7 @@
 //! Deliberately absent: copies to and from a slower tier (`disk`).
 
 use crate::api::Output;
-use crate::evict::chain;
+use crate::evict::{SCAN, chain};
 use crate::index::{Entry, EntryState};
 use crate::log::ChangeKind;
 use crate::pool::{NO_CLASS, SlotState};
@@ -69,6 +69,9 @@ impl Core {
     pub(crate) fn drop_block(&mut self, id: u32, cold: bool, out: &mut Vec<Output>) {
         self.announce(id, ChangeKind::Removed);
         self.end_ahead(id);
+        if cold {
+            self.count_missed(id);
+        }
         let Entry {
             space,
             group,
@@ -173,7 +176,7 @@ impl Core {
         let pool = self.tenants[t].pool.as_mut()?;
         let policy = &mut *pool.classes[usize::from(class)].policy;
         let mut keep = |entry: &Entry| entry.pins > 0 || entry.stamp == stamp;
-        policy.victim(&mut self.index.entries, &mut keep)
+        policy.victim(&mut self.index.entries, &mut keep, SCAN)
     }
 
     /// The extent of any other class that was touched longest ago, and when. None of its blocks is leased, being filled or

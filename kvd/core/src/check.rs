@@ -344,7 +344,7 @@ impl Core {
         assert!(self.index.len() <= most.max_entries as usize);
         assert!(self.reads.len() <= most.max_read_leases_total as usize);
         assert!(self.lookups.blocks <= most.max_lookup_blocks as usize);
-        assert!(self.idle.is_empty());
+        assert!(self.idle.is_empty() && self.disks.short_of_room.is_empty());
         for tenant in &self.tenants {
             assert!(tenant.sessions <= tenant.limits.sessions);
             assert!(tenant.namespaces <= tenant.limits.namespaces);

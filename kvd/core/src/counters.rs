@@ -128,6 +128,8 @@ pub struct TierCounters {
     pub offload_off: u64,
     /// Blocks whose write failed.
     pub offload_failed: u64,
+    /// Blocks that left host memory and that no store had, where they are written on demotion: the device was too slow, or refused.
+    pub demote_missed: u64,
     /// Blocks that left host memory out of turn because a store holds them.
     pub demoted: u64,
     /// Blocks dropped from a store to make room there.
@@ -152,7 +154,7 @@ pub struct TierCounters {
 
 impl TierCounters {
     /// Name and count, for metrics and status.
-    pub fn each(&self) -> [(&'static str, u64); 19] {
+    pub fn each(&self) -> [(&'static str, u64); 20] {
         [
             ("offloaded", self.offloaded),
             ("offloaded_bytes", self.offloaded_bytes),
@@ -161,6 +163,7 @@ impl TierCounters {
             ("offload_no_place", self.offload_no_place),
             ("offload_off", self.offload_off),
             ("offload_failed", self.offload_failed),
+            ("demote_missed", self.demote_missed),
             ("demoted", self.demoted),
             ("evicted", self.evicted),
             ("fetched", self.fetched),

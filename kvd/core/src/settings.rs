@@ -22,6 +22,8 @@ pub enum OffloadPolicy {
     WriteThrough,
     /// When it is loaded for the first time: what is never used again is never written.
     SecondUse,
+    /// When it is about to leave host memory: what never has to leave is never written, and is gone after a restart.
+    Demotion,
 }
 
 /// Settings of the slower tier.
@@ -31,6 +33,10 @@ pub struct TierSettings {
     pub stores: u32,
     /// When blocks go down.
     pub offload: OffloadPolicy,
+    /// On demotion: one in so many slots of host memory is to be free, or its block to be on its way down. Engines store a chunk of a
+    /// prompt at once, and so many slots must be had without a wait: at 4 GiB, 2 MiB a block and one in 8 this is 256 blocks, or 4096
+    /// tokens. More would write what may be used again yet.
+    pub low_water: u32,
     /// Bytes that each store may write in a day; 0: no limit.
     pub write_bytes_per_day: u64,
     /// Most blocks that are being written to a store. More are not offloaded, and counted.
@@ -60,6 +66,7 @@ impl Default for TierSettings {
         TierSettings {
             stores: 0,
             offload: OffloadPolicy::default(),
+            low_water: 8,
             write_bytes_per_day: 0,
             max_writes: 1024,
             max_reads: 4096,

@@ -71,6 +71,7 @@ impl Core {
             Input::StoreDone { store: _, done } => self.store_done(done, out),
             Input::Tick => {}
         }
+        self.write_what_goes_next(out);
         self.sweep(out);
     }
 

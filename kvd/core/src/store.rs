@@ -168,6 +168,7 @@ impl Core {
     ) -> Option<u32> {
         loop {
             if let Some(slot) = self.tenants[t].pool.as_mut()?.take(class, NIL, out) {
+                self.wants_room(t, class);
                 return Some(slot);
             }
             if !self.make_room(t, class, others, out) {

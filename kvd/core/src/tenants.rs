@@ -109,7 +109,7 @@ impl Core {
             return;
         }
         let t = self.tenant_ids[&id];
-        let mut pool = Pool::new(id, shape, self.settings.eviction);
+        let mut pool = Pool::new(id, shape, self.settings.eviction, self.on_demotion());
         let tenant = &mut self.tenants[t];
         tenant.unfenced.clear();
         if let Some(adopted) = adopted {

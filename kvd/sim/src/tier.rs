@@ -84,10 +84,12 @@ impl TierConfig {
     fn settings(rng: &mut Rng, stores: u32) -> TierSettings {
         let drawn = TierSettings {
             stores,
-            offload: match rng.one_in(3) {
-                true => OffloadPolicy::SecondUse,
-                false => OffloadPolicy::WriteThrough,
-            },
+            offload: *rng.pick(&[
+                OffloadPolicy::SecondUse,
+                OffloadPolicy::Demotion,
+                OffloadPolicy::WriteThrough,
+            ]),
+            low_water: rng.range(1, 8) as u32,
             // Some blocks a second, or no limit.
             write_bytes_per_day: match rng.one_in(4) {
                 true => rng.spread(1 << 16, 1 << 24) * 86_400,

@@ -1,9 +1,9 @@
 //! Checks of the slower tier's books, for [`Core::check`]. Deliberately absent: repair.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Disk, Doing};
-use crate::evict::listed;
+use crate::evict::{chosen, listed};
 use crate::index::{EntryState, Found};
 use crate::state::Core;
 
@@ -49,6 +49,36 @@ impl Core {
         }
         self.check_waits();
         self.check_ahead();
+        self.check_chosen();
+    }
+
+    /// What goes next: visible, counted in its class, and no more than a leaf and what follows it.
+    fn check_chosen(&self) {
+        let mut counts: BTreeMap<(usize, u16), u64> = BTreeMap::new();
+        let mut followed = BTreeSet::new();
+        for id in self.index.entries.hot.range() {
+            let entry = &self.index.entries.hot[id];
+            if entry.state == EntryState::Vacant || !chosen(entry) {
+                continue;
+            }
+            assert!(self.on_demotion(), "chosen for nothing");
+            assert_eq!(entry.state, EntryState::Resident);
+            assert!(entry.children <= 1, "a block of two chains is chosen");
+            *counts.entry(self.class_of(id)).or_default() += 1;
+            followed.extend(self.index.entries.parent(id));
+        }
+        for id in self.index.entries.hot.range() {
+            let entry = &self.index.entries.hot[id];
+            let alone = entry.state == EntryState::Vacant || !chosen(entry) || listed(entry);
+            assert!(alone || followed.contains(&id), "chosen before its child");
+        }
+        for (t, tenant) in self.tenants.iter().enumerate() {
+            let classes = tenant.pool.iter().flat_map(|pool| &pool.classes);
+            for (class, found) in (0..).zip(classes) {
+                let counted = counts.get(&(t, class)).copied().unwrap_or(0);
+                assert_eq!(found.policy.chosen(), counted, "blocks that go next");
+            }
+        }
     }
 
     /// What came up ahead and nobody has claimed, and what comes for loads: bytes and bounds of each tenant (invariant 8).

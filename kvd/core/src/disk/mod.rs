@@ -1,13 +1,14 @@
 //! The slower tier: which blocks a store holds and where, and what is under way between it and host memory.
 //!
 //! A store has an index of its own beside the host's: a block may be in one, in the other, or in both. Blocks go down when they
-//! become visible or are used again (`offload`), and come up when an engine wants to load them (`fetch`). Nothing here waits:
+//! become visible, are used again (`offload`) or are about to leave host memory (`demote`), and come up when an engine wants to load them (`fetch`). Nothing here waits:
 //! plans go out as [`crate::tier::StoreOp`], and what became of them comes back as an input. Deliberately absent: bytes, journals,
 //! deadlines of devices.
 
 mod ahead;
 mod bring;
 mod check;
+mod demote;
 mod fetch;
 mod offload;
 mod places;
@@ -156,6 +157,9 @@ pub(crate) struct Disks {
     by_deadline: BTreeSet<(u64, u64)>,
     /// Hashes in all waiting loads.
     waiting_hashes: usize,
+    /// Tenants and classes that had a slot taken, got a block or ended a write in this step, once for each time. For writing on
+    /// demotion; empty between steps.
+    pub(crate) short_of_room: Vec<(usize, u16)>,
 }
 
 impl Spare {

@@ -1,11 +1,11 @@
 //! Going down: a block that became visible in host memory is written to its store, if that is on, has a place, and may write.
 //!
 //! A full queue, an empty budget or a full store drops the offload, and counts it: a store to host memory never waits for a disk.
-//! Deliberately absent: writing on demotion, when the slot is about to be given away; it needs slots that drain.
+//! Deliberately absent: which blocks are about to leave host memory (`demote`).
 
 use super::{Budget, DROP_PAUSE, Doing};
 use crate::api::Output;
-use crate::evict::chain;
+use crate::evict::{SCAN, chain};
 use crate::ids::{BlockHash, StoreId};
 use crate::index::{Entry, EntryState, Found};
 use crate::log::ChangeKind;
@@ -44,8 +44,13 @@ impl Budget {
 impl Core {
     /// A block became visible in host memory by a store of an engine.
     pub(crate) fn offload_new(&mut self, host: u32, out: &mut Vec<Output>) {
-        if self.settings.tiers.offload == OffloadPolicy::WriteThrough {
-            self.offload(host, out);
+        match self.settings.tiers.offload {
+            OffloadPolicy::WriteThrough => self.offload(host, out),
+            OffloadPolicy::SecondUse => {}
+            OffloadPolicy::Demotion => {
+                let (t, class) = self.class_of(host);
+                self.wants_room(t, class);
+            }
         }
     }
 
@@ -198,6 +203,9 @@ impl Core {
         let same = self.index.entries.side[host].serial == serial;
         self.unpin(t, host, serial);
         self.disks.all[store].writes -= 1;
+        if same {
+            self.write_is_over(host);
+        }
         match result {
             Ok(()) if same => {
                 let kind = self.settings.eviction;
@@ -275,7 +283,7 @@ impl Core {
         let (kind, stamp) = (self.settings.eviction, self.stamp);
         let (policy, index) = self.disks.all[store].policy(stride, kind);
         let mut keep = |entry: &Entry| entry.pins > 0 || entry.stamp == stamp;
-        policy.victim(&mut index.entries, &mut keep)
+        policy.victim(&mut index.entries, &mut keep, SCAN)
     }
 
     /// A store has forgotten a block: its place is free; or out of use, if that is not known; or, if nothing was begun, it is asked

@@ -6,7 +6,7 @@
 //! dropped out of order (corruption, an extent that changed class) starts a tree of its own. That costs hits, never truth.
 //! Deliberately absent: other kinds of groups than full attention; sliding windows and states need rules of their own.
 
-use super::{Eviction, Place, listed};
+use super::{Eviction, Place, chosen, listed};
 use crate::index::{Entries, EntryState};
 
 /// Whether step `a` came before step `b`; right as long as they are less than 2^31 steps apart.
@@ -24,6 +24,9 @@ pub(crate) fn visible(policy: &mut dyn Eviction, entries: &mut Entries, id: u32)
 
 /// `parent` gets a child (its link is made elsewhere) and can't be evicted before it.
 pub(crate) fn gains_child(policy: &mut dyn Eviction, entries: &mut Entries, parent: u32) {
+    if chosen(&entries.hot[parent]) {
+        policy.stays(entries, parent);
+    }
     if listed(&entries.hot[parent]) {
         policy.remove(entries, parent);
     }
@@ -32,7 +35,7 @@ pub(crate) fn gains_child(policy: &mut dyn Eviction, entries: &mut Entries, pare
 /// `child` is about to leave the index: unlinks it, and shows its parent to the policy if that is a leaf now. `cold`: the
 /// child goes because it was cold, which says something of its parent.
 pub(crate) fn leaves(policy: &mut dyn Eviction, entries: &mut Entries, child: u32, cold: bool) {
-    if listed(&entries.hot[child]) {
+    if listed(&entries.hot[child]) || chosen(&entries.hot[child]) {
         policy.remove(entries, child);
     }
     let Some(parent) = entries.parent(child) else {
@@ -63,7 +66,10 @@ pub(crate) fn touch(
     if used {
         entry.used();
     }
-    if listed(entry) {
+    if chosen(entry) {
+        policy.stays(entries, id);
+    }
+    if listed(&entries.hot[id]) {
         policy.touch(entries, id);
     }
 }

@@ -1,7 +1,7 @@
 //! Least recently used: one list, touched entries go to its front, victims come from its back.
 //! Deliberately absent: any resistance to scans; that is what S3-FIFO is for.
 
-use super::{AWAY, Eviction, Place, SCAN};
+use super::{AWAY, Eviction, Place};
 use crate::index::{ByPolicy, Entries, Entry};
 use crate::list::List;
 
@@ -40,8 +40,9 @@ impl Eviction for Lru {
         &mut self,
         entries: &mut Entries,
         keep: &mut dyn FnMut(&Entry) -> bool,
+        most: u32,
     ) -> Option<u32> {
-        for _ in 0..self.list.len().min(SCAN) {
+        for _ in 0..self.list.len().min(most) {
             let id = self.list.back()?;
             if !keep(&entries.hot[id]) {
                 return Some(id);

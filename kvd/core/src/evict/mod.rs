@@ -6,6 +6,7 @@
 
 pub(crate) mod chain;
 mod lru;
+mod next;
 mod s3fifo;
 #[cfg(test)]
 mod tests;
@@ -13,10 +14,12 @@ mod tests;
 use crate::index::{Entries, Entry};
 use crate::settings::EvictionPolicy;
 
-/// Most entries looked at for one victim; beyond, there is none. Keeps a step short however much is pinned.
-const SCAN: u32 = 4096;
+/// Most entries looked at for one victim. Keeps a step short however much is pinned.
+pub(crate) const SCAN: u32 = 4096;
 /// In `Entry::list`: the entry was in the list that the other bits name, and is in none now.
 const AWAY: u8 = 0x80;
+/// In `Entry::list`: the entry is one of the next to go. Such a leaf is in the list of those, and in none of the policy's own.
+const NEXT: u8 = 0x40;
 
 /// Where an entry joins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,12 +43,31 @@ pub(crate) trait Eviction: Send {
     /// Lets an entry go.
     fn remove(&mut self, entries: &mut Entries, id: u32);
 
-    /// The entry to evict, which stays until removed. Entries that `keep` names are passed over and count as touched.
+    /// The entry to evict, which stays until removed. Entries that `keep` names are passed over and count as touched. About `most`
+    /// entries are looked at; beyond, there is none.
     fn victim(
         &mut self,
         entries: &mut Entries,
         keep: &mut dyn FnMut(&Entry) -> bool,
+        most: u32,
     ) -> Option<u32>;
+
+    /// One more of those that go next: the block that would be evicted if all that were chosen before had gone, unless `keep` names it.
+    fn choose(
+        &mut self,
+        _entries: &mut Entries,
+        _keep: &mut dyn FnMut(&Entry) -> bool,
+    ) -> Option<u32> {
+        None
+    }
+
+    /// A chosen block does not go next, nor do those, by that, that come before it in its chain.
+    fn stays(&mut self, _entries: &mut Entries, _id: u32) {}
+
+    /// How many blocks are chosen, leaves or not.
+    fn chosen(&self) -> u64 {
+        0
+    }
 
     /// About the coldest entry, to compare classes by.
     fn coldest(&self) -> Option<u32>;
@@ -57,7 +79,7 @@ pub(crate) trait Eviction: Send {
     fn all(&self, entries: &Entries) -> Vec<u32>;
 }
 
-/// A policy object.
+/// A policy object, which never chooses ahead.
 pub(crate) fn policy(kind: EvictionPolicy) -> Box<dyn Eviction> {
     match kind {
         EvictionPolicy::Lru => Box::new(lru::Lru::new()),
@@ -65,7 +87,17 @@ pub(crate) fn policy(kind: EvictionPolicy) -> Box<dyn Eviction> {
     }
 }
 
+/// One that can choose what goes next before it has to go.
+pub(crate) fn choosing(kind: EvictionPolicy) -> Box<dyn Eviction> {
+    Box::new(next::Next::new(policy(kind)))
+}
+
 /// Whether a policy has this entry.
 pub(crate) fn listed(entry: &Entry) -> bool {
     entry.list != 0 && entry.list & AWAY == 0
+}
+
+/// Whether the block is one of the next to go.
+pub(crate) fn chosen(entry: &Entry) -> bool {
+    entry.list & NEXT != 0
 }

@@ -4,7 +4,7 @@
 //! An entry that stopped being a leaf and is one again returns to the queue it was in, at the end where the next look at it
 //! comes soon; its uses then decide. Deliberately absent: ageing by time.
 
-use super::{AWAY, Eviction, Place, SCAN};
+use super::{AWAY, Eviction, Place};
 use crate::ids::low64;
 use crate::index::{ByPolicy, Entries, Entry};
 use crate::list::List;
@@ -99,12 +99,13 @@ impl Eviction for S3Fifo {
         &mut self,
         entries: &mut Entries,
         keep: &mut dyn FnMut(&Entry) -> bool,
+        most: u32,
     ) -> Option<u32> {
         let total = self.small.len() + self.main.len();
         // An entry is looked at four times at most before its uses are gone, then the scan's limit counts what is kept.
         // What must be kept goes to the front of its queue: a queue of which everything was kept has nothing left to give.
         let (mut kept_small, mut kept_main) = (0, 0);
-        for _ in 0..total.saturating_mul(5).min(SCAN) {
+        for _ in 0..total.saturating_mul(5).min(most) {
             let left_small = self.small.len().saturating_sub(kept_small);
             let left_main = self.main.len().saturating_sub(kept_main);
             if left_small == 0 && left_main == 0 {

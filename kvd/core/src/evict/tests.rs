@@ -26,6 +26,20 @@ impl Cache {
         }
     }
 
+    /// One that can choose what goes next.
+    fn choosing(kind: EvictionPolicy) -> Self {
+        let policy = choosing(kind);
+        Cache {
+            policy,
+            ..Cache::new(kind)
+        }
+    }
+
+    fn choose(&mut self) -> Option<u32> {
+        let entries = &mut self.index.entries;
+        self.policy.choose(entries, &mut |entry| entry.pins > 0)
+    }
+
     fn add(&mut self, n: u64, parent: Option<u32>) -> u32 {
         let entry = Entry {
             hash: hash(n),
@@ -60,7 +74,7 @@ impl Cache {
     fn evict(&mut self) -> Option<u32> {
         let id = self
             .policy
-            .victim(&mut self.index.entries, &mut |entry| entry.pins > 0)?;
+            .victim(&mut self.index.entries, &mut |entry| entry.pins > 0, SCAN)?;
         chain::leaves(&mut *self.policy, &mut self.index.entries, id, true);
         self.index.remove(id);
         Some(id)
@@ -220,5 +234,86 @@ fn a_queue_of_which_everything_is_pinned_does_not_hide_the_other() {
             let gone = cache.evict().expect("the other queue has some");
             assert!(!pinned.contains(&gone));
         }
+    }
+}
+
+#[test]
+fn what_is_chosen_early_goes_in_the_same_order() {
+    for kind in [EvictionPolicy::Lru, EvictionPolicy::S3Fifo] {
+        let fill = |cache: &mut Cache| {
+            let ids: Vec<u32> = (0..60).map(|n| cache.add(n, None)).collect();
+            ids.iter().step_by(3).for_each(|id| cache.touch(*id));
+        };
+        let mut plain = Cache::new(kind);
+        fill(&mut plain);
+        let order: Vec<u32> = std::iter::from_fn(|| plain.evict()).collect();
+        let mut cache = Cache::choosing(kind);
+        fill(&mut cache);
+        let mut chosen: Vec<u32> = (0..5).filter_map(|_| cache.choose()).collect();
+        let mut gone = Vec::new();
+        while let Some(id) = cache.evict() {
+            gone.push(id);
+            chosen.extend(cache.choose());
+        }
+        assert_eq!(gone, order, "{kind:?}");
+        assert_eq!(chosen, order, "{kind:?}");
+        assert_eq!((cache.policy.len(), cache.policy.chosen()), (0, 0));
+    }
+}
+
+#[test]
+fn a_chain_is_chosen_from_its_tail_up_to_what_another_chain_shares() {
+    let mut cache = Cache::choosing(EvictionPolicy::Lru);
+    let root = cache.add(0, None);
+    let a = cache.add(1, Some(root));
+    let b = cache.add(2, Some(a));
+    let other = cache.add(3, Some(root));
+    let chosen: Vec<u32> = std::iter::from_fn(|| cache.choose()).collect();
+    assert_eq!(chosen, [b, a, other], "the root has two children");
+    for wanted in [b, a, other, root] {
+        assert_eq!(cache.evict(), Some(wanted));
+    }
+}
+
+#[test]
+fn a_touch_takes_the_choice_back_of_what_goes_after_it() {
+    let mut cache = Cache::choosing(EvictionPolicy::Lru);
+    let ids = [0u64, 1, 2].map(|n| (n, n.checked_sub(1)));
+    let ids = ids.map(|(n, parent)| cache.add(n, parent.map(|parent| parent as u32)));
+    let lone = cache.add(3, None);
+    for wanted in [ids[2], ids[1], ids[0], lone] {
+        assert_eq!(cache.choose(), Some(wanted));
+    }
+    assert_eq!((cache.choose(), cache.policy.chosen()), (None, 4));
+    // The middle was used, and so goes later than what was chosen with it; its tail still goes.
+    cache.touch(ids[1]);
+    assert_eq!(cache.policy.chosen(), 2);
+    assert_eq!(cache.evict(), Some(ids[2]));
+    assert_eq!(cache.evict(), Some(lone));
+    // A child makes a block one that can't go.
+    assert_eq!(cache.choose(), Some(ids[1]));
+    assert_eq!(cache.choose(), Some(ids[0]));
+    let child = cache.add(9, Some(ids[1]));
+    assert_eq!((cache.policy.chosen(), cache.policy.len()), (0, 1));
+    for wanted in [child, ids[1], ids[0]] {
+        assert_eq!(cache.evict(), Some(wanted));
+    }
+}
+
+#[test]
+fn the_chosen_that_must_stay_are_passed_over_and_stay_chosen() {
+    for kind in [EvictionPolicy::Lru, EvictionPolicy::S3Fifo] {
+        let mut cache = Cache::choosing(kind);
+        let ids: Vec<u32> = (0..6).map(|n| cache.add(n, None)).collect();
+        for id in &ids[..3] {
+            assert_eq!(cache.choose(), Some(*id));
+        }
+        cache.index.entries.hot[ids[0]].pins = 1;
+        cache.index.entries.hot[ids[1]].pins = 1;
+        assert_eq!(cache.evict(), Some(ids[2]));
+        assert_eq!(cache.evict(), Some(ids[3]), "no choice, but it can go");
+        cache.index.entries.hot[ids[0]].pins = 0;
+        assert_eq!(cache.evict(), Some(ids[0]));
+        assert_eq!(cache.policy.chosen(), 1);
     }
 }

@@ -9,7 +9,7 @@ mod extent;
 mod tests;
 
 use crate::api::{NIL, Output};
-use crate::evict::{Eviction, policy};
+use crate::evict::{Eviction, choosing, policy};
 use crate::geometry::ArenaShape;
 use crate::ids::TenantId;
 use crate::list::List;
@@ -91,6 +91,8 @@ pub(crate) struct Pool {
     pub(crate) extents: Extents,
     pub(crate) classes: Vec<Class>,
     kind: EvictionPolicy,
+    /// Its policies choose what goes before it has to.
+    choosing: bool,
     /// Usable extents without a class.
     unclassed: List<extent::ByRoom>,
     /// Classed extents all of whose slots are free.
@@ -101,7 +103,12 @@ pub(crate) struct Pool {
 
 impl Pool {
     /// A pool over a valid shape; no extent is ready.
-    pub(crate) fn new(tenant: TenantId, shape: ArenaShape, kind: EvictionPolicy) -> Self {
+    pub(crate) fn new(
+        tenant: TenantId,
+        shape: ArenaShape,
+        kind: EvictionPolicy,
+        choosing: bool,
+    ) -> Self {
         let extents = Extents::new(shape.extents(), shape.slots_per_extent);
         Pool {
             tenant,
@@ -109,6 +116,7 @@ impl Pool {
             extents,
             classes: Vec::new(),
             kind,
+            choosing,
             unclassed: List::new(),
             empty: 0,
             usable: 0,
@@ -210,7 +218,10 @@ impl Pool {
                 per_extent: (self.shape.extent_bytes / slot_bytes) as u32,
                 extents: 0,
                 counts: SlotCounts::default(),
-                policy: policy(self.kind),
+                policy: match self.choosing {
+                    true => choosing(self.kind),
+                    false => policy(self.kind),
+                },
                 groups: 0,
                 partial: List::new(),
             };
@@ -445,6 +456,12 @@ impl Pool {
     /// Bytes of extents that can hold blocks.
     pub(crate) fn usable_bytes(&self) -> u64 {
         u64::from(self.usable) * self.shape.extent_bytes
+    }
+
+    /// Slots that this class can have without evicting anything.
+    pub(crate) fn free_slots(&self, class: u16) -> u64 {
+        let class = &self.classes[usize::from(class)];
+        class.counts.free + u64::from(self.unclassed.len()) * u64::from(class.per_extent)
     }
 
     /// Extents by what they can be used for.

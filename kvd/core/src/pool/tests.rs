@@ -13,7 +13,7 @@ fn pool(extents: u64) -> Pool {
         page_bytes: 4096,
         slots_per_extent: 4,
     };
-    let mut pool = Pool::new(TENANT, shape, EvictionPolicy::Lru);
+    let mut pool = Pool::new(TENANT, shape, EvictionPolicy::Lru, false);
     (0..extents as u32).for_each(|id| pool.populated(id, false));
     pool
 }

@@ -3,6 +3,7 @@
 mod ahead;
 #[path = "../common/mod.rs"]
 mod common;
+mod demote;
 mod random;
 mod script;
 

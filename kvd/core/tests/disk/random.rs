@@ -50,8 +50,11 @@ proptest! {
     /// Whatever order operations end in and however they fail: the books are right after every step, each load gets one answer
     /// while its session lives, and what is Ready has the checksums it was stored with.
     #[test]
-    fn nothing_breaks_the_books(ops in ops(), extents in 1u64..3, max_ahead in 2u32..16, full: bool) {
-        let mut node = Node::new(TierSettings { max_ahead, ..few_spare() }, extents);
+    fn nothing_breaks_the_books(ops in ops(), extents in 1u64..3, max_ahead in 2u32..16, full: bool, demote: bool, s3: bool, low_water in 1u32..9) {
+        let offload = if demote { OffloadPolicy::Demotion } else { OffloadPolicy::WriteThrough };
+        let eviction = if s3 { EvictionPolicy::S3Fifo } else { EvictionPolicy::Lru };
+        let tiers = TierSettings { max_ahead, offload, low_water, ..few_spare() };
+        let mut node = Node::with(Settings { eviction, ..settings(tiers) }, extents);
         for base in [0, 14, 28].into_iter().filter(|_| full) {
             node.put(&hashes(base..base + 14));
             node.finish_all();
