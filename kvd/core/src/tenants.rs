@@ -42,8 +42,10 @@ pub(crate) struct Tenant {
     /// Loads, and positions in them, that found no slot while reads ahead held some: in the order in which they came. Bounded by the
     /// hashes of loads that wait.
     pub(crate) short: VecDeque<(u64, u32)>,
-    /// Bytes of quarantined slots.
+    /// Bytes of slots that wait for their writers, in quarantine.
     pub(crate) quarantined_bytes: u64,
+    /// Slots in quarantine that a store that is off may still write.
+    pub(crate) left_slots: u64,
 }
 
 impl Tenant {
@@ -78,6 +80,7 @@ impl Core {
             ahead_reads: 0,
             short: VecDeque::new(),
             quarantined_bytes: 0,
+            left_slots: 0,
         });
     }
 

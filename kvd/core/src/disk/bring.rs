@@ -1,7 +1,6 @@
 //! One block that a load needs from below: its read is begun, or joined if it is under way. If there is no slot because reads ahead
 //! hold some, the load is short of it and waits for their end. Deliberately absent: the read itself (`fetch`); the load's answer.
 
-use super::Disks;
 use crate::api::Output;
 use crate::index::{EntryState, Found};
 use crate::state::Core;
@@ -81,10 +80,7 @@ impl Core {
     /// A load joins a read; one that was begun ahead counts as the load's from now on. If the limits of loads have no room for it, it
     /// stays counted as it is: the load is served all the same, and takes nothing from other loads.
     pub(super) fn join_read(&mut self, host: u32, number: u64) -> Coming {
-        let Disks { fetches, all, .. } = &mut self.disks;
-        // Nobody waits for a device that does not answer.
-        let fetch = fetches.get_mut(&host).filter(|fetch| all[fetch.store].on);
-        let (t, store) = match fetch {
+        let (t, store) = match self.disks.fetches.get_mut(&host) {
             Some(fetch) if fetch.waiters.contains(&number) => return Coming::Again,
             Some(fetch) => {
                 fetch.waiters.push(number);

@@ -3,14 +3,16 @@
 use std::collections::BTreeMap;
 
 use super::{Disk, Doing};
+use crate::api::NIL;
 use crate::evict::listed;
 use crate::index::{EntryState, Found};
+use crate::pool::SlotState;
 use crate::state::Core;
 
 impl Core {
     pub(crate) fn check_disks(&self) {
         let (mut writes, mut drops) = (BTreeMap::new(), BTreeMap::new());
-        let mut reads = 0;
+        let (mut reads, mut left) = (0, self.tier_counters.slots_lost);
         for doing in self.disks.doing.values() {
             match doing {
                 Doing::Write { store, entry, .. } => {
@@ -20,12 +22,27 @@ impl Core {
                 }
                 Doing::Drop { store, .. } => *drops.entry(*store).or_insert(0u32) += 1,
                 Doing::Read { host } => {
-                    assert!(self.disks.fetches.contains_key(host), "a read for nobody");
+                    let fetch = self.disks.fetches.get(host);
+                    let on = fetch.map(|fetch| self.disks.all[fetch.store].on);
+                    assert_eq!(
+                        on,
+                        Some(true),
+                        "a read for nobody, or of a store that is off"
+                    );
                     reads += 1;
+                }
+                Doing::Left { t, slot } => {
+                    let pool = self.tenants[*t].pool.as_ref();
+                    let slot = pool.and_then(|pool| pool.slot(*slot));
+                    let found = slot.map(|slot| (slot.state, slot.owner));
+                    assert_eq!(found, Some((SlotState::Quarantined, NIL)));
+                    left += 1;
                 }
             }
         }
         assert_eq!(self.disks.fetches.len(), reads, "fetches and reads");
+        let kept: u64 = self.tenants.iter().map(|tenant| tenant.left_slots).sum();
+        assert_eq!(kept, left, "slots of reads that nobody waits for");
         for (at, disk) in self.disks.all.iter().enumerate() {
             assert_eq!(disk.writes, writes.get(&at).copied().unwrap_or(0));
             let asked = drops.get(&at).copied().unwrap_or(0);

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use super::bring::{Coming, Fetcher};
-use super::{Doing, Fetch, Waiting};
+use super::{Disks, Doing, Fetch, Waiting};
 use crate::api::{Failure, LoadState, NIL, Output, Reply};
 use crate::evict::chain;
 use crate::geometry::Cut;
@@ -279,7 +279,34 @@ impl Core {
         id
     }
 
-    /// A read is over.
+    /// A store is off: its device may never answer. Nobody waits for its reads any more, and their blocks can be stored anew; their
+    /// slots are nobody's until they are over.
+    pub(super) fn leave_reads(&mut self, store: usize, out: &mut Vec<Output>) {
+        let Disks { doing, fetches, .. } = &mut self.disks;
+        let mut hosts = Vec::new();
+        for doing in doing.values_mut() {
+            if let Doing::Read { host } = *doing
+                && let Some(fetch) = fetches.get(&host).filter(|fetch| fetch.store == store)
+            {
+                let slot = self.index.entries.hot[host].slot;
+                *doing = Doing::Left { t: fetch.t, slot };
+                hosts.push(host);
+            }
+        }
+        for host in hosts {
+            self.read_over(host, Err(StoreError::Lost), out);
+        }
+    }
+
+    /// A read that nobody waits for is over.
+    pub(super) fn left_over(&mut self, t: usize, slot: u32, out: &mut Vec<Output>) {
+        self.tenants[t].left_slots -= 1;
+        if let Some(pool) = &mut self.tenants[t].pool {
+            pool.release(slot, out);
+        }
+    }
+
+    /// A read is over; or `Lost`, and its slot stays taken.
     pub(super) fn read_over(
         &mut self,
         host: u32,
@@ -304,6 +331,7 @@ impl Core {
             self.disks.all[fetch.store].reads -= 1;
             self.tenants[fetch.t].coming_bytes -= slot_bytes;
         }
+        let left = matches!(result, Err(StoreError::Lost));
         let came = match result {
             Ok(found) => self.came(host, &fetch, &found.0, &found.1, out),
             Err(error) => {
@@ -311,7 +339,7 @@ impl Core {
                 *match error {
                     StoreError::Corrupt => &mut failed.corrupt,
                     StoreError::Io => &mut failed.io,
-                    StoreError::Off => &mut failed.off,
+                    StoreError::Off | StoreError::Lost => &mut failed.off,
                 } += 1;
                 if error == StoreError::Corrupt {
                     self.drop_stored(fetch.store, fetch.entry, false, out);
@@ -323,7 +351,7 @@ impl Core {
             self.end_ahead(host);
         }
         if !came {
-            self.did_not_come(host, fetch.t, out);
+            self.did_not_come(host, fetch.t, left, out);
         }
         for number in fetch.waiters {
             self.came_for(number, came.then_some(host), out);
@@ -373,17 +401,23 @@ impl Core {
         true
     }
 
-    /// A block could not be had: its slot is free again.
-    fn did_not_come(&mut self, host: u32, t: usize, out: &mut Vec<Output>) {
+    /// A block could not be had: its slot is free again; or nobody's, if the device may still write there (invariant 3).
+    fn did_not_come(&mut self, host: u32, t: usize, left: bool, out: &mut Vec<Output>) {
         let (space, group, slot) = {
             let entry = &self.index.entries.hot[host];
             (entry.space, entry.group, entry.slot)
         };
         let class = self.spaces.get(space).groups[usize::from(group)].class;
-        if let Some(pool) = &mut self.tenants[t].pool {
+        let tenant = &mut self.tenants[t];
+        if let Some(pool) = &mut tenant.pool {
             let policy = &mut *pool.classes[usize::from(class)].policy;
             chain::leaves(policy, &mut self.index.entries, host, false);
-            pool.release(slot, out);
+            if left {
+                pool.set_state(slot, SlotState::Quarantined, NIL, out);
+                tenant.left_slots += 1;
+            } else {
+                pool.release(slot, out);
+            }
         }
         self.index.remove(host);
     }

@@ -92,6 +92,8 @@ pub(crate) enum Doing {
     },
     /// A block comes up into this entry of the host's index.
     Read { host: u32 },
+    /// A read that nobody waits for, because its store is off, into a slot that is nobody's until it is over.
+    Left { t: usize, slot: u32 },
     /// A place is to become free.
     Drop {
         store: usize,
@@ -100,7 +102,7 @@ pub(crate) enum Doing {
     },
 }
 
-/// A block that comes up. Its entry in the host's index is Filling and has no checksums yet.
+/// A block that comes up from a store that is on. Its entry in the host's index is Filling and has no checksums yet.
 #[derive(Debug)]
 pub(crate) struct Fetch {
     store: usize,

@@ -33,7 +33,7 @@ pub(crate) enum SlotState {
     Filling,
     /// Visible. Even.
     Resident,
-    /// Given up, but some writer may still write. Odd.
+    /// Given up, but some writer may still write. Odd. With no owner: a store that is off.
     Quarantined,
 }
 

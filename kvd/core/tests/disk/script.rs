@@ -171,6 +171,12 @@ impl Node {
         id
     }
 
+    pub(crate) fn switch(&mut self, on: bool) {
+        let store = STORE;
+        let replies = self.world.step(Input::StoreSwitched { store, on });
+        self.replies.extend(replies);
+    }
+
     pub(crate) fn answer(&mut self, id: RequestId) -> Option<LoadReply> {
         let at = self.replies.iter().position(|(_, of, _)| *of == id)?;
         match self.replies.remove(at).2 {
