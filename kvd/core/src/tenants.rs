@@ -39,9 +39,6 @@ pub(crate) struct Tenant {
     pub(crate) ahead_bytes: u64,
     /// Blocks among them that are on their way.
     pub(crate) ahead_reads: u32,
-    /// Loads, and positions in them, that found no slot while reads ahead held some: in the order in which they came. Bounded by the
-    /// hashes of loads that wait.
-    pub(crate) short: VecDeque<(u64, u32)>,
     /// Bytes of slots that wait for their writers, in quarantine.
     pub(crate) quarantined_bytes: u64,
     /// Slots in quarantine that a store that is off may still write.
@@ -78,7 +75,6 @@ impl Core {
             coming_bytes: 0,
             ahead_bytes: 0,
             ahead_reads: 0,
-            short: VecDeque::new(),
             quarantined_bytes: 0,
             left_slots: 0,
         });

@@ -89,10 +89,6 @@ impl Core {
             let arena = tenant.pool.as_ref().map_or(0, |pool| pool.shape.bytes);
             assert!(tenant.ahead_bytes <= arena / 4, "too much came up ahead");
             assert!(tenant.ahead_reads <= self.settings.tiers.max_ahead);
-            assert!(
-                tenant.short.is_empty() || tenant.ahead_reads > 0,
-                "a load is short of slots that no read ahead holds"
-            );
         }
     }
 
@@ -131,24 +127,15 @@ impl Core {
     /// Bounds of waiting loads (invariant 8), and that each waits for something.
     fn check_waits(&self) {
         let mut by_session: BTreeMap<u32, u32> = BTreeMap::new();
-        let (mut hashes, mut shorts) = (0, 0);
+        let mut hashes = 0;
         for (number, waiting) in &self.disks.waiting {
             *by_session.entry(waiting.session).or_default() += 1;
             hashes += waiting.hashes.len();
             let for_it = self.disks.fetches.values();
             let for_it = for_it.filter(|f| f.waiters.contains(number)).count();
-            let tenant = &self.tenants[self.sessions[waiting.session].tenant];
-            let short = tenant.short.iter().filter(|(of, _)| of == number).count();
-            assert_eq!(
-                waiting.left as usize,
-                for_it + short,
-                "blocks a load waits for"
-            );
-            shorts += short;
+            assert_eq!(waiting.left as usize, for_it, "blocks a load waits for");
             assert!(waiting.left > 0, "a load waits for nothing");
         }
-        let short = self.tenants.iter().map(|tenant| tenant.short.len());
-        assert_eq!(short.sum::<usize>(), shorts, "nobody is short of a slot");
         assert_eq!(self.disks.waiting_hashes, hashes);
         assert!(hashes <= self.settings.tiers.max_waiting_hashes as usize);
         assert_eq!(self.disks.by_deadline.len(), self.disks.waiting.len());

@@ -88,8 +88,6 @@ impl Core {
         self.disks.by_deadline.insert((waiting.deadline, number));
         self.sessions[caller.session].waits += 1;
         self.disks.waiting.insert(number, waiting);
-        // It may have joined the last read ahead that others were waiting for the end of.
-        self.serve_short(caller.tenant, out);
         true
     }
 
@@ -128,17 +126,11 @@ impl Core {
         out: &mut Vec<Output>,
     ) {
         let mut by = Fetcher::load(caller.tenant);
-        // Who was short of slots before this load comes first.
-        by.stopped = (!self.tenants[by.t].short.is_empty()).then_some(Coming::Short);
         let wanted = (asked.space, asked.group);
         for at in &waiting.below {
             match self.bring(&mut by, wanted, &asked.hashes[*at as usize], number, out) {
                 Coming::Waits => waiting.left += 1,
                 Coming::Again => {}
-                Coming::Short => {
-                    self.tenants[by.t].short.push_back((number, *at));
-                    waiting.left += 1;
-                }
                 Coming::Refused => self.tier_counters.fetch_busy += 1,
             }
         }
@@ -152,7 +144,7 @@ impl Core {
             && tenant.coming_bytes + slot_bytes <= usable / 2
     }
 
-    /// Begins to read one block into host memory. Gives its entry there, or says that there is no room or too much under way.
+    /// Begins to read one block into host memory. Gives its entry there; none if there is no room or too much under way.
     pub(super) fn fetch(
         &mut self,
         by: &mut Fetcher,
@@ -160,29 +152,22 @@ impl Core {
         hash: &[u8; 32],
         (store, stored): (usize, u32),
         out: &mut Vec<Output>,
-    ) -> Result<u32, Coming> {
+    ) -> Option<u32> {
         let t = by.t;
         let namespace = self.spaces.get(space);
         let found = &namespace.groups[usize::from(group)];
         let (class, slot_bytes) = (found.class, found.slot_bytes);
         let allowed = match by.ahead {
-            true => self.may_read_ahead(t, slot_bytes),
+            true => self.may_read_ahead(t, class, slot_bytes),
             false => self.may_load(t, store, slot_bytes),
         };
         if !allowed
             || !self.disks.all[store].on
             || self.index.find(space, group, hash) == Found::Crowded
         {
-            return Err(Coming::Refused);
+            return None;
         }
-        let Some(slot) = self.room_to_fetch(by, class, out) else {
-            let short = !by.ahead && self.tenants[t].ahead_reads > 0;
-            return Err(if short {
-                Coming::Short
-            } else {
-                Coming::Refused
-            });
-        };
+        let slot = self.room_to_fetch(by, class, out)?;
         let groups = self.spaces.get(space).record.groups();
         let geometry = groups[usize::from(group)].clone();
         let host = self.enter_coming(t, (space, group), hash, (store, stored), slot);
@@ -222,7 +207,7 @@ impl Core {
         };
         let store = StoreId(store as u8);
         out.push(Output::Store { store, op });
-        Ok(host)
+        Some(host)
     }
 
     /// A slot for a block that comes up, and a place in the index.
@@ -357,7 +342,6 @@ impl Core {
             self.came_for(number, came.then_some(host), out);
         }
         self.drop_space_if_idle(space);
-        self.serve_short(fetch.t, out);
     }
 
     /// A block is in host memory and sound: it becomes visible. False: its namespace has too many cuts.
@@ -450,8 +434,6 @@ impl Core {
             for fetch in self.disks.fetches.values_mut() {
                 fetch.waiters.retain(|waiter| *waiter != number);
             }
-            let t = self.sessions[waiting.session].tenant;
-            self.tenants[t].short.retain(|(short, _)| *short != number);
         }
         Some(waiting)
     }

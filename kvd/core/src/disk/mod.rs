@@ -122,7 +122,7 @@ pub(crate) struct Waiting {
     namespace: u32,
     group: u8,
     hashes: Vec<[u8; 32]>,
-    /// Blocks that have not come, those included that it is short of slots for.
+    /// Blocks that have not come.
     left: u32,
     /// Positions whose blocks were held below, or coming up, when the load came: what is not here in the end has failed.
     below: BTreeSet<u32>,

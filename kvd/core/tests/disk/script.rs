@@ -156,6 +156,15 @@ impl Node {
 
     /// Asks for a load; the answer is among the replies, now or later.
     pub(crate) fn ask_load(&mut self, list: &[[u8; 32]], deadline_ms: u32) -> RequestId {
+        self.ask_load_by(1, list, deadline_ms)
+    }
+
+    pub(crate) fn ask_load_by(
+        &mut self,
+        session: u64,
+        list: &[[u8; 32]],
+        deadline_ms: u32,
+    ) -> RequestId {
         self.world.requests += 1;
         let id = RequestId(self.world.requests);
         let body = Request::Load {
@@ -164,7 +173,7 @@ impl Node {
             hashes: list,
             deadline_ms,
         };
-        let session = SessionId(1);
+        let session = SessionId(session);
         let replies = self.world.step(Input::Request { session, id, body });
         self.replies.extend(replies);
         self.take();
