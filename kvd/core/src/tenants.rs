@@ -35,7 +35,7 @@ pub(crate) struct Tenant {
     pub(crate) pinned_bytes: u64,
     /// Bytes of slots into which blocks come up for loads.
     pub(crate) coming_bytes: u64,
-    /// Bytes of slots with blocks that came up ahead, or are on their way, and that no load has claimed.
+    /// Bytes of slots with blocks that came up ahead, or are on their way, and that no load or lease has claimed.
     pub(crate) ahead_bytes: u64,
     /// Blocks among them that are on their way.
     pub(crate) ahead_reads: u32,

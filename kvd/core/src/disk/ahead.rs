@@ -3,7 +3,7 @@
 //! Nobody waits for such a read, so it takes nothing that a load needs: it is counted apart from the reads of loads until one joins,
 //! and begun only where as much memory as loads may have coming is left to them, neither pinned nor being written. What is pinned or
 //! stored after that may yet take it: then a load finds no slot that it would have found, and is refused at once, as any other.
-//! Blocks that were brought ahead, or are under way, and that no load has claimed, take at most a quarter of the tenant's host memory;
+//! Blocks that were brought ahead, or are under way, and that no load or lease has claimed, take at most a quarter of the tenant's host memory;
 //! tenants share no memory, so that holds for all together, too. Of the reads ahead under way each tenant may have an equal share.
 //! Deliberately absent: leases of what has come; it may go before its load comes, as anything that nobody leases.
 
@@ -71,7 +71,7 @@ impl Core {
         self.tenants[t].ahead_reads += 1;
     }
 
-    /// A load has claimed the block, or it goes: it is no longer one that was brought ahead for nobody.
+    /// A load or a lease has claimed the block, or it goes: it is no longer one that was brought ahead for nobody.
     pub(crate) fn end_ahead(&mut self, id: u32) {
         if std::mem::take(&mut self.index.entries.side[id].ahead) {
             let entry = &self.index.entries.hot[id];

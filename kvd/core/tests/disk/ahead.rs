@@ -299,6 +299,26 @@ fn lookups_one_after_the_other_keep_to_a_quarter_of_host_memory() {
     node.finish_all();
 }
 
+/// Requests that are given up leave what was brought ahead for them. Whoever leases it then claims it, as a load does.
+#[test]
+fn who_leases_what_was_brought_ahead_claims_it() {
+    let (mut node, away) = node_with(reading(true));
+    assert_eq!(look(&mut node, &away[..4]), 4);
+    let ahead = |node: &Node| {
+        let status = node.world.status();
+        (status.ahead_bytes / 4096, status.ahead_reads)
+    };
+    assert_eq!(ahead(&node), (4, 4));
+    node.finish_all();
+    assert_eq!(node.world.hits(1, &away[..4]), 4, "without a lease");
+    assert_eq!(ahead(&node), (4, 0));
+    assert_eq!(look(&mut node, &away[4..8]), 0);
+    assert_eq!(look(&mut node, &away[..3]), 0);
+    assert_eq!(ahead(&node), (1, 0));
+    assert_eq!(look(&mut node, &away[4..8]), 3);
+    node.finish_all();
+}
+
 #[test]
 fn a_read_ahead_that_fails_leaves_the_count() {
     let (mut node, away) = node_with(reading(true));
