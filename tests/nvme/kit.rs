@@ -285,6 +285,18 @@ impl Engine {
             .expect("a store is answered")
     }
 
+    /// How many of these blocks a lookup says to be here, below or coming.
+    pub(crate) fn found(&mut self, owner: u32, numbers: Range<u32>) -> u32 {
+        let chain = ChainRef {
+            group: 0,
+            hashes: &hashes(owner, numbers),
+            parent: None,
+        };
+        let looked = self.session.lookup(self.namespace, &[chain], 0, false);
+        let runs = &looked.expect("a lookup is answered").chains[0];
+        runs.length.iter().sum()
+    }
+
     /// Loads blocks of a chain. Wrong bytes end the test.
     pub(crate) fn load(&mut self, owner: u32, numbers: Range<u32>) -> Loads {
         let mut all = Loads::default();

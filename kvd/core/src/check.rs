@@ -38,7 +38,7 @@ impl Core {
         let Some(pool) = &tenant.pool else { return };
         let mut counts = vec![SlotCounts::default(); pool.classes.len()];
         let mut extents = vec![0; pool.classes.len()];
-        let (mut pinned, mut quarantined) = (0, 0);
+        let (mut pinned, mut quarantined, mut left) = (0, 0, 0);
         for (id, extent) in (0..).zip(pool.extents.iter()) {
             pool.check_extent(extent);
             if extent.class == NO_CLASS {
@@ -55,7 +55,12 @@ impl Core {
                 let index = pool.extents.slot(id, local);
                 let pins = self.check_owner(t, index, slot.owner, slot.state, slot.word);
                 held += u32::from(pins);
-                quarantined += u64::from(slot.state == SlotState::Quarantined) * class.slot_bytes;
+                if slot.state == SlotState::Quarantined {
+                    match slot.owner {
+                        NIL => left += 1,
+                        _ => quarantined += class.slot_bytes,
+                    }
+                }
             }
             assert_eq!(held, extent.pinned, "pinned blocks of an extent");
             pinned += u64::from(held) * class.slot_bytes;
@@ -73,6 +78,7 @@ impl Core {
             tenant.quarantined_bytes, quarantined,
             "quarantined bytes of a tenant"
         );
+        assert_eq!(tenant.left_slots, left, "slots that a store may write");
     }
 
     /// A slot and who has it name each other. Returns whether its block has pins.
@@ -94,6 +100,8 @@ impl Core {
                 self.check_coming(t, slot);
                 false
             }
+            // A store that is off may write there.
+            SlotState::Quarantined if owner == NIL => false,
             SlotState::Reserved | SlotState::Filling | SlotState::Quarantined => {
                 let fill = &self.fills[owner];
                 assert_eq!(
@@ -212,8 +220,9 @@ impl Core {
             .flat_map(|p| &p.classes)
             .map(|c| c.counts.quarantined)
             .sum();
+        let left: u64 = self.tenants.iter().map(|tenant| tenant.left_slots).sum();
         assert_eq!(
-            open.len() as u64 + given_up,
+            open.len() as u64 + given_up - left,
             seen as u64,
             "fills with and without a deadline"
         );

@@ -146,6 +146,8 @@ pub struct TierCounters {
     pub fetch_busy: u64,
     /// Loads answered before all of their blocks had come.
     pub fetch_late: u64,
+    /// Slots that nobody ever gets again: a store was given up that may still write there.
+    pub slots_lost: u64,
     /// Blocks that a store held when it was opened.
     pub recovered: u64,
     /// Blocks that it held and that are of no use here.
@@ -154,7 +156,7 @@ pub struct TierCounters {
 
 impl TierCounters {
     /// Name and count, for metrics and status.
-    pub fn each(&self) -> [(&'static str, u64); 20] {
+    pub fn each(&self) -> [(&'static str, u64); 21] {
         [
             ("offloaded", self.offloaded),
             ("offloaded_bytes", self.offloaded_bytes),
@@ -174,6 +176,7 @@ impl TierCounters {
             ("fetch_failed_off", self.fetch_failed.off),
             ("fetch_busy", self.fetch_busy),
             ("fetch_late", self.fetch_late),
+            ("slots_lost", self.slots_lost),
             ("recovered", self.recovered),
             ("not_recovered", self.not_recovered),
         ]

@@ -66,7 +66,7 @@ pub(crate) struct Side {
     pub(crate) parent_serial: u32,
     /// Which of its namespace's cuts it was stored by.
     pub(crate) cut: u16,
-    /// It was brought up from a store ahead of any load, or is on its way, and no load has claimed it.
+    /// It was brought up from a store ahead of any load, or is on its way, and no load or lease has claimed it.
     pub(crate) ahead: bool,
 }
 

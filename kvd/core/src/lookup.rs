@@ -103,6 +103,10 @@ impl Core {
         if !hits.blocks.is_empty() {
             reply.lease = self.lease_lookup(caller.session, &hits.blocks, lease_ms, hits.bytes);
         }
+        if reply.lease != 0 {
+            // Who leases it wants it as who loads it.
+            hits.blocks.iter().for_each(|id| self.end_ahead(*id));
+        }
         // Of what was denied a lease nobody knows whether a load will find it.
         if hits.blocks.is_empty() || reply.lease != 0 {
             self.read_ahead(caller.tenant, space, &hits.ahead, out);

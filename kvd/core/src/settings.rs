@@ -54,8 +54,8 @@ pub struct TierSettings {
     pub max_waiting_hashes: u32,
     /// Longest that a load waits, milliseconds.
     pub max_wait_ms: u32,
-    /// Lookups that lease begin to bring up what is below. What no load has claimed of it takes at most a quarter of each tenant's host
-    /// memory.
+    /// Lookups that lease begin to bring up what is below, where half of the tenant's host memory is left to loads. What no load has
+    /// claimed of it takes at most a quarter.
     pub read_ahead: bool,
     /// For the estimate in lookups: bytes that a store gives per microsecond.
     pub load_bytes_per_us: u64,

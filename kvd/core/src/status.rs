@@ -29,6 +29,10 @@ pub struct StatusView {
     pub quarantine_limit: u64,
     /// Bytes pinned by leases.
     pub pinned_bytes: u64,
+    /// Bytes of blocks that came up ahead of loads, or are on their way, and that nobody has claimed.
+    pub ahead_bytes: u64,
+    /// Blocks among them that are on their way.
+    pub ahead_reads: u32,
     /// Tokens of a former daemon's writers that have not fenced yet; their extents are kept out.
     pub unfenced_writers: u32,
     /// By ascending slot size.

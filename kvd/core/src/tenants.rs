@@ -35,15 +35,14 @@ pub(crate) struct Tenant {
     pub(crate) pinned_bytes: u64,
     /// Bytes of slots into which blocks come up for loads.
     pub(crate) coming_bytes: u64,
-    /// Bytes of slots with blocks that came up ahead, or are on their way, and that no load has claimed.
+    /// Bytes of slots with blocks that came up ahead, or are on their way, and that no load or lease has claimed.
     pub(crate) ahead_bytes: u64,
     /// Blocks among them that are on their way.
     pub(crate) ahead_reads: u32,
-    /// Loads, and positions in them, that found no slot while reads ahead held some: in the order in which they came. Bounded by the
-    /// hashes of loads that wait.
-    pub(crate) short: VecDeque<(u64, u32)>,
-    /// Bytes of quarantined slots.
+    /// Bytes of slots that wait for their writers, in quarantine.
     pub(crate) quarantined_bytes: u64,
+    /// Slots in quarantine that a store that is off may still write.
+    pub(crate) left_slots: u64,
 }
 
 impl Tenant {
@@ -76,8 +75,8 @@ impl Core {
             coming_bytes: 0,
             ahead_bytes: 0,
             ahead_reads: 0,
-            short: VecDeque::new(),
             quarantined_bytes: 0,
+            left_slots: 0,
         });
     }
 

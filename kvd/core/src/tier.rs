@@ -178,9 +178,12 @@ pub enum StoreError {
     Io,
     /// The store is switched off, or has no room for more operations now. Nothing was begun.
     Off,
+    /// Of a read: the store is given up, and the device may still write the memory, now or later. Nobody else may ever write there.
+    Lost,
 }
 
-/// What became of an operation. After it, the store does not touch the operation's host memory any more.
+/// What became of an operation. After it, the store does not write the operation's host memory any more, unless the read is
+/// [`StoreError::Lost`]; nor does it read there, unless it is given up: then the device may, to write a place that nothing names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreDone {
     /// Of a write.

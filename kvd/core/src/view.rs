@@ -35,6 +35,8 @@ impl Core {
             slot_bytes,
             quarantine_limit: found.quarantine_limit(),
             pinned_bytes: found.pinned_bytes,
+            ahead_bytes: found.ahead_bytes,
+            ahead_reads: found.ahead_reads,
             unfenced_writers: found.unfenced.len() as u32,
             classes,
             namespaces: self.namespace_views(t),

@@ -144,6 +144,10 @@ pub struct HostTier {
     pub eviction: String,
     /// Bytes that leases keep.
     pub pinned_bytes: u64,
+    /// Bytes of blocks that came up ahead of loads, or are on their way, and that nobody has claimed.
+    pub ahead_bytes: u64,
+    /// Blocks among them that are on their way.
+    pub ahead_reads: u32,
     /// Most bytes that may be quarantined.
     pub quarantine_limit_bytes: u64,
     /// Writers of the former daemon's time that have not said that their copies are over.
@@ -405,6 +409,8 @@ impl TenantSnapshot {
             }
             .to_owned(),
             pinned_bytes: view.pinned_bytes,
+            ahead_bytes: view.ahead_bytes,
+            ahead_reads: view.ahead_reads,
             quarantine_limit_bytes: view.quarantine_limit,
             unfenced_writers: view.unfenced_writers,
         }

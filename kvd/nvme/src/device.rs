@@ -397,8 +397,8 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
         status.counters.clone_from(self.store.counters());
     }
 
-    /// After a panic: the store is off for the rest of this daemon's life. All that was asked is answered once (invariant 5), but what
-    /// the device does not let go of, and so is what is asked until nobody asks any more.
+    /// After a panic: the store is off for the rest of this daemon's life. All that was asked is answered once (invariant 5), and
+    /// so is what is asked until nobody asks any more.
     fn give_up(self) {
         tracing::error!(
             "the thread of the store has failed by a bug; blocks there are not found until the daemon is started again"
@@ -420,13 +420,15 @@ impl<N: Fn(DeviceNews) -> bool> Runner<N> {
         let refused = |(op, _): Job| op.refused(StoreError::Off);
         done.extend(queue.try_iter().map(refused));
         let tell = |done: Vec<StoreDone>| done.is_empty() || news(DeviceNews::Done(done));
-        // Not after the device, which may take its time.
-        tell(done);
-        let (done, counters) = store.abandon();
-        if counters.unanswered > 0 {
+        let (done, counters) = store.abandon(|first| {
+            done.extend(first);
+            // Not after the device, which may take its time.
+            tell(done);
+        });
+        if counters.lost > 0 {
             tracing::error!(
-                operations = counters.unanswered,
-                "the device may still use the host memory of operations of the store; their slots stay taken until the daemon is started again"
+                reads = counters.lost,
+                "the device may still write the host memory of reads; their slots stay taken until the daemon is started again"
             );
         }
         status

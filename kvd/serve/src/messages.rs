@@ -144,6 +144,8 @@ fn tenant_metrics(snapshot: TenantSnapshot) -> TenantMetrics {
         page_bytes: view.arena.map_or(0, |a| a.page_bytes),
         adopted: matches!(snapshot.arena, ArenaState::Made { adopted: true, .. }),
         pinned_bytes: view.pinned_bytes,
+        ahead_bytes: view.ahead_bytes,
+        ahead_reads: view.ahead_reads.into(),
         namespaces: view.namespaces.len() as u64,
         sessions: view.sessions.iter().filter(|s| s.attached).count() as u64,
         sessions_detached: view.sessions.iter().filter(|s| !s.attached).count() as u64,

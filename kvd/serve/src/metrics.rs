@@ -55,6 +55,8 @@ pub(crate) struct TenantMetrics {
     pub(crate) page_bytes: u64,
     pub(crate) adopted: bool,
     pub(crate) pinned_bytes: u64,
+    pub(crate) ahead_bytes: u64,
+    pub(crate) ahead_reads: u64,
     pub(crate) namespaces: u64,
     pub(crate) sessions: u64,
     pub(crate) sessions_detached: u64,
@@ -133,6 +135,16 @@ fn tenants(registry: &mut Registry, snapshot: &Snapshot) {
     let slots = gauges(registry, "slots", "Slots by state");
     let slot_bytes = gauges(registry, "slot_bytes", "Bytes of slots by state");
     let pinned = gauges(registry, "pinned_bytes", "Bytes that leases keep");
+    let ahead = gauges(
+        registry,
+        "ahead_bytes",
+        "Bytes of blocks that came up ahead of loads and that nobody has claimed",
+    );
+    let ahead_reads = gauges(
+        registry,
+        "ahead_reads",
+        "Blocks that come up ahead of loads",
+    );
     let namespaces = gauges(registry, "namespaces", "Namespaces");
     let sessions = gauges(registry, "sessions", "Sessions by state");
     for tenant in &snapshot.tenants {
@@ -143,6 +155,8 @@ fn tenants(registry: &mut Registry, snapshot: &Snapshot) {
         set(&page, label(), tenant.page_bytes);
         set(&adopted, label(), u64::from(tenant.adopted));
         set(&pinned, label(), tenant.pinned_bytes);
+        set(&ahead, label(), tenant.ahead_bytes);
+        set(&ahead_reads, label(), tenant.ahead_reads);
         set(&namespaces, label(), tenant.namespaces);
         set(&sessions, with("state", "attached"), tenant.sessions);
         set(

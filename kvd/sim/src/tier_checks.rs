@@ -226,6 +226,7 @@ impl World {
             Some(StoreError::Off) => "store off",
             Some(StoreError::Io) => "store failures",
             Some(StoreError::Corrupt) => "store corrupt",
+            Some(StoreError::Lost) => "store lost",
         });
         match (asked, done) {
             (

@@ -1,9 +1,8 @@
-//! One block that a load needs from below: its read is begun, or joined if it is under way. If there is no slot because reads ahead
-//! hold some, the load is short of it and waits for their end. Deliberately absent: the read itself (`fetch`); the load's answer.
+//! One block that a load needs from below: its read is begun, or joined if it is under way. Deliberately absent: the read itself
+//! (`fetch`); the load's answer; waiting for slots.
 
-use super::Disks;
 use crate::api::Output;
-use crate::index::{EntryState, Found};
+use crate::index::Found;
 use crate::state::Core;
 
 /// For whom blocks are fetched.
@@ -13,13 +12,13 @@ pub(super) struct Fetcher {
     pub(super) ahead: bool,
     /// Another class's extents may be colder than this class's blocks.
     pub(super) others: bool,
-    /// No more reads are begun, and why.
-    pub(super) stopped: Option<Coming>,
+    /// No more reads are begun.
+    pub(super) stopped: bool,
 }
 
 impl Fetcher {
     fn new(t: usize, ahead: bool) -> Self {
-        let (others, stopped) = (true, None);
+        let (others, stopped) = (true, false);
         Fetcher {
             t,
             ahead,
@@ -44,8 +43,6 @@ pub(super) enum Coming {
     Waits,
     /// It was already.
     Again,
-    /// No slot, but reads ahead hold some.
-    Short,
     /// It can't be had.
     Refused,
 }
@@ -63,30 +60,23 @@ impl Core {
         if let Found::Entry(host) = self.index.find(wanted.0, wanted.1, hash) {
             return self.join_read(host, number);
         }
-        if let Some(stopped) = by.stopped {
-            return stopped;
-        }
-        let Some(stored) = self.stored_entry(wanted.0, wanted.1, hash) else {
+        let stored = self.stored_entry(wanted.0, wanted.1, hash);
+        let Some(stored) = stored.filter(|_| !by.stopped) else {
             return Coming::Refused;
         };
         match self.fetch(by, wanted, hash, stored, out) {
-            Ok(host) => self.join_read(host, number),
-            Err(refusal) => {
-                by.stopped = Some(refusal);
-                refusal
+            Some(host) => self.join_read(host, number),
+            None => {
+                by.stopped = true;
+                Coming::Refused
             }
         }
     }
 
     /// A load joins a read; one that was begun ahead counts as the load's from now on. If the limits of loads have no room for it, it
     /// stays counted as it is: the load is served all the same, and takes nothing from other loads.
-    pub(super) fn join_read(&mut self, host: u32, number: u64) -> Coming {
-        let Disks { fetches, all, .. } = &mut self.disks;
-        // Nobody waits for a device that does not answer.
-        let fetch = fetches
-            .get_mut(host.into())
-            .filter(|fetch| all[fetch.store].on);
-        let (t, store) = match fetch {
+    fn join_read(&mut self, host: u32, number: u64) -> Coming {
+        let (t, store) = match self.disks.fetches.get_mut(host.into()) {
             Some(fetch) if fetch.waiters.contains(&number) => return Coming::Again,
             Some(fetch) => {
                 fetch.waiters.push(number);
@@ -104,47 +94,5 @@ impl Core {
             self.disks.all[store].reads += 1;
         }
         Coming::Waits
-    }
-
-    /// Tries again to begin reads of loads that were short of slots, first come, first served. Once no read ahead is under way, they
-    /// are refused as any load that finds no slot.
-    pub(super) fn serve_short(&mut self, t: usize, out: &mut Vec<Output>) {
-        let mut by = Fetcher::load(t);
-        let mut last = 0;
-        while let Some((number, at)) = self.tenants[t].short.front().copied() {
-            if number != last {
-                (by.stopped, last) = (None, number);
-            }
-            let coming = match self.short_block(number, at) {
-                Some((space, group, hash)) => match self.index.find(space, group, &hash) {
-                    Found::Entry(id)
-                        if self.index.entries.hot[id].state == EntryState::Resident =>
-                    {
-                        self.tenants[t].short.pop_front();
-                        self.came_for(number, Some(id), out);
-                        continue;
-                    }
-                    _ => self.bring(&mut by, (space, group), &hash, number, out),
-                },
-                None => Coming::Refused,
-            };
-            if coming == Coming::Short {
-                return;
-            }
-            self.tenants[t].short.pop_front();
-            if coming != Coming::Waits {
-                self.tier_counters.fetch_busy += u64::from(coming == Coming::Refused);
-                self.came_for(number, None, out);
-            }
-        }
-    }
-
-    /// Which block a load is short of.
-    fn short_block(&self, number: u64, at: u32) -> Option<(u32, u8, [u8; 32])> {
-        let waiting = self.disks.waiting.get(&number)?;
-        let joined = &self.sessions[waiting.session].joined;
-        let space = joined.get(waiting.namespace as usize)?.space;
-        let hash = waiting.hashes.get(at as usize)?;
-        Some((space, waiting.group, *hash))
     }
 }

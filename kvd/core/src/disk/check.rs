@@ -3,14 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Disk, Doing};
+use crate::api::NIL;
 use crate::evict::{chosen, listed};
 use crate::index::{EntryState, Found};
+use crate::pool::SlotState;
 use crate::state::Core;
 
 impl Core {
     pub(crate) fn check_disks(&self) {
         let (mut writes, mut drops) = (BTreeMap::new(), BTreeMap::new());
-        let mut reads = 0;
+        let (mut reads, mut left) = (0, self.tier_counters.slots_lost);
         for doing in self.disks.doing.iter().map(|(_, doing)| doing) {
             match doing {
                 Doing::Write { store, entry, .. } => {
@@ -20,8 +22,21 @@ impl Core {
                 }
                 Doing::Drop { store, .. } => *drops.entry(*store).or_insert(0u32) += 1,
                 Doing::Read { host } => {
-                    assert!(self.disks.fetches(*host), "a read for nobody");
+                    let fetch = self.disks.fetches.get((*host).into());
+                    let on = fetch.map(|fetch| self.disks.all[fetch.store].on);
+                    assert_eq!(
+                        on,
+                        Some(true),
+                        "a read for nobody, or of a store that is off"
+                    );
                     reads += 1;
+                }
+                Doing::Left { t, slot } => {
+                    let pool = self.tenants[*t].pool.as_ref();
+                    let slot = pool.and_then(|pool| pool.slot(*slot));
+                    let found = slot.map(|slot| (slot.state, slot.owner));
+                    assert_eq!(found, Some((SlotState::Quarantined, NIL)));
+                    left += 1;
                 }
             }
         }
@@ -34,6 +49,8 @@ impl Core {
         );
         assert!(spare.waiters.len() + reads <= most);
         assert!(spare.waiters.iter().all(Vec::is_empty));
+        let kept: u64 = self.tenants.iter().map(|tenant| tenant.left_slots).sum();
+        assert_eq!(kept, left, "slots of reads that nobody waits for");
         for (at, disk) in self.disks.all.iter().enumerate() {
             assert_eq!(disk.writes, writes.get(&at).copied().unwrap_or(0));
             let asked = drops.get(&at).copied().unwrap_or(0);
@@ -110,10 +127,6 @@ impl Core {
             let arena = tenant.pool.as_ref().map_or(0, |pool| pool.shape.bytes);
             assert!(tenant.ahead_bytes <= arena / 4, "too much came up ahead");
             assert!(tenant.ahead_reads <= self.settings.tiers.max_ahead);
-            assert!(
-                tenant.short.is_empty() || tenant.ahead_reads > 0,
-                "a load is short of slots that no read ahead holds"
-            );
         }
     }
 
@@ -154,24 +167,15 @@ impl Core {
     /// Bounds of waiting loads (invariant 8), and that each waits for something.
     fn check_waits(&self) {
         let mut by_session: BTreeMap<u32, u32> = BTreeMap::new();
-        let (mut hashes, mut shorts) = (0, 0);
+        let mut hashes = 0;
         for (number, waiting) in &self.disks.waiting {
             *by_session.entry(waiting.session).or_default() += 1;
             hashes += waiting.hashes.len();
             let for_it = self.disks.fetches.iter();
             let for_it = for_it.filter(|(_, f)| f.waiters.contains(number)).count();
-            let tenant = &self.tenants[self.sessions[waiting.session].tenant];
-            let short = tenant.short.iter().filter(|(of, _)| of == number).count();
-            assert_eq!(
-                waiting.left as usize,
-                for_it + short,
-                "blocks a load waits for"
-            );
-            shorts += short;
+            assert_eq!(waiting.left as usize, for_it, "blocks a load waits for");
             assert!(waiting.left > 0, "a load waits for nothing");
         }
-        let short = self.tenants.iter().map(|tenant| tenant.short.len());
-        assert_eq!(short.sum::<usize>(), shorts, "nobody is short of a slot");
         assert_eq!(self.disks.waiting_hashes, hashes);
         assert!(hashes <= self.settings.tiers.max_waiting_hashes as usize);
         assert_eq!(self.disks.by_deadline.len(), self.disks.waiting.len());

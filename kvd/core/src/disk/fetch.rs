@@ -6,7 +6,7 @@
 //! reads that nobody waits for (`ahead`); telling a load's blocks one by one.
 
 use super::bring::{Coming, Fetcher};
-use super::{Doing, Fetch, Waiting};
+use super::{Disks, Doing, Fetch, Waiting};
 use crate::api::{Failure, LoadState, NIL, Output, Reply};
 use crate::evict::chain;
 use crate::geometry::Cut;
@@ -86,8 +86,6 @@ impl Core {
         self.disks.by_deadline.insert((waiting.deadline, number));
         self.sessions[caller.session].waits += 1;
         self.disks.waiting.insert(number, waiting);
-        // It may have joined the last read ahead that others were waiting for the end of.
-        self.serve_short(caller.tenant, out);
         true
     }
 
@@ -131,17 +129,11 @@ impl Core {
         out: &mut Vec<Output>,
     ) {
         let mut by = Fetcher::load(caller.tenant);
-        // Who was short of slots before this load comes first.
-        by.stopped = (!self.tenants[by.t].short.is_empty()).then_some(Coming::Short);
         let wanted = (asked.space, asked.group);
         for at in &waiting.below {
             match self.bring(&mut by, wanted, &asked.hashes[*at as usize], number, out) {
                 Coming::Waits => waiting.left += 1,
                 Coming::Again => {}
-                Coming::Short => {
-                    self.tenants[by.t].short.push_back((number, *at));
-                    waiting.left += 1;
-                }
                 Coming::Refused => self.tier_counters.fetch_busy += 1,
             }
         }
@@ -155,7 +147,7 @@ impl Core {
             && tenant.coming_bytes + slot_bytes <= usable / 2
     }
 
-    /// Begins to read one block into host memory. Gives its entry there, or says that there is no room or too much under way.
+    /// Begins to read one block into host memory. Gives its entry there; none if there is no room or too much under way.
     pub(super) fn fetch(
         &mut self,
         by: &mut Fetcher,
@@ -163,29 +155,22 @@ impl Core {
         hash: &[u8; 32],
         (store, stored): (usize, u32),
         out: &mut Vec<Output>,
-    ) -> Result<u32, Coming> {
+    ) -> Option<u32> {
         let t = by.t;
         let namespace = self.spaces.get(space);
         let found = &namespace.groups[usize::from(group)];
         let (class, slot_bytes) = (found.class, found.slot_bytes);
         let allowed = match by.ahead {
-            true => self.may_read_ahead(t, slot_bytes),
+            true => self.may_read_ahead(t, class, slot_bytes),
             false => self.may_load(t, store, slot_bytes),
         };
         if !allowed
             || !self.disks.all[store].on
             || self.index.find(space, group, hash) == Found::Crowded
         {
-            return Err(Coming::Refused);
+            return None;
         }
-        let Some(slot) = self.room_to_fetch(by, class, out) else {
-            let short = !by.ahead && self.tenants[t].ahead_reads > 0;
-            return Err(if short {
-                Coming::Short
-            } else {
-                Coming::Refused
-            });
-        };
+        let slot = self.room_to_fetch(by, class, out)?;
         let groups = self.spaces.get(space).record.groups();
         let geometry = groups[usize::from(group)].clone();
         let bytes = geometry.block_bytes();
@@ -226,7 +211,7 @@ impl Core {
         };
         let store = StoreId(store as u8);
         out.push(Output::Store { store, op });
-        Ok(host)
+        Some(host)
     }
 
     /// A slot for a block that comes up, and a place in the index.
@@ -283,11 +268,40 @@ impl Core {
         id
     }
 
-    /// A read is over.
+    /// A store is off: its device may never answer. Nobody waits for its reads any more, and their blocks can be stored anew; their
+    /// slots are nobody's until they are over.
+    pub(super) fn leave_reads(&mut self, store: usize, out: &mut Vec<Output>) {
+        let Disks { doing, fetches, .. } = &mut self.disks;
+        let mut hosts = Vec::new();
+        for doing in doing.values_mut() {
+            if let Doing::Read { host } = *doing
+                && let Some(fetch) = fetches
+                    .get(host.into())
+                    .filter(|fetch| fetch.store == store)
+            {
+                let slot = self.index.entries.hot[host].slot;
+                *doing = Doing::Left { t: fetch.t, slot };
+                hosts.push(host);
+            }
+        }
+        for host in hosts {
+            self.read_over(host, None, Err(StoreError::Lost), out);
+        }
+    }
+
+    /// A read that nobody waits for is over.
+    pub(super) fn left_over(&mut self, t: usize, slot: u32, out: &mut Vec<Output>) {
+        self.tenants[t].left_slots -= 1;
+        if let Some(pool) = &mut self.tenants[t].pool {
+            pool.release(slot, out);
+        }
+    }
+
+    /// A read is over; or `Lost`, and its slot stays taken.
     pub(super) fn read_over(
         &mut self,
         host: u32,
-        block: Box<ReadBlock>,
+        block: Option<&ReadBlock>,
         result: Result<(), StoreError>,
         out: &mut Vec<Output>,
     ) {
@@ -309,16 +323,17 @@ impl Core {
             self.disks.all[fetch.store].reads -= 1;
             self.tenants[fetch.t].coming_bytes -= slot_bytes;
         }
+        let left = matches!(result, Err(StoreError::Lost));
         // A box that comes back as it went down says nothing of the block.
-        let told = block.crcs.len() == block.cut.crc_count() as usize;
-        let came = match result.and_then(|()| told.then_some(()).ok_or(StoreError::Io)) {
-            Ok(()) => self.came(host, &fetch, &block.cut, &block.crcs, out),
+        let told = block.filter(|block| block.crcs.len() == block.cut.crc_count() as usize);
+        let came = match result.and_then(|()| told.ok_or(StoreError::Io)) {
+            Ok(block) => self.came(host, &fetch, &block.cut, &block.crcs, out),
             Err(error) => {
                 let failed = &mut self.tier_counters.fetch_failed;
                 *match error {
                     StoreError::Corrupt => &mut failed.corrupt,
                     StoreError::Io => &mut failed.io,
-                    StoreError::Off => &mut failed.off,
+                    StoreError::Off | StoreError::Lost => &mut failed.off,
                 } += 1;
                 if error == StoreError::Corrupt {
                     self.drop_stored(fetch.store, fetch.entry, false, out);
@@ -326,19 +341,17 @@ impl Core {
                 false
             }
         };
-        self.disks.spare.blocks.push(block);
         if !came || !fetch.waiters.is_empty() {
             self.end_ahead(host);
         }
         if !came {
-            self.did_not_come(host, fetch.t, out);
+            self.did_not_come(host, fetch.t, left, out);
         }
         for number in fetch.waiters.drain(..) {
             self.came_for(number, came.then_some(host), out);
         }
         self.disks.spare.waiters.push(fetch.waiters);
         self.drop_space_if_idle(space);
-        self.serve_short(fetch.t, out);
     }
 
     /// A block is in host memory and sound: it becomes visible. False: its namespace has too many cuts.
@@ -382,17 +395,23 @@ impl Core {
         true
     }
 
-    /// A block could not be had: its slot is free again.
-    fn did_not_come(&mut self, host: u32, t: usize, out: &mut Vec<Output>) {
+    /// A block could not be had: its slot is free again; or nobody's, if the device may still write there (invariant 3).
+    fn did_not_come(&mut self, host: u32, t: usize, left: bool, out: &mut Vec<Output>) {
         let (space, group, slot) = {
             let entry = &self.index.entries.hot[host];
             (entry.space, entry.group, entry.slot)
         };
         let class = self.spaces.get(space).groups[usize::from(group)].class;
-        if let Some(pool) = &mut self.tenants[t].pool {
+        let tenant = &mut self.tenants[t];
+        if let Some(pool) = &mut tenant.pool {
             let policy = &mut *pool.classes[usize::from(class)].policy;
             chain::leaves(policy, &mut self.index.entries, host, false);
-            pool.release(slot, out);
+            if left {
+                pool.set_state(slot, SlotState::Quarantined, NIL, out);
+                tenant.left_slots += 1;
+            } else {
+                pool.release(slot, out);
+            }
         }
         self.index.remove(host);
     }
@@ -425,8 +444,6 @@ impl Core {
             for fetch in self.disks.fetches.values_mut() {
                 fetch.waiters.retain(|waiter| *waiter != number);
             }
-            let t = self.sessions[waiting.session].tenant;
-            self.tenants[t].short.retain(|(short, _)| *short != number);
         }
         Some(waiting)
     }

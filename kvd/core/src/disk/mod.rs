@@ -95,6 +95,8 @@ pub(crate) enum Doing {
     },
     /// A block comes up into this entry of the host's index.
     Read { host: u32 },
+    /// A read that nobody waits for, because its store is off, into a slot that is nobody's until it is over.
+    Left { t: usize, slot: u32 },
     /// A place is to become free.
     Drop {
         store: usize,
@@ -103,7 +105,7 @@ pub(crate) enum Doing {
     },
 }
 
-/// A block that comes up, by its entry in the host's index, which is Filling and has no checksums yet.
+/// A block that comes up from a store that is on, by its entry in the host's index, which is Filling and has no checksums yet.
 #[derive(Debug)]
 pub(crate) struct Fetch {
     store: usize,
@@ -123,7 +125,7 @@ pub(crate) struct Waiting {
     namespace: u32,
     group: u8,
     hashes: Vec<[u8; 32]>,
-    /// Blocks that have not come, those included that it is short of slots for.
+    /// Blocks that have not come.
     left: u32,
     /// Ascending positions whose blocks were held below, or coming up, when the load came: what is not here in the end has failed.
     below: Vec<u32>,
@@ -214,6 +216,13 @@ impl Disks {
             chain::touch(&mut **policy, &mut disk.index.entries, entry, stamp, false);
         }
         true
+    }
+
+    /// What came back with a read is kept for another, if there were ever as many reads at once.
+    fn take_back(&mut self, block: Box<ReadBlock>) {
+        if self.spare.blocks.len() + self.fetches.len() < self.fetches.most() {
+            self.spare.blocks.push(block);
+        }
     }
 
     fn begin(&mut self, doing: Doing) -> OpId {
@@ -411,6 +420,7 @@ impl Core {
         let t = match self.disks.doing.get(op.0)? {
             Doing::Write { t, .. } => *t,
             Doing::Read { host } => self.disks.fetches.get((*host).into())?.t,
+            Doing::Left { t, .. } => *t,
             Doing::Drop { .. } => return None,
         };
         Some(self.tenants[t].id)

@@ -11,7 +11,7 @@ use crate::index::{BATCH, Found};
 use crate::log::ChangeKind;
 use crate::record::NamespaceRecord;
 use crate::state::Core;
-use crate::tier::{Recovered, StoreDone};
+use crate::tier::{Recovered, StoreDone, StoreError};
 
 impl Core {
     /// A namespace of which a store holds blocks. One of a tenant that is not served here is not taken, nor are its blocks.
@@ -112,6 +112,9 @@ impl Core {
         };
         disk.on = on;
         disk.drop_at = 0;
+        if !on {
+            self.leave_reads(at, out);
+        }
         self.ask_drops(at, out);
     }
 
@@ -124,8 +127,16 @@ impl Core {
                 }
             }
             StoreDone::Read { op, block, result } => {
-                if let Some(Doing::Read { host }) = self.over(op) {
-                    self.read_over(host, block, result, out);
+                let doing = self.over(op);
+                let lost = result == Err(StoreError::Lost);
+                self.tier_counters.slots_lost += u64::from(lost && doing.is_some());
+                match doing {
+                    Some(Doing::Read { host }) => self.read_over(host, Some(&block), result, out),
+                    Some(Doing::Left { t, slot }) if !lost => self.left_over(t, slot, out),
+                    _ => {}
+                }
+                if doing.is_some() {
+                    self.disks.take_back(block);
                 }
             }
             StoreDone::Dropped { op, result } => {

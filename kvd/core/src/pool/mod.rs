@@ -33,7 +33,7 @@ pub(crate) enum SlotState {
     Filling,
     /// Visible. Even.
     Resident,
-    /// Given up, but some writer may still write. Odd.
+    /// Given up, but some writer may still write. Odd. With no owner: a store that is off.
     Quarantined,
 }
 
@@ -59,6 +59,10 @@ impl SlotState {
 }
 
 impl SlotCounts {
+    fn writable(&self) -> u64 {
+        self.reserved + self.filling + self.quarantined
+    }
+
     pub(crate) fn of(&mut self, state: SlotState) -> &mut u64 {
         match state {
             SlotState::Free => &mut self.free,
@@ -462,6 +466,19 @@ impl Pool {
     pub(crate) fn free_slots(&self, class: u16) -> u64 {
         let class = &self.classes[usize::from(class)];
         class.counts.free + u64::from(self.unclassed.len()) * u64::from(class.per_extent)
+    }
+
+    /// Bytes of slots that somebody may be writing.
+    pub(crate) fn writable_bytes(&self) -> u64 {
+        let classes = self.classes.iter();
+        let bytes = classes.map(|class| class.counts.writable() * class.slot_bytes);
+        bytes.sum()
+    }
+
+    /// Whether nobody may be writing more than half of a class's slots, with one more, or it gets another extent for nothing.
+    pub(crate) fn has_half(&self, class: u16) -> bool {
+        let counts = &self.classes[usize::from(class)].counts;
+        self.unclassed.front().is_some() || counts.writable() < counts.total() / 2
     }
 
     /// Extents by what they can be used for.

@@ -187,67 +187,91 @@ fn what_is_joined_beyond_the_limits_is_not_counted_there() {
     assert_eq!((first, second, ready(&states(&mut node, third))), (2, 4, 1));
 }
 
-/// Host memory: 4 slots of reads ahead, 8 that are leased. The load needs 8.
-fn short_of_slots() -> (Node, Vec<[u8; 32]>, RequestId) {
-    let (mut node, away) = node_with(reading(true));
-    assert_eq!(look(&mut node, &away[..4]), 4);
+/// Leases so many blocks of host memory.
+fn lease(node: &mut Node, blocks: usize) {
+    if blocks == 0 {
+        return;
+    }
     let here: Vec<[u8; 32]> = hashes(100..100 + SLOTS)
         .into_iter()
         .filter(|hash| node.place_of(*hash) == Where::Host)
-        .take(8)
+        .take(blocks)
         .collect();
+    assert_eq!(here.len(), blocks);
     assert_ne!(node.world.lookup(1, &here, 1000, true).lease, 0);
-    let id = node.ask_load(&away[4..], 0);
-    assert_eq!(node.store.open.len(), 4 + 4, "4 more find no slot");
-    (node, away, id)
 }
 
+/// A half of host memory is what loads may have coming: as much is left to them by what is begun ahead.
 #[test]
-fn a_load_waits_for_slots_that_reads_ahead_hold() {
-    let (mut node, away, id) = short_of_slots();
-    let begun = look(&mut node, &away[..1]);
-    assert_eq!(begun, 0, "while loads are short nothing is read ahead");
-    for left in [3, 2, 1, 0] {
-        node.finish(0, Ok(()));
-        assert_eq!(node.store.open.len(), 8, "its slot is taken at once");
-        assert_eq!(node.answer(id), None, "{left} still short");
+fn it_leaves_to_loads_what_they_may_have_coming() {
+    for (leased, begun) in [(0, 4), (4, 4), (6, 2), (8, 0)] {
+        let (mut node, away) = node_with(reading(true));
+        lease(&mut node, leased);
+        assert_eq!(look(&mut node, &away[..4]), begun, "{leased} are leased");
+        let id = node.ask_load(&away[4..], 0);
+        assert_eq!(node.store.open.len(), begun + 8);
+        assert_eq!(states(&mut node, id), [LoadState::Ready; 8]);
+        assert_eq!(node.world.core.tier_counters().fetch_busy, 0);
     }
-    assert_eq!(states(&mut node, id), [LoadState::Ready; 8]);
-    assert_eq!(node.world.core.tier_counters().fetch_busy, 0);
 }
 
 #[test]
-fn reads_ahead_that_fail_leave_their_slots_to_loads() {
-    let (mut node, _, id) = short_of_slots();
-    for error in [StoreError::Io, StoreError::Off, StoreError::Corrupt] {
-        node.finish(0, Err(error));
+fn what_loads_have_coming_is_theirs_already() {
+    let (mut node, away) = node_with(reading(true));
+    lease(&mut node, 4);
+    let first = node.ask_load(&away[..3], 0);
+    assert_eq!(look(&mut node, &away[3..7]), 4);
+    let second = node.ask_load(&away[7..], 0);
+    assert_eq!(states(&mut node, first), [LoadState::Ready; 3]);
+    assert_eq!(states(&mut node, second), [LoadState::Ready; 5]);
+}
+
+/// What is leased after reads ahead were begun takes what was left to loads. Those that find no slot are refused: they do not wait for
+/// reads ahead, which may never end.
+#[test]
+fn no_load_waits_for_slots_that_reads_ahead_hold() {
+    let (mut node, away) = node_with(reading(true));
+    assert_eq!(look(&mut node, &away[..4]), 4);
+    lease(&mut node, 8);
+    let first = node.ask_load(&away[4..], 0);
+    assert_eq!(node.store.open.len(), 4 + 4);
+    let second = node.ask_load(&away[8..], 0);
+    assert_eq!(node.world.core.tier_counters().fetch_busy, 4 + 4);
+    let second = node.answer(second).expect("answered at once").states;
+    assert_eq!(second, [LoadState::Failed; 4]);
+    for _ in 0..4 {
+        node.finish(4, Ok(()));
     }
-    assert_eq!(states(&mut node, id), [LoadState::Ready; 8]);
+    let first = node.answer(first).expect("its reads are over").states;
+    assert_eq!(ready(&first), 4);
+    node.finish_all();
 }
 
+/// Blocks of another size have extents of their own. A half of such a class is left to loads, too.
 #[test]
-fn a_load_is_refused_once_no_read_ahead_holds_a_slot() {
-    let (mut node, away, first) = short_of_slots();
-    let second = node.ask_load(&away[..4], 0);
-    assert_eq!(node.world.core.tier_counters().fetch_busy, 4);
-    let first = ready(&states(&mut node, first));
-    assert_eq!((first, ready(&states(&mut node, second))), (4, 4));
-}
-
-#[test]
-fn who_is_short_of_slots_is_answered_by_its_deadline_or_leaves() {
-    let (mut node, _, id) = short_of_slots();
-    node.world.now += 5_000_000;
-    let replies = node.world.step(Input::Tick);
-    node.replies.extend(replies);
-    let late = node.answer(id).expect("answered").states;
-    assert_eq!(late, [LoadState::Failed; 8]);
+fn it_leaves_half_of_a_class_to_loads() {
+    let mut node = Node::on(settings(reading(true)), 4, large());
+    node.world.open(2, A, 2, Role::Both, 0, 1);
+    let double = record("a", "w", 2 * CELL);
+    node.world.register(2, &double, 1, 1, Some(0));
+    // One extent has 8 slots of the double size; all others are full of blocks that are hotter.
+    let hot = hashes(100..100 + 3 * SLOTS);
+    for first in [0, 8, 16] {
+        node.put_by(2, &hashes(first..first + 8));
+        node.finish_all();
+        node.put(&hot);
+        node.finish_all();
+    }
+    assert_eq!(node.world.status().classes[1].extents, 1);
+    assert_eq!(
+        look_by(&mut node, 2, &hashes(0..8)),
+        4,
+        "a quarter of memory is 8"
+    );
+    let id = node.ask_load_by(2, &hashes(8..12), 0);
     node.finish_all();
-    let (mut node, _, _) = short_of_slots();
-    let session = SessionId(1);
-    node.world.step(Input::Gone { session });
-    node.finish_all();
-    assert!(node.replies.is_empty());
+    let reply = node.answer(id).expect("answered");
+    assert_eq!(reply.states, [LoadState::Ready; 4]);
 }
 
 /// What was brought ahead stays within a quarter of host memory until loads claim it or it goes.
@@ -272,6 +296,26 @@ fn lookups_one_after_the_other_keep_to_a_quarter_of_host_memory() {
     node.put(&hashes(200..200 + SLOTS));
     node.finish_all();
     assert_eq!(look(&mut node, &away[8..]), 4);
+    node.finish_all();
+}
+
+/// Requests that are given up leave what was brought ahead for them. Whoever leases it then claims it, as a load does.
+#[test]
+fn who_leases_what_was_brought_ahead_claims_it() {
+    let (mut node, away) = node_with(reading(true));
+    assert_eq!(look(&mut node, &away[..4]), 4);
+    let ahead = |node: &Node| {
+        let status = node.world.status();
+        (status.ahead_bytes / 4096, status.ahead_reads)
+    };
+    assert_eq!(ahead(&node), (4, 4));
+    node.finish_all();
+    assert_eq!(node.world.hits(1, &away[..4]), 4, "without a lease");
+    assert_eq!(ahead(&node), (4, 0));
+    assert_eq!(look(&mut node, &away[4..8]), 0);
+    assert_eq!(look(&mut node, &away[..3]), 0);
+    assert_eq!(ahead(&node), (1, 0));
+    assert_eq!(look(&mut node, &away[4..8]), 3);
     node.finish_all();
 }
 

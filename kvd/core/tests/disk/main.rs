@@ -134,22 +134,73 @@ fn a_load_is_answered_by_its_deadline_and_the_read_goes_on() {
     assert_eq!(node.place_of(hash(0)), Where::Host, "it came in the end");
 }
 
-#[test]
-fn what_is_on_its_way_at_the_deadline_has_failed_though_its_store_went_off() {
+/// Blocks 0 to 4 are on their way up, two for a load and two ahead, when their store goes off.
+fn coming_from_a_store_that_goes_off() -> (Node, Vec<[u8; 32]>, RequestId) {
     let mut node = Node::new(few_spare(), 1);
-    node.put(&hashes(0..1));
+    let list = hashes(0..4);
+    node.put(&list);
     node.finish_all();
     node.put(&hashes(100..116));
     node.finish_all();
-    let id = node.ask_load(&hashes(0..1), 20);
-    let on = false;
-    node.world.step(Input::StoreSwitched { store: STORE, on });
-    node.world.now += 20_000;
-    let replies = node.world.step(Input::Tick);
-    node.replies.extend(replies);
-    let states = node.answer(id).expect("answered").states;
-    assert_eq!(states, [LoadState::Failed]);
-    node.finish_all();
+    let id = node.ask_load(&list[..2], 0);
+    node.world.lookup(1, &list, 1000, true);
+    node.take();
+    assert_eq!(node.store.open.len(), 4);
+    assert_eq!(node.place_of(list[0]), Where::Fetching);
+    node.switch(false);
+    (node, list, id)
+}
+
+/// Blocks can be stored and loaded again and again, beside so many others.
+fn stored_anew(node: &mut Node, list: &[[u8; 32]], others: u64) {
+    for _ in 0..3 {
+        assert_eq!(node.put(list), list.len());
+        let id = node.ask_load(list, 0);
+        let reply = node.answer(id).expect("answered at once");
+        assert_eq!(reply.states, [LoadState::Ready; 4]);
+        node.release(&reply);
+        for first in [200, 300] {
+            let put = node.put(&hashes(first..first + others));
+            assert_eq!(put as u64, others);
+        }
+    }
+}
+
+#[test]
+fn what_is_on_its_way_has_failed_once_its_store_is_off_and_its_slots_wait() {
+    let (mut node, list, id) = coming_from_a_store_that_goes_off();
+    let states = node.answer(id).expect("answered at once").states;
+    assert_eq!(states, [LoadState::Failed; 2]);
+    assert_eq!(node.place_of(list[0]), Where::Absent, "it may never come");
+    let slots = node.world.status().slots;
+    assert_eq!((slots.quarantined, slots.reserved), (4, 0));
+    stored_anew(&mut node, &list, 12);
+    // The device answers after all.
+    for (left, outcome) in [
+        (3, Ok(())),
+        (2, Err(StoreError::Io)),
+        (1, Ok(())),
+        (0, Ok(())),
+    ] {
+        node.finish(0, outcome);
+        assert_eq!(node.world.status().slots.quarantined, left);
+    }
+    assert_eq!(node.world.core.tier_counters().fetch_failed.off, 4);
+    stored_anew(&mut node, &list, 16);
+}
+
+#[test]
+fn a_read_that_is_lost_is_over_for_all_and_only_its_slot_stays_taken() {
+    let (mut node, list, _) = coming_from_a_store_that_goes_off();
+    for _ in 0..3 {
+        node.finish(0, Err(StoreError::Lost));
+    }
+    node.finish(0, Ok(()));
+    stored_anew(&mut node, &list, 13);
+    let session = SessionId(1);
+    node.world.step(Input::Gone { session });
+    assert_eq!(node.world.status().slots.quarantined, 3, "for ever");
+    assert_eq!(node.world.core.tier_counters().slots_lost, 3);
 }
 
 #[test]

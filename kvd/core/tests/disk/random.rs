@@ -40,6 +40,7 @@ fn error(how: u8) -> Result<(), StoreError> {
         0..=8 => Err(StoreError::Io),
         9..=16 => Err(StoreError::Corrupt),
         17..=24 => Err(StoreError::Off),
+        25 => Err(StoreError::Lost),
         _ => Ok(()),
     }
 }
@@ -74,7 +75,11 @@ proptest! {
                 }
                 Op::Finish(at, how) if !node.store.open.is_empty() => {
                     let at = at % node.store.open.len();
-                    node.finish(at, error(how));
+                    let read = matches!(node.store.open[at], StoreOp::Read { .. });
+                    let outcome = error(how);
+                    // Nothing else is lost.
+                    let lost = outcome == Err(StoreError::Lost) && !read;
+                    node.finish(at, if lost { Ok(()) } else { outcome });
                 }
                 Op::Wait(micros) => {
                     node.world.now += micros;
@@ -82,8 +87,7 @@ proptest! {
                     node.replies.extend(replies);
                 }
                 Op::Switch(on) => {
-                    let store = STORE;
-                    node.world.step(Input::StoreSwitched { store, on });
+                    node.switch(on);
                 }
                 Op::Leave if session_lives => {
                     let session = SessionId(1);
@@ -122,6 +126,8 @@ proptest! {
         }
         asked.retain(|(id, _)| node.answer(*id).is_none());
         assert!(asked.is_empty(), "loads without an answer: {asked:?}");
-        assert_eq!(node.world.status().slots.reserved, 0);
+        let slots = node.world.status().slots;
+        let lost = node.world.core.tier_counters().slots_lost;
+        assert_eq!((slots.reserved, slots.quarantined), (0, lost));
     }
 }

@@ -164,6 +164,15 @@ impl Node {
 
     /// Asks for a load; the answer is among the replies, now or later.
     pub(crate) fn ask_load(&mut self, list: &[[u8; 32]], deadline_ms: u32) -> RequestId {
+        self.ask_load_by(1, list, deadline_ms)
+    }
+
+    pub(crate) fn ask_load_by(
+        &mut self,
+        session: u64,
+        list: &[[u8; 32]],
+        deadline_ms: u32,
+    ) -> RequestId {
         self.world.requests += 1;
         let id = RequestId(self.world.requests);
         let body = Request::Load {
@@ -172,11 +181,17 @@ impl Node {
             hashes: list,
             deadline_ms,
         };
-        let session = SessionId(1);
+        let session = SessionId(session);
         let replies = self.world.step(Input::Request { session, id, body });
         self.replies.extend(replies);
         self.take();
         id
+    }
+
+    pub(crate) fn switch(&mut self, on: bool) {
+        let store = STORE;
+        let replies = self.world.step(Input::StoreSwitched { store, on });
+        self.replies.extend(replies);
     }
 
     pub(crate) fn answer(&mut self, id: RequestId) -> Option<LoadReply> {

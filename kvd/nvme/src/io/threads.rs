@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 
 use super::job::{Job, Verb};
-use super::{ArenaRange, Backing, BlockIo, DEPTH_MAX, Done, Op, Waker};
+use super::{ArenaRange, Backing, BlockIo, DEPTH_MAX, Done, IoError, Op, Waker};
 
 /// Most threads.
 pub const THREADS_MAX: usize = 64;
@@ -43,7 +44,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     jobs: VecDeque<Job<ArenaRange>>,
-    /// Tokens of what threads are at. A thread that panics leaves its own here.
+    /// Tokens of what threads are at.
     taken: Vec<u64>,
     done: Vec<Done<ArenaRange>>,
     rung: bool,
@@ -114,6 +115,18 @@ impl ThreadsIo {
     }
 }
 
+/// A call that panics has failed, and its thread goes on. The kernel is not at its memory any more: the call is not under way.
+fn outlive(token: u64, call: impl FnOnce() -> Done<ArenaRange>) -> Done<ArenaRange> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| {
+        tracing::error!("a call of the store's device has failed by a bug");
+        Done {
+            token,
+            buffer: None,
+            result: Err(IoError::Os(Errno::IO)),
+        }
+    })
+}
+
 impl State {
     /// The next job, for a thread.
     fn take(&mut self) -> Option<Job<ArenaRange>> {
@@ -143,7 +156,7 @@ impl Shared {
                 continue;
             };
             drop(state);
-            let done = self.perform(job);
+            let done = outlive(job.token, || self.perform(job));
             state = self.state.lock();
             state.give(done);
             self.over.notify_all();
@@ -154,7 +167,7 @@ impl Shared {
     fn perform(&self, mut job: Job<ArenaRange>) -> Done<ArenaRange> {
         let fd = self.backing.as_fd();
         if job.verb == Verb::Flush {
-            let result = rustix::fs::fdatasync(fd).map_err(super::IoError::Os);
+            let result = rustix::fs::fdatasync(fd).map_err(IoError::Os);
             return job.done(result);
         }
         let Ok(offset) = libc::off_t::try_from(job.offset) else {
@@ -249,6 +262,26 @@ mod tests {
     use super::*;
     use crate::io::testing::{arena, scratch};
     use crate::io::{Buffer, PAGE};
+
+    #[test]
+    fn a_call_that_panics_has_failed_and_is_not_under_way() {
+        let scratch = scratch();
+        let backing = Arc::new(Backing::open(scratch.path(), Some(1 << 20)).expect("made"));
+        let mut io = ThreadsIo::open(backing, 4, 1).expect("threads");
+        io.end();
+        io.patience = Duration::ZERO;
+        let shared = Arc::clone(&io.shared);
+        shared.state.lock().closed = false;
+        io.start(Op::Flush { token: 1 });
+        let job = shared.state.lock().take().expect("it is there");
+        let done = outlive(job.token, || panic!("a bug"));
+        shared.state.lock().give(done);
+        let mut done = Vec::new();
+        io.poll(Duration::ZERO, &mut done);
+        let done: Vec<_> = done.iter().map(|d| (d.token, d.result.clone())).collect();
+        assert_eq!(done, [(1, Err(IoError::Os(Errno::IO)))]);
+        assert_eq!(io.drain(), [] as [u64; 0]);
+    }
 
     #[test]
     fn a_call_that_is_not_over_is_told_and_one_that_was_never_begun_is_not() {

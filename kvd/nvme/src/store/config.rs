@@ -194,8 +194,8 @@ counters! {
     stalls,
     /// Times it was switched on again.
     switched_on,
-    /// Operations that were never answered, because the device may still use their memory although the store was given up.
-    unanswered,
+    /// Reads that the store gave up although the device may still write their memory.
+    lost,
     /// Most operations that were ever under way at once.
     queue_most,
 }

@@ -53,7 +53,7 @@ pub use self::recover::Found;
 use self::block::BlockPage;
 use self::cycle::Cycle;
 use self::format::Superblock;
-use self::jobs::{Job, Piece};
+use self::jobs::{Job, Piece, What};
 use self::layout::Layout;
 use self::merge::Merge;
 use self::names::Names;
@@ -322,10 +322,11 @@ impl<I: BlockIo> Store<I> {
         &self.io
     }
 
-    /// Gives everything up after a panic: ends the device, which waits for what is under way as long as its adapter has patience, and
-    /// answers what is still listed as taken. What the device may still be doing even then is never answered, but counted: the memory of
-    /// these operations stays theirs (invariant 3).
-    pub fn abandon(self) -> (Vec<StoreDone>, Counters) {
+    /// Gives everything up after a panic, and answers what is still listed as taken. First (`tell`) all but reads into host memory that
+    /// are with the device: it can write no memory of these. Then ends the device, which waits for what is under way as long as its
+    /// adapter has patience, and gives the answers of the rest. Reads that the device may still be doing even then are `Lost`, and
+    /// counted: their memory must not be used for anything else (invariant 3).
+    pub fn abandon(self, tell: impl FnOnce(Vec<StoreDone>)) -> (Vec<StoreDone>, Counters) {
         let Self {
             io,
             mut jobs,
@@ -333,21 +334,28 @@ impl<I: BlockIo> Store<I> {
             mut counters,
             ..
         } = self;
-        let flights = io
-            .drain()
-            .into_iter()
-            .filter_map(|token| flights.get(token));
-        let left: BTreeSet<u64> = flights
-            .filter_map(|flight| match &flight.purpose {
-                Purpose::Piece(piece) => Some(piece.job),
-                _ => None,
-            })
+        let into_host = |flight: &Flight| match &flight.purpose {
+            Purpose::Piece(Piece {
+                job,
+                what: What::ReadBody,
+            }) => Some(*job),
+            _ => None,
+        };
+        let reads = flights.values().filter_map(into_host);
+        let reads: Vec<_> = reads
+            .filter_map(|job| Some((job, jobs.remove(job)?)))
             .collect();
-        for job in left {
-            counters.unanswered += u64::from(jobs.remove(job).is_some());
-        }
-        let refusals = jobs.into_values().map(|job| job.refusal(StoreError::Io));
-        (refusals.collect(), counters)
+        let io_error = |job: Job<I::Host>| job.refusal(StoreError::Io);
+        tell(jobs.into_values().map(io_error).collect());
+        let left = io.drain().into_iter();
+        let left = left.filter_map(|token| into_host(flights.get(token)?));
+        let left: BTreeSet<u64> = left.collect();
+        counters.lost = left.len() as u64;
+        let answer = |(id, job): (u64, Job<I::Host>)| match left.contains(&id) {
+            true => job.refusal(StoreError::Lost),
+            false => io_error(job),
+        };
+        (reads.into_iter().map(answer).collect(), counters)
     }
 
     /// Finishes and makes durable what is under way, in at most `turns` waits of `wait` each, and gives the device and the last counts

@@ -1,4 +1,4 @@
-//! A store that is given up after a panic: each operation is answered once, but those whose memory the device may still use.
+//! A store that is given up after a panic: each operation is answered once; reads whose memory the device may still write are lost.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -21,33 +21,44 @@ fn turn(test: &mut Test, done: &mut Vec<StoreDone>) {
     test.store().turn(now, Duration::ZERO, done);
 }
 
-/// Gives it up: what was answered, all of it with `Io`, and how many were not.
-fn abandon(test: &mut Test) -> (Vec<u64>, u64) {
-    let (done, counters) = test.store.take().unwrap().abandon();
-    let op = |done: StoreDone| match done {
-        StoreDone::Written {
-            op,
-            result: Err(StoreError::Io),
+/// Gives it up: what was answered before the device ended, what after, all of it with `Io` but what is lost; and that.
+fn abandon(test: &mut Test) -> [Vec<u64>; 3] {
+    let (mut first, mut lost) = (Vec::new(), Vec::new());
+    let store = test.store.take().unwrap();
+    let (done, counters) = store.abandon(|done| first = done);
+    let mut op = |done: StoreDone| {
+        let (op, error) = match done {
+            StoreDone::Written { op, result } => (op, result.unwrap_err()),
+            StoreDone::Read { op, result, .. } => (op, result.unwrap_err()),
+            other => panic!("{other:?}"),
+        };
+        match error {
+            StoreError::Io => return Some(op.0),
+            StoreError::Lost => lost.push(op.0),
+            other => panic!("{other:?}"),
         }
-        | StoreDone::Read {
-            op,
-            block: _,
-            result: Err(StoreError::Io),
-        } => op.0,
-        other => panic!("{other:?}"),
+        None
     };
-    (done.into_iter().map(op).collect(), counters.unanswered)
+    let mut ops = |done: Vec<StoreDone>| {
+        let mut ops: Vec<u64> = done.into_iter().filter_map(&mut op).collect();
+        ops.sort_unstable();
+        ops
+    };
+    let (first, then) = (ops(first), ops(done));
+    lost.sort_unstable();
+    assert_eq!(counters.lost, lost.len() as u64);
+    [first, then, lost]
 }
 
 #[test]
-fn what_the_device_may_still_use_is_not_answered_and_all_else_is() {
+fn what_the_device_may_still_write_is_lost_and_all_else_is_answered_at_once() {
     let mut test = Test::new();
-    let (small, at) = written(&mut test, 1);
+    let (small, at) = written(&mut test, 15);
     test.store().io.hangs.set(true);
     let first = test.op + 1;
-    for n in 1..=20 {
+    for n in 0..20 {
         let (op, host) = match n {
-            1 => test.read_op(&small, at(0), 0),
+            0..15 => test.read_op(&small, at(n), n as u8),
             _ => test.write_op(&small, at(n), n as u8),
         };
         assert_eq!(test.store().submit(op, host), None);
@@ -55,11 +66,35 @@ fn what_the_device_may_still_use_is_not_answered_and_all_else_is() {
     let mut done = Vec::new();
     turn(&mut test, &mut done);
     assert_eq!(done, []);
-    // Both parts of 14 and one of the next are with the device.
-    let (mut answered, unanswered) = abandon(&mut test);
-    answered.sort_unstable();
-    assert_eq!(answered, Vec::from_iter(first + 15..first + 20));
-    assert_eq!(unanswered, 15);
+    // Both parts of 14 and the header of the next are with the device.
+    let lost = Vec::from_iter(first..first + 14);
+    let others = Vec::from_iter(first + 14..first + 20);
+    assert_eq!(abandon(&mut test), [others, vec![], lost]);
+}
+
+#[test]
+fn a_block_that_is_written_is_no_memory_that_the_device_writes() {
+    let mut test = Test::new();
+    let (small, at) = written(&mut test, 1);
+    test.store().io.hangs.set(true);
+    let (op, host) = test.write_op(&small, at(1), 1);
+    let op_id = op.op().0;
+    assert_eq!(test.store().submit(op, host), None);
+    turn(&mut test, &mut Vec::new());
+    assert_eq!(abandon(&mut test), [vec![op_id], vec![], vec![]]);
+}
+
+#[test]
+fn a_device_that_ends_its_reads_loses_none() {
+    let mut test = Test::new();
+    let (small, at) = written(&mut test, 1);
+    test.store().io.hangs.set(true);
+    let (op, host) = test.read_op(&small, at(0), 0);
+    let op_id = op.op().0;
+    assert_eq!(test.store().submit(op, host), None);
+    turn(&mut test, &mut Vec::new());
+    test.store().io.hangs.set(false);
+    assert_eq!(abandon(&mut test), [vec![], vec![op_id], vec![]]);
 }
 
 #[test]
@@ -79,7 +114,8 @@ fn what_waits_for_a_flush_that_hangs_is_answered() {
     turn(&mut test, &mut done);
     assert_eq!(done, []);
     // The device has all of their bytes, and nothing of their memory.
-    assert_eq!(abandon(&mut test), (vec![first, first + 1, first + 2], 0));
+    let all = vec![first, first + 1, first + 2];
+    assert_eq!(abandon(&mut test), [all, vec![], vec![]]);
 }
 
 #[test]
@@ -97,5 +133,6 @@ fn a_panic_over_the_bytes_of_a_block_loses_no_answer() {
     assert!(turned.is_err(), "it looks at memory that is not there");
     assert_eq!(done, []);
     assert!((first..first + 3).all(|op| test.store().has(OpId(op))));
-    assert_eq!(abandon(&mut test), (vec![first, first + 1, first + 2], 0));
+    let all = vec![first, first + 1, first + 2];
+    assert_eq!(abandon(&mut test), [all, vec![], vec![]]);
 }
