@@ -123,6 +123,8 @@ fn measure(
         depth,
     };
     let run = |blocks: u64, depth, random, write| RawRun {
+        memory: 0,
+        huge: false,
         bytes: blocks * block,
         block: block as usize,
         depth,

@@ -22,11 +22,12 @@ use kvd_nvme::store::Found;
 use super::super::{Random, Shape, progress};
 
 /// Bytes of blocks under way, at most, and most blocks.
-const MEMORY: u64 = 128 << 20;
+pub(super) const MEMORY: u64 = 128 << 20;
 const DEPTH_MOST: usize = 256;
 const EXTENT: u64 = 64 << 20;
-/// Operations of the device for one block that is stored: its header and its bytes.
+/// Operations of the device for one block: its header and its bytes. And those that a store keeps for flushes and records.
 const OPERATIONS: usize = 2;
+const RESERVED: usize = kvd_nvme::store::RESERVE;
 /// How long one answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -106,7 +107,7 @@ impl Lane {
             device: old, path, ..
         } = self;
         drop(old);
-        let (device, answers, shape) = device(&path, self.capacity, depth * OPERATIONS)?;
+        let (device, answers, shape) = device(&path, self.capacity, depth * OPERATIONS + RESERVED)?;
         Ok(Lane {
             device,
             path,

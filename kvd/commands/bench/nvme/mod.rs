@@ -128,6 +128,8 @@ fn measure(
         write,
         random,
         durable,
+        memory: lane::MEMORY as usize,
+        huge: pages == HugePages::Require,
     };
     raw(&file, &run(most, 64, false, true, false))?;
     lane.store(most, lane_depth, false)?;

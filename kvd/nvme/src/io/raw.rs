@@ -3,6 +3,7 @@
 //! Space that was taken but never written reads as zeros without touching the device, so a read run wants a file that a write run has
 //! filled. Deliberately absent: everything else that an adapter does.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Instant;
@@ -10,10 +11,11 @@ use std::time::Instant;
 use io_uring::{IoUring, opcode, types};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::ring::{answer, begin, build, errno};
-use super::{Aligned, DEPTH_MAX, OpenError, OpenErrorKind, PAGE};
+use super::{DEPTH_MAX, OpenError, OpenErrorKind, PAGE};
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +33,11 @@ pub struct RawRun {
     /// A flush after each `depth` blocks, which all wait for it, as one would who promises that they are durable; else one flush at
     /// the end. Of writes.
     pub durable: bool,
+    /// Bytes of memory that blocks go from or to, one place after the other; at least `depth` blocks. With little of it, it stays in
+    /// the caches.
+    pub memory: usize,
+    /// Whether that is to be of huge pages, of which the pool must have enough, or of small ones.
+    pub huge: bool,
 }
 
 /// What came of it.
@@ -65,21 +72,22 @@ pub fn raw(path: &Path, run: &RawRun) -> Result<RawReport, OpenError> {
     }
     let blocks = bytes / block as u64;
     let file = open(path, run)?;
+    let count = depth.max((run.memory / block).min(usize::try_from(blocks).unwrap_or(usize::MAX)));
     let entries = (depth as u32).next_power_of_two();
     let ring = build(entries).map_err(|e| OpenError::new(OpenErrorKind::Unsupported, e))?;
     begin(&ring).map_err(|e| OpenError::os("cannot begin a ring", e))?;
     let mut load = Load {
         ring,
-        buffers: (0..depth).map(|_| Aligned::new(block / PAGE)).collect(),
+        buffers: Memory::new(count * block, run.huge)
+            .map_err(|e| OpenError::os("no memory to measure with", e))?,
+        free: (0..count).collect(),
         fixed: false,
         under_way: 0,
         file,
     };
-    for (seed, buffer) in load.buffers.iter_mut().enumerate() {
-        // Not zeros, which some devices don't store.
-        for (at, byte) in buffer.bytes_mut().iter_mut().enumerate() {
-            *byte = (at.wrapping_mul(2_654_435_761) >> 7) as u8 ^ seed as u8;
-        }
+    // Not zeros, which some devices don't store.
+    for (at, byte) in load.buffers.bytes_mut().iter_mut().enumerate() {
+        *byte = (at.wrapping_mul(2_654_435_761) >> 7) as u8;
     }
     load.register()?;
     #[expect(clippy::disallowed_methods, reason = "a measurement is of this clock")]
@@ -147,9 +155,55 @@ pub fn scattered(blocks: u64) -> u64 {
     (near.max(1)..).find(|s| gcd(*s, blocks) == 1).unwrap_or(1)
 }
 
+/// Memory of its own, of one kind of pages.
+struct Memory {
+    address: *mut u8,
+    len: usize,
+}
+
+impl Memory {
+    fn new(bytes: usize, huge: bool) -> Result<Self, Errno> {
+        let len = bytes.next_multiple_of(2 << 20);
+        let flags = match huge {
+            true => MapFlags::PRIVATE | MapFlags::HUGETLB,
+            false => MapFlags::PRIVATE,
+        };
+        // SAFETY: no address is asked for, so no mapping of this process is replaced.
+        let address = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                flags,
+            )
+        }?;
+        if !huge {
+            // SAFETY: it is ours, and the advice changes no content. Where it is not taken, pages are what they are.
+            let _ = unsafe { madvise(address, len, Advice::LinuxNoHugepage) };
+        }
+        let address = address.cast();
+        Ok(Memory { address, len })
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: mapped until it is dropped, and nobody else's. The kernel writes only where no reference is used meanwhile.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.len) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: nobody uses it any more: the ring, which does, is dropped before it.
+        let _ = unsafe { munmap(self.address.cast(), self.len) };
+    }
+}
+
 struct Load {
     ring: IoUring,
-    buffers: Vec<Aligned>,
+    /// One after the other.
+    buffers: Memory,
+    /// Those that are not under way; who was free longest comes first.
+    free: VecDeque<usize>,
     fixed: bool,
     under_way: usize,
     file: OwnedFd,
@@ -161,25 +215,22 @@ impl Load {
             .submitter()
             .register_files(&[self.file.as_fd().as_raw_fd()])
             .map_err(|e| OpenError::os("the ring takes no file", errno(&e)))?;
-        let pieces: Vec<libc::iovec> = self
-            .buffers
-            .iter_mut()
-            .map(|buffer| libc::iovec {
-                iov_base: buffer.bytes_mut().as_mut_ptr().cast(),
-                iov_len: buffer.bytes().len(),
-            })
-            .collect();
+        let pieces = [libc::iovec {
+            iov_base: self.buffers.bytes_mut().as_mut_ptr().cast(),
+            iov_len: self.buffers.len,
+        }];
         // SAFETY: the buffers live as long as the ring, in the same struct.
         let registered = unsafe { self.ring.submitter().register_buffers(&pieces) };
         self.fixed = registered.is_ok();
         Ok(())
     }
 
-    fn push(&mut self, run: &RawRun, buffer: usize, block: u64) {
+    fn push(&mut self, run: &RawRun, block: u64) {
+        let buffer = self.free.pop_front().expect("no more are under way");
         let file = types::Fixed(0);
-        let (len, index) = (run.block as u32, buffer as u16);
+        let (len, index) = (run.block as u32, 0);
         let offset = block * run.block as u64;
-        let address = self.buffers[buffer].bytes_mut().as_mut_ptr();
+        let address = self.buffers.address.wrapping_add(buffer * run.block);
         let entry = match (run.write, self.fixed) {
             (false, true) => opcode::ReadFixed::new(file, address, len, index)
                 .offset(offset)
@@ -210,8 +261,8 @@ impl Load {
                     rustix::fs::fdatasync(&self.file)?;
                 }
                 let left = usize::try_from(blocks - next).unwrap_or(usize::MAX);
-                for buffer in 0..run.depth.min(left) {
-                    self.push(run, buffer, place(next));
+                for _ in 0..run.depth.min(left) {
+                    self.push(run, place(next));
                     next += 1;
                 }
             }
@@ -224,13 +275,14 @@ impl Load {
                     break;
                 };
                 self.under_way -= 1;
+                self.free.push_back(entry.user_data() as usize);
                 match answer(entry.result()) {
                     Ok(moved) if moved == run.block => {}
                     Ok(_) => failed = Some(Errno::IO),
                     Err(e) => failed = Some(e),
                 }
                 if next < blocks && failed.is_none() && !run.durable {
-                    self.push(run, entry.user_data() as usize, place(next));
+                    self.push(run, place(next));
                     next += 1;
                 }
             }
@@ -263,6 +315,8 @@ mod tests {
         let scratch = scratch();
         let path = scratch.path().join("raw");
         let mut run = RawRun {
+            memory: 0,
+            huge: false,
             bytes: 8 << 20,
             block: 64 << 10,
             depth: 4,

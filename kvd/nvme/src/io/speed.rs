@@ -63,6 +63,8 @@ fn adapters_against_raw() {
     let directory = scratch.path().join("store");
     for block in [2 << 20, 64 << 10] {
         let mut run = RawRun {
+            memory: 0,
+            huge: false,
             bytes: BYTES,
             block,
             depth: DEPTH,

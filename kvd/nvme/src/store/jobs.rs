@@ -16,8 +16,8 @@ use super::read::ReadJob;
 use super::{Purpose, Store, slots};
 use crate::io::{Aligned, BlockIo, Buffer, HostBytes, Op, PAGE};
 
-/// Operations of the device that parts of jobs leave free for flushes, records, checkpoints.
-const RESERVE: usize = 3;
+/// Operations of the device that parts of blocks leave free for flushes, records, checkpoints.
+pub const RESERVE: usize = 3;
 
 /// One operation.
 pub(crate) struct Piece {

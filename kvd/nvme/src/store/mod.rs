@@ -46,6 +46,7 @@ pub use self::block::Flaw;
 pub use self::config::{Counters, OpenError, RecoveryReport, StoreConfig};
 pub use self::format::VERSION;
 pub use self::fsck::{Finding, FsckReport, fsck};
+pub use self::jobs::RESERVE;
 #[cfg(feature = "planted")]
 pub use self::plant::Plant;
 pub use self::recover::Found;

@@ -31,6 +31,8 @@ fn main() -> Result<()> {
     let file = args.get_one::<PathBuf>("file").context("a file")?;
     let run = |write| -> Result<RawRun> {
         Ok(RawRun {
+            memory: 0,
+            huge: false,
             bytes: of("bytes")?,
             block: of("block")? as usize,
             depth: of("depth")? as usize,
