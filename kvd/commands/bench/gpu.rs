@@ -3,6 +3,7 @@
 //!
 //! Link, store and load take turns; of several turns the median counts. Deliberately absent: sockets and daemon.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -45,6 +46,29 @@ struct Row {
     load_ratio: f64,
     /// Seconds of CPU for 10^9 bytes that are stored and loaded again.
     cpu_s_per_gb: f64,
+}
+
+/// What copies cost an engine's own work: with two threads that store and two that load all the while, and without.
+#[derive(Debug, Default, serde::Serialize)]
+struct Beside {
+    /// What the copies moved meanwhile, both ways together, 10^9 bytes a second.
+    copies_gbps: f64,
+    /// A pass over 512 MiB of the GPU's memory, microseconds.
+    pass_us_p50: f64,
+    pass_us_p99: f64,
+    beside_pass_us_p50: f64,
+    beside_pass_us_p99: f64,
+    /// 200 small kernels, asked for one by one, as a step of decoding without graphs.
+    launches_us_p50: f64,
+    launches_us_p99: f64,
+    beside_launches_us_p50: f64,
+    beside_launches_us_p99: f64,
+}
+
+#[derive(Debug, serde::Serialize)]
+struct Results {
+    rows: Vec<Row>,
+    beside: Beside,
 }
 
 /// Its flags.
@@ -97,9 +121,16 @@ pub(crate) fn run(matches: &ArgMatches, json: bool) -> Result<()> {
         };
         rows.push(measure(&device, &memory, &shape, row)?);
     }
+    progress("what copies cost an engine's own work");
+    let beside = beside(&device, &memory)?;
+    let results = Results { rows, beside };
     match json {
-        true => super::super::print(&format!("{}\n", serde_json::to_string_pretty(&rows)?)),
-        false => super::super::print(&format!("{}\n", render(&rows))),
+        true => super::super::print(&format!("{}\n", serde_json::to_string_pretty(&results)?)),
+        false => super::super::print(&format!(
+            "{}\n\nAn engine's own work, alone and beside copies:\n{}",
+            render(&results.rows),
+            super::render(&results.beside)?
+        )),
     }
 }
 
@@ -257,6 +288,92 @@ fn measure(device: &CudaDevice, host: &HostMemory, shape: &Shape, mut row: Row) 
     row.load_ratio = row.load_gbps / row.link_up_gbps;
     row.cpu_s_per_gb = median(&mut cpu);
     Ok(row)
+}
+
+fn beside(device: &CudaDevice, host: &HostMemory) -> Result<Beside> {
+    let shape = Shape::new(32, 8, 512);
+    let block = shape.part.bytes();
+    let slots = host.slots(block);
+    let engine = EnginePages::new(
+        device.memory(),
+        shape.part,
+        u32::try_from(slots.len())?,
+        PageOrder::ByToken,
+    )?;
+    let geometry = shape.mover().geometry;
+    let cut = Cut::whole(&geometry);
+    let plan = LoadPlan::new(&geometry, &cut, &cut.part(0))?;
+    let numbers: Vec<u32> = (0..slots.len() as u32).collect();
+    let stores: Vec<StoreJob<'_>> = (numbers.iter().zip(slots))
+        .map(|(page, part)| StoreJob {
+            from: engine.pages(),
+            pages: std::slice::from_ref(page),
+            part,
+        })
+        .collect();
+    let mut crcs = Vec::new();
+    device.store(&stores, &mut crcs)?;
+    let loads: Vec<LoadJob<'_>> = (stores.iter().zip(crcs.chunks(plan.crcs())))
+        .map(|(job, crcs)| LoadJob {
+            slot: job.part,
+            plan: &plan,
+            crcs,
+            to: engine.pages(),
+            pages: job.pages,
+        })
+        .collect();
+    let work = device.engine_work(512 << 20)?;
+    let times = |run: &dyn Fn() -> Result<(), kvd_device::Error>| {
+        let mut all = Vec::new();
+        for _ in 0..300 {
+            let begin = Instant::now();
+            run()?;
+            all.push(begin.elapsed().as_secs_f64() * 1e6);
+        }
+        Ok::<_, kvd_device::Error>((median(&mut all), super::quantile(&mut all, 0.99)))
+    };
+    let pass = || work.pass();
+    let launches = || work.launches(200);
+    times(&pass)?;
+    let mut beside = Beside::default();
+    (beside.pass_us_p50, beside.pass_us_p99) = times(&pass)?;
+    (beside.launches_us_p50, beside.launches_us_p99) = times(&launches)?;
+    let (stop, moved) = (AtomicBool::new(false), AtomicUsize::new(0));
+    // Each thread has blocks of its own, so that nobody stores what another loads.
+    let quarter = stores.len() / 4;
+    let copy = |thread: usize| {
+        let mine = thread * quarter..(thread + 1) * quarter;
+        while !stop.load(Ordering::Relaxed) {
+            for at in mine.clone().step_by(4) {
+                let call = at..(at + 4).min(mine.end);
+                moved.fetch_add(call.len() * block, Ordering::Relaxed);
+                match thread % 2 {
+                    0 => device.store(&stores[call], &mut Vec::new())?,
+                    _ => device.load(&loads[call], &mut Vec::new())?,
+                }
+            }
+        }
+        Ok::<_, kvd_device::Error>(())
+    };
+    std::thread::scope(|scope| {
+        let copy = &copy;
+        let threads: Vec<_> = (0..4).map(|i| scope.spawn(move || copy(i))).collect();
+        let begin = Instant::now();
+        let measured = times(&pass).and_then(|pass| Ok((pass, times(&launches)?)));
+        stop.store(true, Ordering::Relaxed);
+        let seconds = begin.elapsed().as_secs_f64();
+        for thread in threads {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        let (pass, launches) = measured?;
+        (beside.beside_pass_us_p50, beside.beside_pass_us_p99) = pass;
+        (beside.beside_launches_us_p50, beside.beside_launches_us_p99) = launches;
+        beside.copies_gbps = moved.load(Ordering::Relaxed) as f64 / seconds / 1e9;
+        Ok::<_, kvd_device::Error>(())
+    })?;
+    Ok(beside)
 }
 
 /// The link may sleep until it is used.

@@ -20,7 +20,7 @@ mod view;
 
 use kvd_arena::{Registered, SlotBytes};
 
-pub use cuda::{CudaDevice, CudaMemory, Link};
+pub use cuda::{CudaDevice, CudaMemory, EngineWork, Link};
 pub use engine::{EnginePages, PageOrder};
 pub use error::Error;
 pub use host::HostDevice;

@@ -207,6 +207,18 @@ impl Entered<'_> {
         })
     }
 
+    /// A stream that waits for no other, of the usual priority.
+    pub(super) fn usual_stream(&self) -> Result<Stream, Error> {
+        // SAFETY: a place of the right type.
+        let raw = given("cuStreamCreate", |s| unsafe {
+            sys::cuStreamCreate(s, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32)
+        })?;
+        Ok(Stream {
+            raw,
+            context: Arc::clone(self.context),
+        })
+    }
+
     /// An event for order, not for time; who waits for it sleeps.
     pub(super) fn event(&self) -> Result<Event, Error> {
         use sys::CUevent_flags::{CU_EVENT_BLOCKING_SYNC, CU_EVENT_DISABLE_TIMING};
@@ -368,6 +380,17 @@ impl Stream {
         // SAFETY: a live stream and a live event.
         check("cuStreamWaitEvent", unsafe {
             sys::cuStreamWaitEvent(self.raw, event.raw, 0)
+        })
+    }
+
+    /// Asks for zeros.
+    ///
+    /// # Safety
+    /// `memory` has so many bytes, and is there until the stream has done it.
+    pub(super) unsafe fn zero(&self, memory: &DeviceMemory, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        check("cuMemsetD8Async", unsafe {
+            sys::cuMemsetD8Async(memory.address, 0, bytes, self.raw)
         })
     }
 

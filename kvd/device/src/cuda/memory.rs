@@ -23,7 +23,32 @@ pub struct Link {
     bytes: usize,
 }
 
+/// A stream of the usual priority, with work like an engine's on it: what copies must not be in the way of.
+#[derive(Debug)]
+pub struct EngineWork {
+    context: Arc<Context>,
+    stream: Stream,
+    from: DeviceMemory,
+    to: DeviceMemory,
+    bytes: usize,
+}
+
 impl CudaDevice {
+    /// Work over so many bytes.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn engine_work(&self, bytes: usize) -> Result<EngineWork, Error> {
+        let entered = self.0.0.context.enter()?;
+        Ok(EngineWork {
+            stream: entered.usual_stream()?,
+            from: entered.allocate(bytes)?,
+            to: entered.allocate(bytes)?,
+            context: Arc::clone(&self.0.0.context),
+            bytes,
+        })
+    }
+
     /// Nothing yet.
     pub fn memory(&self) -> CudaMemory {
         CudaMemory {
@@ -45,6 +70,34 @@ impl CudaDevice {
             stream: entered.stream()?,
             bytes,
         })
+    }
+}
+
+impl EngineWork {
+    /// One pass over the GPU's memory; returns when it is over.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn pass(&self) -> Result<(), Error> {
+        let entered = self.context.enter()?;
+        let mut pieces = Pieces::default();
+        pieces.push(self.to.address, self.from.address, self.bytes);
+        // SAFETY: both have so many bytes, and live until the stream has done it.
+        unsafe { entered.copy_many(&pieces, &self.stream)? };
+        self.stream.synchronize()
+    }
+
+    /// So many kernels that do next to nothing, asked for one by one; returns when they are over.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn launches(&self, count: usize) -> Result<(), Error> {
+        let _entered = self.context.enter()?;
+        for _ in 0..count {
+            // SAFETY: the memory is longer than that, and lives until the stream has done it.
+            unsafe { self.stream.zero(&self.to, 1024)? };
+        }
+        self.stream.synchronize()
     }
 }
 

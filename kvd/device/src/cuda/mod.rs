@@ -21,7 +21,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::gpu::batch::{Batch, Chunk, Item, Layer, Transfer, Way};
 use crate::gpu::{Backend, Gpu, crc};
 use crate::{Device, Error, LoadJob, Loaded, Passed, Point, StoreJob, StreamHandle};
-pub use memory::{CudaMemory, Link};
+pub use memory::{CudaMemory, EngineWork, Link};
 
 use driver::{Context, DeviceMemory, Entered, Event, Function, Pieces, PinnedMemory, Stream};
 
