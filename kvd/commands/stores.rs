@@ -1,5 +1,6 @@
 //! The NVMe stores of the configuration, made for the server; and, where it names none, whether there is a place for one.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
@@ -32,6 +33,8 @@ pub(crate) struct Places {
     capacity: u64,
     /// Most bytes that each takes in a day; 0: no limit.
     pub(crate) write_budget: u64,
+    /// Nobody has named them.
+    optional: bool,
 }
 
 impl Places {
@@ -44,6 +47,7 @@ impl Places {
                     paths: paths.clone(),
                     capacity,
                     write_budget: values.nvme_write_budget.unwrap_or(0),
+                    optional: false,
                 };
             }
             Nvme::Auto => match &values.cache_dir {
@@ -63,6 +67,7 @@ impl Places {
                     paths: vec![path],
                     capacity,
                     write_budget,
+                    optional: true,
                 }
             }
             Err(reason) => {
@@ -73,6 +78,7 @@ impl Places {
                     paths: Vec::new(),
                     capacity,
                     write_budget: 0,
+                    optional: true,
                 }
             }
         }
@@ -99,7 +105,8 @@ impl Places {
                 store: store_config(self.capacity)?,
                 faults: values.nvme_faults.clone(),
             };
-            Ok(Box::new(Opener(config)) as Box<dyn StoreOpener>)
+            let optional = self.optional;
+            Ok(Box::new(Opener { config, optional }) as Box<dyn StoreOpener>)
         };
         self.paths.iter().map(open).collect()
     }
@@ -110,7 +117,9 @@ impl Places {
 fn fit(path: &Path, most: u64) -> Result<u64, String> {
     let why =
         |what: &dyn std::fmt::Display| format!("{} is not fit for it: {what}", path.display());
-    std::fs::create_dir_all(path).map_err(|e| why(&e))?;
+    let mut builder = std::fs::DirBuilder::new();
+    let made = builder.recursive(true).mode(0o700).create(path);
+    made.map_err(|e| why(&e))?;
     let system = rustix::fs::statfs(path).map_err(|e| why(&e))?;
     if !DISK_SYSTEMS.contains(&(system.f_type as u64 & 0xffff_ffff)) {
         return Err(why(&"it is on neither ext4 nor XFS"));
@@ -122,7 +131,7 @@ fn fit(path: &Path, most: u64) -> Result<u64, String> {
         0 => most.min(AUTO_MOST).min(free / AUTO_SHARE),
         _ => there,
     };
-    if bytes < AUTO_LEAST.min(most) {
+    if there == 0 && bytes < AUTO_LEAST.min(most) {
         return Err(why(&format!(
             "{} are free, and a tenth of that is too little",
             ByteSize::b(free)
@@ -149,9 +158,16 @@ pub(crate) fn store_config(capacity: u64) -> anyhow::Result<StoreConfig> {
     })
 }
 
-struct Opener(DeviceConfig);
+struct Opener {
+    config: DeviceConfig,
+    optional: bool,
+}
 
 impl StoreOpener for Opener {
+    fn optional(&self) -> bool {
+        self.optional
+    }
+
     fn open(
         self: Box<Self>,
         found: &mut dyn FnMut(StoreFound<'_>),
@@ -164,7 +180,7 @@ impl StoreOpener for Opener {
                 Found::Block(block) => StoreFound::Block(block),
             });
         };
-        let device = Device::open(self.0, &mut tell, move |one| {
+        let device = Device::open(self.config, &mut tell, move |one| {
             news(match one {
                 DeviceNews::Done(done) => StoreNews::Done(done),
                 DeviceNews::Switched(on) => StoreNews::Switched(on),

@@ -9,7 +9,7 @@ def runtime_dir() -> str:
     """The directory under which the daemon puts its sockets."""
     if chosen := os.environ.get("KVD_RUNTIME_DIR"):
         return chosen
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+    if os.path.isabs(runtime := os.environ.get("XDG_RUNTIME_DIR", "")):
         return os.path.join(runtime, "kvd")
     if os.access("/run", os.W_OK):
         return "/run/kvd"

@@ -40,6 +40,15 @@ fn unasked_blocks_are_kept_in_the_users_cache_directory() {
     let daemon = one.serve_at(home);
     assert_eq!(store(&daemon).blocks, 16);
     Engine::new(&daemon).load_all(1, 0..16);
+    drop(daemon);
+    // What is no store of ours is left alone.
+    let file = home.join(".cache/kvd/kvd.nvme");
+    for at in HEADS {
+        write_at(&file, at, &[0x55; PAGE as usize]);
+    }
+    let before = std::fs::read(&file).expect("reads");
+    assert!(one.serve_at(home).status().stores.is_empty());
+    assert!(before == std::fs::read(&file).expect("reads"));
     // Memory is no disk.
     let memory = tempfile::tempdir_in("/dev/shm").expect("a directory");
     assert!(two.serve_at(memory.path()).status().stores.is_empty());

@@ -197,10 +197,13 @@ impl Worker {
 
     /// Where the engine's work on this stream is now. If that can't be told, nothing is copied: loads fail, stores are given up.
     fn point(&mut self, stream: StreamHandle) -> Point {
+        if self.paused {
+            return Point::failed(kvd_device::Error::Failed("the KV cache is away".into()));
+        }
         self.device.point(stream).unwrap_or_else(|error| {
             if !std::mem::replace(&mut self.device_failed, true) {
                 self.notices.warn(format!(
-                    "the device failed; nothing more is stored or loaded: {error}"
+                    "the device failed, and what it was to store or load was not: {error}"
                 ));
             }
             Point::failed(error)
@@ -221,17 +224,15 @@ impl Worker {
     /// mapped again at the same addresses.
     pub fn pause(&mut self) {
         self.paused = true;
+        // What was ordered and not begun fails, or is given up.
+        self.start_loads(StreamHandle::DEFAULT);
+        self.start_stores(StreamHandle::DEFAULT);
         self.shared.wait_idle();
     }
 
     /// Copies may begin again.
     pub fn resume(&mut self) {
         self.paused = false;
-    }
-
-    /// The KV cache, if copies may begin.
-    fn pages(&self) -> Option<&Pages> {
-        self.pages.as_ref().filter(|_| !self.paused)
     }
 
     /// Hands this step's loads to the threads. `stream` is what the engine computes on: blocks are written when what it was asked
@@ -243,7 +244,7 @@ impl Worker {
         let after = self.point(stream);
         for order in std::mem::take(&mut self.loads) {
             let joined = self.namespaces.get(&order.namespace).cloned();
-            let (Some(joined), Some(pages)) = (joined, self.pages()) else {
+            let (Some(joined), Some(pages)) = (joined, &self.pages) else {
                 self.shared.load_failed(&order.request, &order.blocks);
                 continue;
             };
@@ -269,7 +270,7 @@ impl Worker {
         let after = self.point(stream);
         for order in std::mem::take(&mut self.stores) {
             let joined = self.namespaces.get(&order.namespace).cloned();
-            match (joined, self.pages()) {
+            match (joined, &self.pages) {
                 (Some(joined), Some(pages)) => {
                     let task = StoreTask::new(joined, pages.clone(), order, after.clone());
                     self.copier.store(task, &self.link, &self.shared);

@@ -106,7 +106,13 @@ impl Server {
             });
         }
         for opener in openers {
-            stores::open(&mut node, opener, bell.clone()).map_err(ServeError::Store)?;
+            let optional = opener.optional();
+            match stores::open(&mut node, opener, bell.clone()) {
+                Err(error) if optional => {
+                    tracing::warn!("no blocks are kept below host memory: {error}");
+                }
+                opened => opened.map_err(ServeError::Store)?,
+            }
         }
         let reporter = Reporter::start(bell.clone()).map_err(system("start a thread"))?;
         let ready = Arc::new(AtomicBool::new(false));

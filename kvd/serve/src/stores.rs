@@ -39,12 +39,15 @@ pub trait StoreOpener: Send {
     /// Opens it, and tells what it holds. The text of an error says what to do.
     ///
     /// # Errors
-    /// When it can't be used; the daemon does not start then.
+    /// When it can't be used; the daemon does not start then, unless it is optional.
     fn open(
         self: Box<Self>,
         found: &mut dyn FnMut(StoreFound<'_>),
         news: TellNews,
     ) -> Result<Box<dyn RunningStore>, String>;
+
+    /// Whether nobody has asked for it: then a daemon goes on without.
+    fn optional(&self) -> bool;
 }
 
 /// A store that runs. Dropping it ends it, after what is under way.
@@ -91,6 +94,7 @@ pub(crate) fn open(
     let number = node.stores().all.len();
     let store =
         StoreId(u8::try_from(number).map_err(|_| "there are 256 stores at most".to_owned())?);
+    let failed = bell.clone();
     let news = Box::new(move |news| bell.ring(Message::Store(store, news)));
     let mut blocks = Vec::with_capacity(FOUND_AT_A_TIME);
     let running = opener.open(
@@ -106,7 +110,11 @@ pub(crate) fn open(
             }
         },
         news,
-    )?;
+    );
+    let running = running.inspect_err(|_| {
+        // It may have told something before it failed: that is not to be asked for.
+        failed.ring(Message::Store(store, StoreNews::Switched(false)));
+    })?;
     node.store_has_blocks(store, &blocks);
     let set = node.stores_mut();
     set.all.push(running);

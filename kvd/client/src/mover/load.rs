@@ -136,8 +136,10 @@ impl BlockMover {
         }
         let mut results = Vec::with_capacity(jobs.len());
         let slots = copied.iter().map(|position| ready[*position].slot);
-        let prepared = self.prepare(arena, slots);
+        // Once before, so that it is done when the engine has come to that point; and not held while it has not.
+        drop(self.prepare(arena, slots.clone()));
         let after = self.after.wait();
+        let prepared = self.prepare(arena, slots);
         let loaded = after.and_then(|()| self.device.load(&jobs, &mut results));
         drop(prepared);
         if let Err(error) = loaded {

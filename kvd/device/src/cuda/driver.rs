@@ -473,6 +473,11 @@ impl Event {
         })
     }
 
+    /// Enters its context.
+    pub(super) fn enter(&self) -> Result<Entered<'_>, Error> {
+        self.context.enter()
+    }
+
     /// Sleeps until it has passed.
     pub(super) fn synchronize(&self) -> Result<(), Error> {
         // SAFETY: a live event.

@@ -248,6 +248,7 @@ impl Backend for Cuda {
 
 impl Passed for Event {
     fn wait(&self) -> Result<(), Error> {
+        let _entered = self.enter()?;
         self.synchronize()
     }
 }
@@ -290,7 +291,7 @@ struct Lane {
     /// Passed when few chunks are left.
     nearly: Event,
     /// The sums and the batch's lists on the host's side, and the lists on the device's.
-    lists: Option<(PinnedMemory, DeviceMemory)>,
+    lists: (PinnedMemory, DeviceMemory),
     pieces: Pieces,
 }
 
@@ -314,6 +315,11 @@ struct Lists {
     pages: u64,
 }
 
+/// Memory for lists of so many bytes, on the host's side and on the device's.
+fn lists(entered: &Entered<'_>, bytes: usize) -> Result<(PinnedMemory, DeviceMemory), Error> {
+    Ok((entered.allocate_host(bytes)?, entered.allocate(bytes)?))
+}
+
 impl Lane {
     fn new(entered: &Entered<'_>) -> Result<Self, Error> {
         let half = || {
@@ -326,7 +332,7 @@ impl Lane {
         Ok(Self {
             halves: [half()?, half()?],
             nearly: entered.event()?,
-            lists: None,
+            lists: lists(entered, LIST_BYTES)?,
             pieces: Pieces::default(),
         })
     }
@@ -337,15 +343,10 @@ impl Lane {
         let layers = size_of_val(&batch.items[..]);
         let pages = layers + size_of_val(&batch.layers[..]);
         let bytes = pages + size_of_val(&batch.pages[..]);
-        let room = self.lists.as_ref().map_or(0, |(pinned, _)| pinned.bytes);
-        if room < sums + bytes {
-            let room = (sums + bytes).next_power_of_two().max(LIST_BYTES);
-            self.lists = None;
-            self.lists = Some((entered.allocate_host(room)?, entered.allocate(room)?));
+        if self.lists.0.bytes < sums + bytes {
+            self.lists = lists(entered, (sums + bytes).next_power_of_two())?;
         }
-        let Some((pinned, device)) = &mut self.lists else {
-            return Err(Error::Failed("no memory for lists".into()));
-        };
+        let (pinned, device) = &mut self.lists;
         pinned.write(sums, &batch.items);
         pinned.write(sums + layers, &batch.layers);
         pinned.write(sums + pages, &batch.pages);
@@ -372,8 +373,7 @@ impl Lane {
 
     /// What the kernel has written for so many items.
     fn sums(&self, count: usize) -> Vec<u64> {
-        let lists = self.lists.as_ref();
-        lists.map_or_else(Vec::new, |(pinned, _)| pinned.words(count))
+        self.lists.0.words(count)
     }
 }
 
