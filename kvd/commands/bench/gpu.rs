@@ -258,17 +258,7 @@ fn measure(device: &CudaDevice, host: &HostMemory, shape: &Shape, mut row: Row) 
             crcs = calls(&row, &stores, |jobs, crcs| device.store(jobs, crcs))?;
             Ok(())
         })?);
-        let loads: Vec<LoadJob<'_>> = stores
-            .iter()
-            .zip(crcs.chunks(plan.crcs()))
-            .map(|(job, crcs)| LoadJob {
-                slot: job.part,
-                plan: &plan,
-                crcs,
-                to: pages,
-                pages: job.pages,
-            })
-            .collect();
+        let loads = loads(&stores, &crcs, &plan);
         let mut results = Vec::new();
         load.push(rate(bytes, || {
             results = calls(&row, &loads, |jobs, results| device.load(jobs, results))?;
@@ -313,15 +303,7 @@ fn beside(device: &CudaDevice, host: &HostMemory) -> Result<Beside> {
         .collect();
     let mut crcs = Vec::new();
     device.store(&stores, &mut crcs)?;
-    let loads: Vec<LoadJob<'_>> = (stores.iter().zip(crcs.chunks(plan.crcs())))
-        .map(|(job, crcs)| LoadJob {
-            slot: job.part,
-            plan: &plan,
-            crcs,
-            to: engine.pages(),
-            pages: job.pages,
-        })
-        .collect();
+    let loads = loads(&stores, &crcs, &plan);
     let work = device.engine_work(512 << 20)?;
     let times = |run: &dyn Fn() -> Result<(), kvd_device::Error>| {
         let mut all = Vec::new();
@@ -374,6 +356,19 @@ fn beside(device: &CudaDevice, host: &HostMemory) -> Result<Beside> {
         Ok::<_, kvd_device::Error>(())
     })?;
     Ok(beside)
+}
+
+/// Loads of what these stores have stored, into the same pages.
+fn loads<'a>(stores: &[StoreJob<'a>], crcs: &'a [u64], plan: &'a LoadPlan) -> Vec<LoadJob<'a>> {
+    let each = stores.iter().zip(crcs.chunks(plan.crcs()));
+    each.map(|(job, crcs)| LoadJob {
+        slot: job.part,
+        plan,
+        crcs,
+        to: job.from,
+        pages: job.pages,
+    })
+    .collect()
 }
 
 /// The link may sleep until it is used.

@@ -39,12 +39,12 @@ impl CudaDevice {
     /// # Errors
     /// When the driver refuses.
     pub fn engine_work(&self, bytes: usize) -> Result<EngineWork, Error> {
-        let entered = self.0.0.context.enter()?;
+        let entered = self.context.enter()?;
         Ok(EngineWork {
             stream: entered.usual_stream()?,
             from: entered.allocate(bytes)?,
             to: entered.allocate(bytes)?,
-            context: Arc::clone(&self.0.0.context),
+            context: Arc::clone(&self.context),
             bytes,
         })
     }
@@ -52,7 +52,7 @@ impl CudaDevice {
     /// Nothing yet.
     pub fn memory(&self) -> CudaMemory {
         CudaMemory {
-            context: Arc::clone(&self.0.0.context),
+            context: Arc::clone(&self.context),
             chunks: Vec::new(),
         }
     }
@@ -62,9 +62,9 @@ impl CudaDevice {
     /// # Errors
     /// When the driver refuses.
     pub fn link(&self, bytes: usize) -> Result<Link, Error> {
-        let entered = self.0.0.context.enter()?;
+        let entered = self.context.enter()?;
         Ok(Link {
-            context: Arc::clone(&self.0.0.context),
+            context: Arc::clone(&self.context),
             pinned: entered.allocate_host(bytes)?,
             memory: entered.allocate(bytes)?,
             stream: entered.stream()?,
@@ -79,12 +79,11 @@ impl EngineWork {
     /// # Errors
     /// When the driver refuses.
     pub fn pass(&self) -> Result<(), Error> {
-        let entered = self.context.enter()?;
-        let mut pieces = Pieces::default();
-        pieces.push(self.to.address, self.from.address, self.bytes);
-        // SAFETY: both have so many bytes, and live until the stream has done it.
-        unsafe { entered.copy_many(&pieces, &self.stream)? };
-        self.stream.synchronize()
+        // SAFETY: both have so many bytes, and live until it is over.
+        unsafe {
+            let (to, from) = (self.to.address, self.from.address);
+            copy(&self.context, &self.stream, to, from, self.bytes)
+        }
     }
 
     /// So many kernels that do next to nothing, asked for one by one; returns when they are over.
@@ -119,13 +118,28 @@ impl Link {
     }
 
     fn copy(&self, to: u64, from: u64) -> Result<(), Error> {
-        let entered = self.context.enter()?;
-        let mut pieces = Pieces::default();
-        pieces.push(to, from, self.bytes);
-        // SAFETY: both have so many bytes, and live until the stream has done it.
-        unsafe { entered.copy_many(&pieces, &self.stream)? };
-        self.stream.synchronize()
+        // SAFETY: both have so many bytes, and live until it is over.
+        unsafe { copy(&self.context, &self.stream, to, from, self.bytes) }
     }
+}
+
+/// Copies one piece; returns when that is over.
+///
+/// # Safety
+/// Both are memory of this device or of this process, and have so many bytes.
+unsafe fn copy(
+    context: &Arc<Context>,
+    stream: &Stream,
+    to: u64,
+    from: u64,
+    bytes: usize,
+) -> Result<(), Error> {
+    let entered = context.enter()?;
+    let mut pieces = Pieces::default();
+    pieces.push(to, from, bytes);
+    // SAFETY: the caller's promise; it is waited for.
+    unsafe { entered.copy_many(&pieces, stream)? };
+    stream.synchronize()
 }
 
 /// # Panics

@@ -19,8 +19,8 @@ use kvd_arena::Registered;
 use parking_lot::{Condvar, Mutex};
 
 use crate::gpu::batch::{Batch, Chunk, Item, Layer, Transfer, Way};
-use crate::gpu::{Backend, Gpu, crc};
-use crate::{Device, Error, LoadJob, Loaded, Passed, Point, StoreJob, StreamHandle};
+use crate::gpu::{Backend, crc};
+use crate::{Error, Passed, Point, StreamHandle};
 pub use memory::{CudaMemory, EngineWork, Link};
 
 use driver::{Context, DeviceMemory, Entered, Event, Function, Pieces, PinnedMemory, Stream};
@@ -46,42 +46,7 @@ const KERNEL: &str = concat!(include_str!("kernel.ptx"), "\0");
 
 /// Engine memory on an NVIDIA GPU.
 #[derive(Debug)]
-pub struct CudaDevice(Gpu<Cuda>);
-
-impl CudaDevice {
-    /// The GPU with this number, as this process sees GPUs.
-    ///
-    /// # Errors
-    /// `Failed` when there is no driver, no such GPU, or one that is too old.
-    pub fn open(ordinal: u32) -> Result<Self, Error> {
-        Cuda::open(ordinal).map(|cuda| Self(Gpu(cuda)))
-    }
-}
-
-impl Device for CudaDevice {
-    fn name(&self) -> &'static str {
-        self.0.name()
-    }
-
-    fn register(&self, address: usize, bytes: usize) -> Result<Option<Registered>, Error> {
-        self.0.register(address, bytes)
-    }
-
-    fn point(&self, stream: StreamHandle) -> Result<Point, Error> {
-        self.0.point(stream)
-    }
-
-    fn store(&self, jobs: &[StoreJob<'_>], crcs: &mut Vec<u64>) -> Result<(), Error> {
-        self.0.store(jobs, crcs)
-    }
-
-    fn load(&self, jobs: &[LoadJob<'_>], results: &mut Vec<Loaded>) -> Result<(), Error> {
-        self.0.load(jobs, results)
-    }
-}
-
-#[derive(Debug)]
-struct Cuda {
+pub struct CudaDevice {
     /// Those that no call has.
     lanes: Mutex<Vec<Lane>>,
     free: Condvar,
@@ -90,8 +55,12 @@ struct Cuda {
     context: Arc<Context>,
 }
 
-impl Cuda {
-    fn open(ordinal: u32) -> Result<Self, Error> {
+impl CudaDevice {
+    /// The GPU with this number, as this process sees GPUs.
+    ///
+    /// # Errors
+    /// `Failed` when there is no driver, no such GPU, or one that is too old.
+    pub fn open(ordinal: u32) -> Result<Self, Error> {
         let context = Arc::new(Context::open(ordinal)?);
         let entered = context.enter()?;
         let ptx = CStr::from_bytes_with_nul(KERNEL.as_bytes())
@@ -171,7 +140,7 @@ impl Cuda {
     }
 
     /// # Safety
-    /// As [`Cuda::ask`].
+    /// As [`CudaDevice::ask`].
     unsafe fn kernel(
         &self,
         half: &Half,
@@ -208,7 +177,7 @@ impl Cuda {
     }
 }
 
-impl Backend for Cuda {
+impl Backend for CudaDevice {
     fn name(&self) -> &'static str {
         "cuda"
     }
@@ -257,7 +226,7 @@ impl Passed for Event {
 struct Call<'a> {
     /// None once it is given back.
     lane: Option<Lane>,
-    cuda: &'a Cuda,
+    cuda: &'a CudaDevice,
     /// All that was asked for is done.
     over: bool,
 }
@@ -381,7 +350,7 @@ impl Half {
     /// Asks for the transfers of a chunk: whole ranges together, rows with gaps one by one.
     ///
     /// # Safety
-    /// As [`Cuda::ask`].
+    /// As [`CudaDevice::ask`].
     unsafe fn transfer(
         &self,
         entered: &Entered<'_>,

@@ -4,7 +4,7 @@
 use kvd_arena::Registered;
 
 use super::batch::{Batch, Item, NOWHERE, Shape, Way};
-use super::{Backend, Gpu, crc};
+use super::{Backend, crc};
 use crate::conformance::{self, HostMemory};
 use crate::{Error, Point, StreamHandle};
 
@@ -116,11 +116,11 @@ fn bytes(words: &mut [u64]) -> &mut [u8] {
 fn plans_and_sums_conform_on_a_fake_gpu() {
     // Many blocks at a time, a few layers at a time, one layer at a time.
     for room in [1 << 20, 48 << 10, 16 << 10] {
-        conformance::run(&Gpu(FakeGpu(room)), &mut HostMemory::default());
+        conformance::run(&FakeGpu(room), &mut HostMemory::default());
     }
 }
 
 #[test]
 fn what_does_not_fit_a_fake_gpu_is_refused() {
-    conformance::too_large(&Gpu(FakeGpu(4 << 10)), &mut HostMemory::default(), 4 << 10);
+    conformance::too_large(&FakeGpu(4 << 10), &mut HostMemory::default(), 4 << 10);
 }

@@ -14,7 +14,7 @@ use kvd_arena::Registered;
 
 use crate::{Device, Error, LoadJob, Loaded, Point, StoreJob, StreamHandle};
 
-/// What moves bytes.
+/// What moves bytes; that makes a [`Device`].
 pub(crate) trait Backend: Send + Sync {
     /// For logs and status.
     fn name(&self) -> &'static str;
@@ -32,54 +32,48 @@ pub(crate) trait Backend: Send + Sync {
     fn point(&self, stream: StreamHandle) -> Result<Point, Error>;
 }
 
-/// A [`Device`] on a backend.
-#[derive(Debug)]
-pub(crate) struct Gpu<B>(pub(crate) B);
-
-impl<B: Backend> Gpu<B> {
-    /// Does all of a batch and gives its checksums.
-    fn run(&self, way: Way, batch: &Batch) -> Result<Vec<u64>, Error> {
-        let sums = self.0.run(way, batch)?;
-        let mut crcs = vec![u64::MAX; batch.crcs];
-        for (item, sum) in batch.items.iter().zip(sums) {
-            crcs[item.crc as usize] ^= sum;
-        }
-        Ok(crcs)
+/// Does all of a batch and gives its checksums.
+fn crcs(backend: &impl Backend, way: Way, batch: &Batch) -> Result<Vec<u64>, Error> {
+    let sums = backend.run(way, batch)?;
+    let mut crcs = vec![u64::MAX; batch.crcs];
+    for (item, sum) in batch.items.iter().zip(sums) {
+        crcs[item.crc as usize] ^= sum;
     }
+    Ok(crcs)
 }
 
-impl<B: Backend> Device for Gpu<B> {
+impl<B: Backend> Device for B {
     fn name(&self) -> &'static str {
-        self.0.name()
+        Backend::name(self)
     }
 
     fn register(&self, address: usize, bytes: usize) -> Result<Option<Registered>, Error> {
-        self.0.register(address, bytes)
+        Backend::register(self, address, bytes)
     }
 
     fn point(&self, stream: StreamHandle) -> Result<Point, Error> {
-        self.0.point(stream)
+        Backend::point(self, stream)
     }
 
     fn store(&self, jobs: &[StoreJob<'_>], crcs: &mut Vec<u64>) -> Result<(), Error> {
         let bytes = jobs.iter().map(|job| job.part.len()).sum();
-        let mut planner = Planner::new(self.0.room(), bytes);
+        let mut planner = Planner::new(self.room(), bytes);
         for job in jobs {
             job.check()?;
             planner.store(job)?;
         }
-        crcs.extend(self.run(Way::Store, &planner.finish())?);
+        crcs.extend(self::crcs(self, Way::Store, &planner.finish())?);
         Ok(())
     }
 
     fn load(&self, jobs: &[LoadJob<'_>], results: &mut Vec<Loaded>) -> Result<(), Error> {
         let bytes = jobs.iter().map(|job| job.to.part().bytes()).sum();
-        let mut planner = Planner::new(self.0.room(), bytes);
+        let mut planner = Planner::new(self.room(), bytes);
         for job in jobs {
             job.check()?;
             planner.load(job)?;
         }
-        let crcs = self.run(Way::Load, &planner.finish())?;
+        let crcs = crcs(self, Way::Load, &planner.finish())?;
         let mut crcs = &crcs[..];
         for job in jobs {
             let mut good = true;
