@@ -307,7 +307,7 @@ mod tests {
                 r#where: runs.iter().map(|run| run.2 as i32).collect(),
             }],
             lease: 0,
-            est_load_us: 0,
+            ..LookupReply::default()
         }
     }
 

@@ -162,6 +162,7 @@ mod tests {
                 chains: vec![message.clone(), message.clone()],
                 lease_ms: number,
                 leading: flag,
+                ..Lookup::default()
             });
             assert!(out == generated(5, body), "lookup");
             assert_eq!(whole + 4, out.len());

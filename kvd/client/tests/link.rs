@@ -73,6 +73,7 @@ fn lookup(range: std::ops::Range<u32>, lease_ms: u32) -> request::Body {
         chains: vec![chain],
         lease_ms,
         leading: true,
+        ..Lookup::default()
     })
 }
 

@@ -175,7 +175,7 @@ impl Bench {
             namespace: 0,
             chains: &chains,
             lease_ms: 0,
-            leading: true,
+            scope: Scope::Leading,
         };
         match self.ask(body) {
             Reply::Lookup(reply) => assert_eq!(reply.chains[0].length, [list.len() as u32]),

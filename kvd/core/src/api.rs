@@ -186,6 +186,18 @@ pub struct GroupLayout<'a> {
     pub part: u32,
 }
 
+/// Which of the blocks that a lookup names matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// All of them.
+    All,
+    /// Those of the run from the first hash of a chain on.
+    Leading,
+    /// Those that the longest hit needs: there is one chain for each KV-cache group, and together they are one prompt from its
+    /// first block on. See [`crate::hit`].
+    Hit,
+}
+
 /// What a session asks. `namespace` is the short name from [`Reply::Registered`], valid in that session only.
 #[derive(Clone, Debug)]
 pub enum Request<'a> {
@@ -204,8 +216,8 @@ pub enum Request<'a> {
         chains: &'a [Chain<'a>],
         /// Above 0: keep what is found until Release, or for so many milliseconds.
         lease_ms: u32,
-        /// Only the run from the first hash on matters; recency and lease apply to it alone.
-        leading: bool,
+        /// Which of it matters: recency and lease apply to that alone.
+        scope: Scope,
     },
     /// Takes slots for blocks that this instance is about to store. Every rank of the instance must have registered.
     Reserve {
@@ -421,6 +433,8 @@ pub struct LookupReply {
     pub lease: u64,
     /// Estimate for loading all that is in a tier, microseconds.
     pub est_load_us: u64,
+    /// Tokens of the longest hit; only for [`Scope::Hit`].
+    pub hit_tokens: u32,
 }
 
 /// Runs of blocks that are not absent, in order; what no run covers is absent.

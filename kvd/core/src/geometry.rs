@@ -17,7 +17,8 @@ pub const SLOT_ALIGN: u64 = 4096;
 
 const MAX_LAYERS: u32 = 4096;
 const MAX_HEADS: u32 = 4096;
-const MAX_TOKENS: u32 = 1 << 20;
+/// Most tokens that a block spans.
+pub(crate) const MAX_TOKENS: u32 = 1 << 20;
 const MAX_CELL: u32 = 1 << 24;
 
 /// Why a geometry, a cut or an arena shape is refused.
@@ -98,7 +99,7 @@ pub struct GroupGeometry {
     pub layers: u32,
     /// KV heads of each layer.
     pub heads: u32,
-    /// Tokens of a block.
+    /// Tokens of a block, each with a cell; 1 for a state, which is one cell however many tokens led to it.
     pub block_tokens: u32,
     /// Bytes that one head of one token of one layer takes (K and V together).
     pub cell_bytes: u32,

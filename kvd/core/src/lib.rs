@@ -14,6 +14,7 @@ mod disk;
 mod evict;
 mod fills;
 pub mod geometry;
+pub mod hit;
 pub mod ids;
 mod index;
 mod leases;
@@ -41,6 +42,7 @@ mod view;
 pub use crate::api::*;
 pub use crate::counters::{Counters, FetchFailures, TierCounters};
 pub use crate::geometry::{ArenaShape, Cut, GeometryError, GroupGeometry, GroupKind, Rect};
+pub use crate::hit::GroupRule;
 pub use crate::ids::{
     BlockHash, InstanceId, NamespaceId, Now, RequestId, Role, SessionId, StoreId, TenantId, low64,
     replica_of,

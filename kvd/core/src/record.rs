@@ -7,6 +7,7 @@
 use thiserror::Error;
 
 use crate::geometry::{GeometryError, GroupGeometry, GroupKind};
+use crate::hit::GroupRule;
 use crate::ids::NamespaceId;
 
 /// First bytes of every record: the format's name and version.
@@ -41,8 +42,9 @@ const OPTIONAL: [&str; 11] = [
     "machine_isa",
     "rank_layout",
 ];
-const GROUP_FIELDS: [&str; 7] = [
+const GROUP_FIELDS: [&str; 8] = [
     "kind",
+    "block_tokens",
     "layers",
     "heads",
     "cell_bytes",
@@ -110,6 +112,7 @@ pub type Difference = (String, Option<String>, Option<String>);
 pub struct NamespaceRecord {
     fields: Vec<(String, String)>,
     groups: Vec<GroupGeometry>,
+    rules: Vec<GroupRule>,
 }
 
 impl NamespaceRecord {
@@ -171,6 +174,7 @@ impl NamespaceRecord {
         let mut record = NamespaceRecord {
             fields,
             groups: Vec::new(),
+            rules: Vec::new(),
         };
         if record.encoded_len() > MAX_BYTES {
             return Err(RecordError::TooLarge {
@@ -188,13 +192,19 @@ impl NamespaceRecord {
         if let Some((name, _)) = record.fields.iter().find(|(name, _)| !known(name, count)) {
             return Err(RecordError::Unknown(name.clone()));
         }
-        record.groups = (0..count)
-            .map(|g| record.group(g, block_tokens))
-            .collect::<Result<_, _>>()?;
+        for number in 0..count {
+            let (geometry, rule) = record.group(number, block_tokens)?;
+            record.groups.push(geometry);
+            record.rules.push(rule);
+        }
         Ok(record)
     }
 
-    fn group(&self, group: u32, block_tokens: u32) -> Result<GroupGeometry, RecordError> {
+    fn group(
+        &self,
+        group: u32,
+        block_tokens: u32,
+    ) -> Result<(GroupGeometry, GroupRule), RecordError> {
         let name = |field: &str| format!("group.{group}.{field}");
         let word = self
             .get(&name("kind"))
@@ -210,18 +220,25 @@ impl NamespaceRecord {
             }
             None => None,
         };
+        let span = match self.get(&name("block_tokens")) {
+            Some(_) => self.number(&name("block_tokens"), u32::MAX)?,
+            None => block_tokens,
+        };
         let geometry = GroupGeometry {
             kind,
             layers: self.number(&name("layers"), u32::MAX)?,
             heads: self.number(&name("heads"), u32::MAX)?,
-            block_tokens,
+            // A state has no tokens of its own: it is one cell, whatever its block spans.
+            block_tokens: if kind == GroupKind::State { 1 } else { span },
             cell_bytes: self.number(&name("cell_bytes"), u32::MAX)?,
             window,
         };
         geometry
             .validate()
             .map_err(|error| RecordError::Geometry { group, error })?;
-        Ok(geometry)
+        let rule = GroupRule::new(kind, span, window)
+            .map_err(|error| RecordError::Geometry { group, error })?;
+        Ok((geometry, rule))
     }
 
     /// A field that must be a decimal number from 1 to `most`, without leading zeros or signs.
@@ -256,6 +273,11 @@ impl NamespaceRecord {
     /// Geometry of every KV-cache group, by number.
     pub fn groups(&self) -> &[GroupGeometry] {
         &self.groups
+    }
+
+    /// What a hit needs of every KV-cache group, by number.
+    pub fn rules(&self) -> &[GroupRule] {
+        &self.rules
     }
 
     fn encoded_len(&self) -> usize {
@@ -441,6 +463,21 @@ mod tests {
         assert!(matches!(with("model", "a\nb"), Err(RecordError::Text(_))));
         assert!(with("x.note", "anything").is_ok());
         assert!(with("adapter", "blake3:9").is_ok());
+        assert!(with("group.0.block_tokens", "0").is_err());
+        assert!(with("group.0.block_tokens", "1048577").is_err());
+    }
+
+    #[test]
+    fn a_group_may_span_other_tokens_and_a_state_is_one_cell() {
+        let wide = with("group.0.block_tokens", "64").unwrap();
+        assert_eq!(wide.groups()[0].block_tokens, 64);
+        assert_eq!(wide.rules()[0].span(), 64);
+        let mut state = fields();
+        state[8].1 = "state";
+        state.push(("group.0.block_tokens", "256"));
+        let state = NamespaceRecord::build(state).unwrap();
+        assert_eq!(state.groups()[0].block_bytes(), 4 * 2 * 256);
+        assert_eq!(state.rules()[0].span(), 256);
     }
 
     #[test]

@@ -139,8 +139,8 @@ impl Core {
                 namespace,
                 chains,
                 lease_ms,
-                leading,
-            } => self.lookup(caller, namespace, chains, (lease_ms, leading), out),
+                scope,
+            } => self.lookup(caller, namespace, chains, (lease_ms, scope), out),
             Request::Reserve { namespace, chain } => self.reserve(caller, namespace, &chain, out),
             Request::Commit {
                 namespace,

@@ -35,6 +35,8 @@ struct Storing {
     full: bool,
     /// Another class's extents may be colder than this class's blocks.
     others: bool,
+    /// Blocks of this group are worth something without those before them: they are linked to none.
+    alone: bool,
 }
 
 impl Core {
@@ -62,8 +64,10 @@ impl Core {
             parent: NIL,
             full: false,
             others: true,
+            alone: self.spaces.get(space).record.rules()[usize::from(group)].stands_alone(),
         };
         if let Some(parent) = &chain.parent
+            && !storing.alone
             && let Found::Entry(id) = self.index.find(space, group, &parent.0)
         {
             self.touch(caller.tenant, storing.class, id, false);
@@ -116,7 +120,9 @@ impl Core {
             id => Found::Entry(id),
         };
         if let Found::Entry(id) = found {
-            storing.parent = id;
+            if !storing.alone {
+                storing.parent = id;
+            }
             return match self.index.entries.hot[id].state {
                 EntryState::Resident => ReserveState::Present,
                 EntryState::Filling | EntryState::Vacant => ReserveState::Filling,
@@ -211,7 +217,9 @@ impl Core {
             chain::gains_child(policy, &mut self.index.entries, storing.parent);
             self.index.entries.adopt(id, storing.parent);
         }
-        storing.parent = id;
+        if !storing.alone {
+            storing.parent = id;
+        }
         pool.set_owner(slot, fill, self.stamp);
         let word = pool.slot(slot).map_or(0, |slot| slot.word);
         Some((word, pool.offset(slot)))

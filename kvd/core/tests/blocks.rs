@@ -321,7 +321,7 @@ fn absurd_requests_get_one_clear_failure() {
             namespace: 0,
             chains,
             lease_ms: u32::MAX,
-            leading: true,
+            scope: Scope::Leading,
         }
     }
     let slots = [u32::MAX; 9];
@@ -334,7 +334,7 @@ fn absurd_requests_get_one_clear_failure() {
             namespace: 7,
             chains: &[],
             lease_ms: 0,
-            leading: false,
+            scope: Scope::All,
         },
         Request::Reserve {
             namespace: u32::MAX,

@@ -38,7 +38,7 @@ enum Wild {
         group: u32,
         list: Vec<u8>,
         lease_ms: u32,
-        leading: bool,
+        scope: u8,
     },
     Reserve {
         session: u64,
@@ -123,9 +123,9 @@ fn wild() -> impl Strategy<Value = Wild> {
         1 => long().prop_map(|micros| Wild::Wait { micros: micros.wrapping_mul(7_000_000) }),
     ];
     let blocks = prop_oneof![
-        4 => (session(), namespace(), namespace(), list(), number(), any::<bool>()).prop_map(
-            |(session, namespace, group, list, lease_ms, leading)| Wild::Lookup {
-                session, namespace, group, list, lease_ms, leading,
+        4 => (session(), namespace(), namespace(), list(), number(), 0u8..3).prop_map(
+            |(session, namespace, group, list, lease_ms, scope)| Wild::Lookup {
+                session, namespace, group, list, lease_ms, scope,
             }
         ),
         8 => (session(), namespace(), namespace(), list(), prop::option::of(0u8..40)).prop_map(
@@ -225,7 +225,7 @@ fn ask(world: &mut World, wild: &Wild) {
             group,
             list: l,
             lease_ms,
-            leading,
+            scope,
         } => {
             let hashes = list(l);
             let chains = [Chain {
@@ -233,14 +233,15 @@ fn ask(world: &mut World, wild: &Wild) {
                 hashes: &hashes,
                 parent: None,
             }; 2];
-            let (namespace, lease_ms, leading) = (*namespace, *lease_ms, *leading);
+            let (namespace, lease_ms) = (*namespace, *lease_ms);
+            let scope = [Scope::All, Scope::Leading, Scope::Hit][usize::from(scope % 3)];
             world.ask(
                 *session,
                 Request::Lookup {
                     namespace,
                     chains: &chains,
                     lease_ms,
-                    leading,
+                    scope,
                 },
             );
         }

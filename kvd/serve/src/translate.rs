@@ -40,7 +40,11 @@ pub(crate) fn with_request<R>(
                 namespace: m.namespace,
                 chains: &chains,
                 lease_ms: m.lease_ms,
-                leading: m.leading,
+                scope: match (m.hit, m.leading) {
+                    (true, _) => core::Scope::Hit,
+                    (false, true) => core::Scope::Leading,
+                    (false, false) => core::Scope::All,
+                },
             })));
         }
         request::Body::Reserve(m) => {
@@ -220,6 +224,7 @@ pub(crate) fn reply(reply: core::Reply, fds: u32) -> reply::Body {
             chains: r.chains.into_iter().map(presence).collect(),
             lease: r.lease,
             est_load_us: r.est_load_us,
+            hit_tokens: r.hit_tokens,
         }),
         core::Reply::Reserve(r) => reply::Body::Reserve(wire::ReserveReply {
             states: r.states.into_iter().map(reserve_state).collect(),

@@ -1,6 +1,6 @@
 //! A request with its own memory, as it waits in a simulated socket.
 
-use kvd_core::{BlockHash, Chain, GroupLayout, Request, SessionId};
+use kvd_core::{BlockHash, Chain, GroupLayout, Request, Scope, SessionId};
 
 /// One group of a Register.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,7 +105,10 @@ impl Ask {
                     namespace: *namespace,
                     chains: &chains,
                     lease_ms: *lease_ms,
-                    leading: *leading,
+                    scope: match leading {
+                        true => Scope::Leading,
+                        false => Scope::All,
+                    },
                 })
             }
             Ask::Reserve { namespace, chain } => f(Request::Reserve {

@@ -162,7 +162,7 @@ fn present(count: u32, lease: u64) -> reply::Body {
             r#where: vec![Where::Host as i32],
         }],
         lease,
-        est_load_us: 0,
+        ..LookupReply::default()
     })
 }
 

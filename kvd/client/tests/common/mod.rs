@@ -364,6 +364,7 @@ fn answer(inner: &Inner, body: request::Body, fds: &mut Vec<OwnedFd>) -> reply::
                 chains: chains.collect(),
                 lease: u64::from(lookup.lease_ms > 0) * 99,
                 est_load_us: 0,
+                hit_tokens: 0,
             })
         }
         request::Body::Reserve(reserve) => reply::Body::Reserve(take_slots(inner, reserve)),

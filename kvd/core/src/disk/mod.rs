@@ -218,6 +218,16 @@ impl Disks {
         true
     }
 
+    /// Whether a store has the block; looking at it so does not count as a use.
+    pub(crate) fn has(&self, id: NamespaceId, group: u8, hash: &[u8; 32]) -> bool {
+        let store = self.store_of(hash);
+        store.is_some_and(|store| {
+            let disk = &self.all[store];
+            let found = disk.space(id).filter(|_| disk.on);
+            found.is_some_and(|space| disk.readable(space, group, hash).is_some())
+        })
+    }
+
     /// What came back with a read is kept for another, if there were ever as many reads at once.
     fn take_back(&mut self, block: Box<ReadBlock>) {
         if self.spare.blocks.len() + self.fetches.len() < self.fetches.most() {

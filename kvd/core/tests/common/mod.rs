@@ -318,7 +318,10 @@ impl World {
                 namespace: 0,
                 chains: &chains,
                 lease_ms,
-                leading,
+                scope: match leading {
+                    true => Scope::Leading,
+                    false => Scope::All,
+                },
             },
         ) {
             Reply::Lookup(reply) => reply,

@@ -1,7 +1,9 @@
 //! Lookup: which of these blocks are here, in host memory or below, as runs. A lookup that leases what it finds is followed by a load,
 //! so that what is below begins to come up. Deliberately absent: waiting; a block being stored or coming up is said to be so.
 
-use crate::api::{Chain, Failure, LookupReply, NIL, Output, Presence, Reply, Where};
+mod joint;
+
+use crate::api::{Chain, Failure, LookupReply, NIL, Output, Presence, Reply, Scope, Where};
 use crate::disk::AHEAD_A_LOOKUP;
 use crate::evict::chain;
 use crate::index::{BATCH, EntryState};
@@ -53,7 +55,7 @@ struct Hits {
 struct Manner {
     space: u32,
     lease: bool,
-    leading: bool,
+    scope: Scope,
     /// What is below is noted, to be brought up.
     ahead: bool,
 }
@@ -64,7 +66,7 @@ impl Core {
         caller: Caller,
         namespace: u32,
         chains: &[Chain<'_>],
-        (lease_ms, leading): (u32, bool),
+        (lease_ms, scope): (u32, Scope),
         out: &mut Vec<Output>,
     ) -> Result<Reply, Failure> {
         let space = self.space_of(caller, namespace)?;
@@ -84,17 +86,20 @@ impl Core {
         let manner = Manner {
             space,
             lease: lease_ms > 0,
-            leading,
+            scope,
             ahead: lease_ms > 0 && self.settings.tiers.read_ahead,
         };
         let mut hits = Hits::default();
-        let looked = chains
-            .iter()
-            .map(|chain| self.lookup_chain(caller, manner, chain, &mut hits));
-        let mut reply = LookupReply {
-            chains: looked.collect(),
-            ..LookupReply::default()
-        };
+        let mut reply = LookupReply::default();
+        if scope == Scope::Hit {
+            let (found, tokens) = self.lookup_hit(caller, manner, chains, &mut hits)?;
+            (reply.chains, reply.hit_tokens) = (found, tokens);
+        } else {
+            let looked = chains
+                .iter()
+                .map(|chain| self.lookup_chain(caller, manner, chain, &mut hits));
+            reply.chains = looked.collect();
+        }
         self.counters.lookup_hit += hits.hit;
         self.counters.lookup_absent += hits.absent;
         self.counters.lookup_filling += hits.filling;
@@ -179,7 +184,7 @@ impl Core {
                     _ => {}
                 }
                 match place {
-                    Where::Absent if manner.leading => {
+                    Where::Absent if manner.scope == Scope::Leading => {
                         hits.absent += chain.hashes.len() as u64 - u64::from(at);
                         return presence;
                     }

@@ -1,0 +1,190 @@
+//! Prompts whose KV lies in several groups: what one hit needs of each, what a lookup touches, what is evicted.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::*;
+use kvd_core::*;
+
+/// Full attention (group 0), a window of 33 tokens (1) and a state of every 32 tokens (2). Blocks of groups 0 and 1 span 16 tokens; all
+/// take one slot of 4 KiB.
+fn hybrid() -> Vec<u8> {
+    let fields = [
+        ("tenant", "a"),
+        ("model", "m"),
+        ("weights", "w"),
+        ("kv_dtype", "bfloat16"),
+        ("cell_encoding", "flash:1"),
+        ("hash", "sha256_cbor:1f2e"),
+        ("block_tokens", "16"),
+        ("groups", "3"),
+        ("group.0.kind", "full"),
+        ("group.0.layers", "4"),
+        ("group.0.heads", "4"),
+        ("group.0.cell_bytes", "16"),
+        ("group.1.kind", "sliding_window"),
+        ("group.1.window", "33"),
+        ("group.1.layers", "4"),
+        ("group.1.heads", "4"),
+        ("group.1.cell_bytes", "16"),
+        ("group.2.kind", "state"),
+        ("group.2.block_tokens", "32"),
+        ("group.2.layers", "4"),
+        ("group.2.heads", "1"),
+        ("group.2.cell_bytes", "1024"),
+    ];
+    NamespaceRecord::build(fields).unwrap().encode()
+}
+
+fn attached(world: &mut World) {
+    world.open(1, A, 1, Role::Both, 0, 1);
+    let heads = [4, 4, 1];
+    let bounds: Vec<[u32; 2]> = heads.iter().map(|heads| [0, *heads]).collect();
+    let groups: Vec<GroupLayout<'_>> = (0..3)
+        .map(|group| GroupLayout {
+            group,
+            layer_bounds: &[0, 4],
+            head_bounds: &bounds[group as usize],
+            copies: true,
+            part: 0,
+        })
+        .collect();
+    let record = hybrid();
+    let reply = world.ask(
+        1,
+        Request::Register {
+            record: &record,
+            groups: &groups,
+        },
+    );
+    assert!(matches!(reply, Reply::Registered { .. }), "{reply:?}");
+}
+
+fn store(world: &mut World, group: u32, list: &[[u8; 32]]) -> Vec<ReserveState> {
+    let chain = Chain {
+        group,
+        hashes: list,
+        parent: None,
+    };
+    let body = Request::Reserve {
+        namespace: 0,
+        chain,
+    };
+    let Reply::Reserve(reply) = world.ask(1, body) else {
+        panic!("no slots")
+    };
+    let crcs = vec![7; reply.slots.len() * if group == 2 { 1 } else { 4 }];
+    let body = Request::Commit {
+        namespace: 0,
+        group,
+        slots: &reply.slots,
+        generations: &reply.generations,
+        crcs: &crcs,
+    };
+    let Reply::Commit(states) = world.ask(1, body) else {
+        panic!("no commit")
+    };
+    assert!(states.iter().all(|state| *state == CommitState::Visible));
+    reply.states
+}
+
+/// Looks a prompt of so many blocks of 16 tokens up.
+fn hit(world: &mut World, blocks: u64, lease_ms: u32) -> LookupReply {
+    let (all, states) = (hashes(0..blocks), states(blocks));
+    let chains = [(0, &all), (1, &all), (2, &states)].map(|(group, hashes)| Chain {
+        group,
+        hashes,
+        parent: None,
+    });
+    let body = Request::Lookup {
+        namespace: 0,
+        chains: &chains,
+        lease_ms,
+        scope: Scope::Hit,
+    };
+    match world.ask(1, body) {
+        Reply::Lookup(reply) => reply,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The hashes at which a state of such a prompt can be: those of every second block.
+fn states(blocks: u64) -> Vec<[u8; 32]> {
+    (0..blocks / 2).map(|at| hash(at * 2 + 1)).collect()
+}
+
+#[test]
+fn a_hit_is_what_every_group_has() {
+    let mut world = World::new(Settings::default(), 8);
+    attached(&mut world);
+    store(&mut world, 0, &hashes(0..8));
+    assert_eq!(hit(&mut world, 8, 0).hit_tokens, 0);
+    store(&mut world, 1, &hashes(4..8));
+    assert_eq!(hit(&mut world, 8, 0).hit_tokens, 0);
+    store(&mut world, 2, &[hash(5)]);
+    // The state after six blocks, and the window's two blocks before it.
+    let found = hit(&mut world, 8, 0);
+    assert_eq!(found.hit_tokens, 96);
+    assert_eq!(found.chains[1].at(4), Where::Host);
+    assert_eq!(found.chains[1].at(3), Where::Absent);
+    store(&mut world, 2, &[hash(7)]);
+    assert_eq!(hit(&mut world, 8, 0).hit_tokens, 128);
+    assert_eq!(hit(&mut world, 7, 0).hit_tokens, 96);
+}
+
+#[test]
+fn a_lease_covers_what_the_hit_needs_and_no_more() {
+    let mut world = World::new(Settings::default(), 8);
+    attached(&mut world);
+    store(&mut world, 0, &hashes(0..8));
+    store(&mut world, 1, &hashes(0..8));
+    store(&mut world, 2, &states(8));
+    let found = hit(&mut world, 8, 60_000);
+    assert_eq!(found.hit_tokens, 128);
+    assert_ne!(found.lease, 0);
+    // Eight of full attention, two of the window, one state.
+    assert_eq!(world.status().pinned_bytes, 11 * 4096);
+}
+
+#[test]
+fn every_group_must_be_asked_once() {
+    let mut world = World::new(Settings::default(), 8);
+    attached(&mut world);
+    let all = hashes(0..2);
+    let chain = |group| Chain {
+        group,
+        hashes: &all,
+        parent: None,
+    };
+    let wrong: [&[Chain<'_>]; 3] = [
+        &[chain(0), chain(1)],
+        &[chain(0), chain(1), chain(1)],
+        &[chain(0), chain(1), chain(2), chain(2)],
+    ];
+    for chains in wrong {
+        let body = Request::Lookup {
+            namespace: 0,
+            chains,
+            lease_ms: 0,
+            scope: Scope::Hit,
+        };
+        assert_eq!(kind(&world.ask(1, body)), Some(ErrorKind::Invalid));
+    }
+}
+
+/// A window's blocks have no tail: those that no hit asked for go first, wherever in the chain they are.
+#[test]
+fn what_a_window_left_behind_is_evicted_before_what_hits_need() {
+    let mut world = World::new(Settings::default(), 2);
+    attached(&mut world);
+    store(&mut world, 0, &hashes(0..8));
+    store(&mut world, 1, &hashes(0..8));
+    store(&mut world, 2, &[hash(7)]);
+    assert_eq!(hit(&mut world, 8, 0).hit_tokens, 128);
+    // 17 of 32 slots are taken; 21 more push six out.
+    store(&mut world, 0, &hashes(100..121));
+    let found = hit(&mut world, 8, 0);
+    assert_eq!(found.hit_tokens, 128, "{found:?}");
+    let left = (0..8).filter(|at| found.chains[1].at(*at) == Where::Host);
+    assert_eq!(left.count(), 2);
+}
