@@ -4,6 +4,7 @@
 //! grid of layer ranges and head ranges can't express (context parallelism); such ranks come with a refusal of their own.
 
 use kvd_core::geometry::{Cut, GroupGeometry, GroupKind};
+use kvd_core::hit::GroupRule;
 
 use crate::meta::{GroupIntro, RankGroup, RankHello};
 
@@ -14,6 +15,8 @@ pub struct FleetGroup {
     pub group: u32,
     /// Sizes of the whole model.
     pub geometry: GroupGeometry,
+    /// What a hit needs of it.
+    pub rule: GroupRule,
     /// Names of all layers, in order.
     pub layer_names: Vec<String>,
     /// Tokens of a page.
@@ -103,7 +106,8 @@ fn group(hellos: &[RankHello], at: usize) -> Result<FleetGroup, String> {
             && share.heads_total == first.heads_total
             && share.block_tokens == first.block_tokens
             && share.page_tokens == first.page_tokens
-            && share.cell_bytes == first.cell_bytes;
+            && share.cell_bytes == first.cell_bytes
+            && share.window == first.window;
         if !same {
             return Err(format!(
                 "workers differ in the sizes of KV-cache group {}",
@@ -121,15 +125,13 @@ fn group(hellos: &[RankHello], at: usize) -> Result<FleetGroup, String> {
     let layers = layer_bounds.last().copied().unwrap_or(0);
     let head_bounds = head_bounds(&shares)?;
     let geometry = GroupGeometry {
-        kind: GroupKind::from_word(&first.kind)
-            .ok_or_else(|| format!("unknown kind of KV-cache group: '{}'", first.kind))?,
         layers,
         heads: first.heads_total,
-        block_tokens: first.block_tokens,
-        cell_bytes: first.cell_bytes,
-        window: None,
+        ..geometry(first).map_err(|error| error.to_string())?
     };
     geometry.validate().map_err(|error| error.to_string())?;
+    let rule = GroupRule::new(geometry.kind, first.block_tokens, geometry.window)
+        .map_err(|error| error.to_string())?;
     Cut::new(&layer_bounds, &head_bounds, &geometry).map_err(|error| error.to_string())?;
     let columns = head_bounds.len() as u32 - 1;
     let parts = shares
@@ -144,6 +146,7 @@ fn group(hellos: &[RankHello], at: usize) -> Result<FleetGroup, String> {
     Ok(FleetGroup {
         group: first.group,
         geometry,
+        rule,
         layer_names,
         page_tokens: first.page_tokens,
         intro: GroupIntro {
@@ -152,6 +155,27 @@ fn group(hellos: &[RankHello], at: usize) -> Result<FleetGroup, String> {
             head_bounds,
             parts,
         },
+    })
+}
+
+/// The sizes of what one rank holds of a group.
+///
+/// # Errors
+/// When its kind is none that there is.
+pub(crate) fn geometry(share: &RankGroup) -> Result<GroupGeometry, String> {
+    let kind = GroupKind::from_word(&share.kind)
+        .ok_or_else(|| format!("unknown kind of KV-cache group: '{}'", share.kind))?;
+    Ok(GroupGeometry {
+        kind,
+        layers: share.layers,
+        heads: share.heads,
+        // A state is one cell, whatever its block spans.
+        block_tokens: match kind {
+            GroupKind::State => 1,
+            _ => share.block_tokens,
+        },
+        cell_bytes: share.cell_bytes,
+        window: (share.window > 0).then_some(share.window),
     })
 }
 
@@ -264,6 +288,7 @@ pub(crate) mod tests {
                 block_tokens: 4,
                 page_tokens: 4,
                 cell_bytes: 8,
+                window: 0,
             }],
         }
     }

@@ -6,7 +6,7 @@
 use prost::Message;
 
 /// The version of these messages. Both halves come from one package, so another version is a broken installation.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A message of the other half that this half can't use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -228,15 +228,18 @@ pub struct RankGroup {
     /// KV heads of all ranks of a stage together.
     #[prost(uint32, tag = "7")]
     pub heads_total: u32,
-    /// Tokens of a block.
+    /// Tokens that a block spans.
     #[prost(uint32, tag = "8")]
     pub block_tokens: u32,
-    /// Tokens of one page of the KV cache; divides `block_tokens`.
+    /// Tokens of one page of the KV cache; divides `block_tokens`. 1 for a state, of which a block is one page.
     #[prost(uint32, tag = "9")]
     pub page_tokens: u32,
-    /// Bytes of one head of one token: K and V.
+    /// Bytes of one head of one token, K and V; or of one state.
     #[prost(uint32, tag = "10")]
     pub cell_bytes: u32,
+    /// Tokens that a token of a sliding-window group looks at, itself included; 0: it has no window.
+    #[prost(uint32, tag = "11")]
+    pub window: u32,
 }
 
 /// Reads a message of the other half and checks its version.
@@ -272,6 +275,14 @@ impl Versioned for RankReport {
 impl Versioned for RankHello {
     fn version(&self) -> u32 {
         self.version
+    }
+}
+
+impl RankHello {
+    /// Whether a load that lacks one block has brought nothing that can be used: only a single group of full attention can be used up
+    /// to that block.
+    pub fn fails_as_a_whole(&self) -> bool {
+        self.groups.len() > 1 || self.groups.iter().any(|group| group.kind != "full")
     }
 }
 

@@ -34,6 +34,8 @@ pub fn build(
         add("weights_epoch", epoch.to_owned());
     }
     add("groups", fleet.groups.len().to_string());
+    let block_tokens = fleet.groups.first().map_or(0, |group| group.rule.span());
+    add("block_tokens", block_tokens.to_string());
     for group in &fleet.groups {
         let geometry = &group.geometry;
         let mut add =
@@ -42,13 +44,13 @@ pub fn build(
         add("layers", geometry.layers.to_string());
         add("heads", geometry.heads.to_string());
         add("cell_bytes", geometry.cell_bytes.to_string());
+        if let Some(window) = geometry.window {
+            add("window", window.to_string());
+        }
+        if group.rule.span() != block_tokens {
+            add("block_tokens", group.rule.span().to_string());
+        }
         add("layer_names", names(&group.layer_names));
-    }
-    if let Some(group) = fleet.groups.first() {
-        fields.push((
-            "block_tokens".to_owned(),
-            group.geometry.block_tokens.to_string(),
-        ));
     }
     Ok(NamespaceRecord::build(fields)?.encode())
 }

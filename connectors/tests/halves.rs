@@ -23,6 +23,7 @@ use kvd_connectors::meta::{
 };
 use kvd_connectors::scheduler::{Adapter, Match, Scheduler, Settings};
 use kvd_connectors::worker::{Results, Settings as WorkerSettings, Worker};
+use kvd_core::{GroupKind, GroupRule};
 use kvd_device::{
     Device, Error, HostDevice, LoadJob, Loaded, Passed, Point, StoreJob, StreamHandle,
 };
@@ -62,6 +63,7 @@ fn hello(rank: u32, world: u32) -> RankHello {
             block_tokens: 16,
             page_tokens: 16,
             cell_bytes: 128,
+            window: 0,
         }],
     }
 }
@@ -107,11 +109,11 @@ impl Engine {
             device,
             Arc::new(move || clock.load(Ordering::Relaxed)),
             hello(0, 1),
-            Some(cache.refs()[0].at.clone()),
+            vec![cache.refs()[0].at.clone()],
         )
         .expect("threads");
         let settings = Settings {
-            block_tokens: 16,
+            groups: vec![GroupRule::new(GroupKind::Full, 16, None).expect("a rule")],
             lookup_deadline: u64::MAX,
             hold_deadline: u64::MAX,
             ..Settings::default()
@@ -130,9 +132,9 @@ impl Engine {
     }
 
     /// One step of the engine: orders down, results and reports up.
-    fn step(&mut self, ids: &[&str], computed: &[u32]) -> Vec<(usize, u32)> {
+    fn step(&mut self, ids: &[&str], computed: &[u32]) -> Vec<(usize, u32, u32)> {
         let now = self.now.load(Ordering::Relaxed);
-        let wanted = self.scheduler.begin_step(now, &[], ids, computed);
+        let wanted = self.scheduler.begin_step(now, &[], ids, computed, &[]);
         if wanted.is_empty() {
             self.finish_step();
         }
@@ -155,7 +157,7 @@ impl Engine {
         let received: Vec<&str> = received.iter().map(String::as_str).collect();
         let reports: Vec<&[u8]> = report.iter().map(Vec::as_slice).collect();
         self.scheduler
-            .on_output(&sent, &received, &results.invalid, &reports)
+            .on_output(&sent, &received, &results.invalid, &[], &reports)
             .expect("reports");
         self.results.sent.extend(results.sent);
         self.results.received.extend(results.received);
@@ -179,9 +181,11 @@ impl Engine {
         self.scheduler
             .on_new_request(0, id, Adapter::Base, &[], true);
         self.step(&[id], &[0]);
-        let wanted = self.scheduler.finish_from(0, id, 1);
-        assert_eq!(wanted, Some(0));
-        assert!(self.scheduler.finished(0, id, &hashes(at..at + 1), &[0]));
+        let wanted = self.scheduler.finish_from(0, id, 16);
+        assert_eq!(wanted, [(0, 0)]);
+        let hash = hashes(at..at + 1);
+        self.scheduler.last_blocks(id, 0, &hash, &[0]);
+        assert!(self.scheduler.finished(0, id));
         let name = id.to_owned();
         self.until("it is reported", |engine| {
             engine.results.sent.contains(&name)
@@ -200,7 +204,7 @@ impl Engine {
         for _ in 0..2_000_000 {
             match self.scheduler.matched(0, id, 0) {
                 Match::Blocks(1) => {
-                    self.scheduler.allocated(id, 1, &[0]);
+                    self.scheduler.allocated(id, 1, &[vec![0]]);
                     return;
                 }
                 Match::NeedHashes => self.scheduler.ask(0, id, &hash),
@@ -358,8 +362,9 @@ fn copies_wait_for_what_the_engine_computes() {
         .scheduler
         .on_new_request(0, "a", Adapter::Base, &[], true);
     engine.step(&["a"], &[0]);
-    assert_eq!(engine.scheduler.finish_from(0, "a", 1), Some(0));
-    assert!(engine.scheduler.finished(0, "a", &hashes(0..1), &[0]));
+    assert_eq!(engine.scheduler.finish_from(0, "a", 16), [(0, 0)]);
+    engine.scheduler.last_blocks("a", 0, &hashes(0..1), &[0]);
+    assert!(engine.scheduler.finished(0, "a"));
     engine.until("a store waits", |_| stream.work().waits == 1);
     assert!(engine.results.sent.is_empty());
     stream.set(true);
@@ -417,8 +422,8 @@ fn aborts_of_stale_orders(change: fn(&mut StoreOrder)) -> Vec<Vec<u32>> {
     engine
         .scheduler
         .on_new_request(0, "b", Adapter::Base, &[], true);
-    assert_eq!(engine.step(&["b"], &[16]), [(0, 0)]);
-    engine.scheduler.capture(0, "b", &hashes(9..10), &[0]);
+    assert_eq!(engine.step(&["b"], &[16]), [(0, 0, 0)]);
+    engine.scheduler.capture(0, "b", 0, &hashes(9..10), &[0]);
     daemon.expect(RESERVE);
     // The scheduler has its slots, then the worker's connection is another one.
     for _ in 0..2_000_000 {
@@ -474,7 +479,7 @@ fn replicas_take_turns_by_hash() {
             Arc::new(HostDevice),
             Arc::new(|| 0),
             hello(rank, 2),
-            Some(cache.refs()[0].at.clone()),
+            vec![cache.refs()[0].at.clone()],
         )
         .expect("threads");
         let order = StoreOrder {
@@ -525,7 +530,7 @@ fn what_can_not_be_loaded_is_still_over() {
         Arc::new(HostDevice),
         Arc::new(|| 0),
         hello(0, 1),
-        None,
+        Vec::new(),
     )
     .expect("threads");
     let meta = StepMeta {

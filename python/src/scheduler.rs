@@ -12,6 +12,7 @@ use kvd_connectors::meta::{self, RankHello};
 use kvd_connectors::notice::Level;
 use kvd_connectors::scheduler::{Adapter, Match, Scheduler, Settings};
 use kvd_connectors::worker::Counters;
+use kvd_core::{GroupKind, GroupRule};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
@@ -35,8 +36,8 @@ pub(crate) fn instance_id(py: Python<'_>, bytes: &[u8]) -> PyResult<[u8; 16]> {
         .map_err(|_| invalid(py, "an instance id has 16 bytes"))
 }
 
-/// Blocks wanted (position in the ids, first block), orders if none are, whether there are notices.
-type Step<'py> = (Vec<(usize, u32)>, Option<Bound<'py, PyBytes>>, bool);
+/// Blocks wanted (position in the ids, group, first block), orders if none are, whether there are notices.
+type Step<'py> = (Vec<(usize, u32, u32)>, Option<Bound<'py, PyBytes>>, bool);
 
 fn strings(list: &[PyBackedStr]) -> Vec<&str> {
     list.iter().map(|text| -> &str { text }).collect()
@@ -62,7 +63,7 @@ impl SchedulerHalf {
 impl SchedulerHalf {
     /// A scheduler half whose link connects in the background.
     #[new]
-    #[pyo3(signature = (socket, instance, label, *, world, block_tokens, lookup_deadline_ms=20, startup_deadline_ms=1000,
+    #[pyo3(signature = (socket, instance, label, *, world, groups, lookup_deadline_ms=20, startup_deadline_ms=1000,
                         share_deadline_ms=10_000, hold_deadline_ms=1000, lease_ms=10_000, max_in_flight=4096,
                         drop_last=false))]
     #[allow(
@@ -75,7 +76,7 @@ impl SchedulerHalf {
         instance: &[u8],
         label: String,
         world: u32,
-        block_tokens: u32,
+        groups: Vec<(String, u32, u32, bool)>,
         lookup_deadline_ms: u64,
         startup_deadline_ms: u64,
         share_deadline_ms: u64,
@@ -84,9 +85,16 @@ impl SchedulerHalf {
         max_in_flight: u32,
         drop_last: bool,
     ) -> PyResult<Self> {
+        let offered = (0..).zip(&groups).filter(|(_, group)| group.3);
+        let offered = offered.map(|(group, _)| group).collect();
+        let groups: Vec<GroupRule> = groups
+            .into_iter()
+            .map(|(kind, tokens, window, _)| rule(py, &kind, tokens, window))
+            .collect::<PyResult<_>>()?;
         let settings = Settings {
             world,
-            block_tokens,
+            groups,
+            offered,
             lookup_deadline: lookup_deadline_ms * 1000,
             startup_deadline: startup_deadline_ms * 1000,
             share_deadline: share_deadline_ms * 1000,
@@ -142,7 +150,13 @@ impl SchedulerHalf {
         self.with(|half| half.on_new_request(now_us(), id, adapter, hashes, skip));
     }
 
-    /// Blocks that can be loaded; -1: ask again later; -2: `ask` first.
+    /// Tokens of which every hit is a multiple, and tokens from hash to hash.
+    fn unit_and_grain(&self) -> (u32, u32) {
+        self.with(|half| (half.settings().unit(), half.settings().grain()))
+            .unwrap_or((1, 1))
+    }
+
+    /// Units that can be loaded; -1: ask again later; -2: `ask` first.
     fn matched(&self, id: &str, computed: u32) -> i64 {
         match self.with(|half| half.matched(now_us(), id, computed)) {
             Some(Match::Blocks(blocks)) => i64::from(blocks),
@@ -156,23 +170,27 @@ impl SchedulerHalf {
         self.with(|half| half.ask(now_us(), id, hashes));
     }
 
-    fn allocated(&self, id: &str, external: u32, blocks: Vec<u32>) {
+    fn allocated(&self, id: &str, external: u32, blocks: Vec<Vec<u32>>) {
         self.with(|half| half.allocated(id, external, &blocks));
     }
 
-    /// Begins a step, and ends it at once if no blocks are wanted: (wanted, orders, whether there are notices).
+    /// Begins a step, and ends it at once if no blocks are wanted, unless it is to stay open: (wanted, orders, whether there are
+    /// notices).
     fn step<'py>(
         &self,
         py: Python<'py>,
         preempted: Vec<PyBackedStr>,
         ids: &Bound<'py, PyList>,
         computed: Vec<u32>,
+        ahead: Vec<u32>,
+        open: bool,
     ) -> PyResult<Step<'py>> {
         let ids: Vec<PyBackedStr> = ids.extract()?;
         let done = self.with(|half| {
             let now = now_us();
-            let wanted = half.begin_step(now, &strings(&preempted), &strings(&ids), &computed);
-            let orders = wanted.is_empty().then(|| half.end_step(now));
+            let (preempted, ids) = (strings(&preempted), strings(&ids));
+            let wanted = half.begin_step(now, &preempted, &ids, &computed, &ahead);
+            let orders = (wanted.is_empty() && !open).then(|| half.end_step(now));
             (wanted, orders, half.has_notices())
         });
         let failed = self.failed.load(Ordering::Relaxed);
@@ -184,8 +202,26 @@ impl SchedulerHalf {
         ))
     }
 
-    fn capture(&self, id: &str, hashes: &[u8], blocks: Vec<u32>) {
-        self.with(|half| half.capture(now_us(), id, hashes, &blocks));
+    fn capture(&self, id: &str, group: u32, hashes: &[u8], blocks: Vec<u32>) -> Vec<u32> {
+        self.with(|half| half.capture(now_us(), id, group, hashes, &blocks))
+            .unwrap_or_default()
+    }
+
+    fn capture_state(&self, id: &str, group: u32, hash: &[u8], block: u32) -> Vec<u32> {
+        self.with(|half| half.capture_state(now_us(), id, group, hash, block))
+            .unwrap_or_default()
+    }
+
+    fn limit_held(&self, most: u32) {
+        self.with(|half| half.limit_held(most));
+    }
+
+    fn lets_go_soon(&self) -> bool {
+        self.with(|half| half.lets_go_soon()).unwrap_or(false)
+    }
+
+    fn released(&self) -> Vec<u32> {
+        self.with(Scheduler::released).unwrap_or_default()
     }
 
     fn end_step<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
@@ -199,6 +235,7 @@ impl SchedulerHalf {
         sent: Vec<PyBackedStr>,
         received: Vec<PyBackedStr>,
         invalid_blocks: Vec<u32>,
+        failed: Vec<PyBackedStr>,
         reports: Vec<PyBackedBytes>,
     ) -> PyResult<()> {
         let reports: Vec<&[u8]> = reports.iter().map(|report| -> &[u8] { report }).collect();
@@ -207,6 +244,7 @@ impl SchedulerHalf {
                 &strings(&sent),
                 &strings(&received),
                 &invalid_blocks,
+                &strings(&failed),
                 &reports,
             )
         })
@@ -214,15 +252,18 @@ impl SchedulerHalf {
         .map_err(|failure| error(py, kvd_client::ErrorKind::Internal, failure.to_string()))
     }
 
-    /// From which block on `finished` wants a request's blocks; -1: none.
-    fn finish_from(&self, id: &str, full: u32) -> i64 {
-        self.with(|half| half.finish_from(now_us(), id, full))
-            .flatten()
-            .map_or(-1, i64::from)
+    /// Of which groups, and from which block on, `last_blocks` wants a request's blocks.
+    fn finish_from(&self, id: &str, computed: u32) -> Vec<(u32, u32)> {
+        self.with(|half| half.finish_from(now_us(), id, computed))
+            .unwrap_or_default()
     }
 
-    fn finished(&self, id: &str, hashes: &[u8], blocks: Vec<u32>) -> bool {
-        self.with(|half| half.finished(now_us(), id, hashes, &blocks))
+    fn last_blocks(&self, id: &str, group: u32, hashes: &[u8], blocks: Vec<u32>) {
+        self.with(|half| half.last_blocks(id, group, hashes, &blocks));
+    }
+
+    fn finished(&self, id: &str) -> bool {
+        self.with(|half| half.finished(now_us(), id))
             .unwrap_or(false)
     }
 
@@ -263,6 +304,7 @@ impl SchedulerHalf {
         let (requests, in_flight, loads) = half.load_and_hold();
         stats.set_item("requests_known", requests)?;
         stats.set_item("blocks_in_flight", in_flight)?;
+        stats.set_item("blocks_held", half.held())?;
         stats.set_item("loads_under_way", loads)?;
         stats.set_item("connected", half.port().connected())?;
         stats.set_item("refusal", half.refusal())?;
@@ -289,6 +331,14 @@ impl SchedulerHalf {
         let half = self.inner.lock().take();
         py.detach(|| drop(half));
     }
+}
+
+/// What a hit needs of a group; a window of 0 is none.
+fn rule(py: Python<'_>, kind: &str, tokens: u32, window: u32) -> PyResult<GroupRule> {
+    let kind = GroupKind::from_word(kind)
+        .ok_or_else(|| invalid(py, format!("'{kind}' is no kind of KV-cache group")))?;
+    GroupRule::new(kind, tokens, (window > 0).then_some(window))
+        .map_err(|failure| invalid(py, failure.to_string()))
 }
 
 /// A link with this crate's limits.

@@ -19,8 +19,42 @@ use crate::cache::KvCache;
 use crate::errors::{error, from_client};
 use crate::scheduler::{clock, instance_id, start_link};
 
-/// What a step brought to an end: requests sent, requests received, blocks that could not be loaded.
-type Results = (Vec<String>, Vec<String>, Vec<u32>);
+/// What a step brought to an end: requests sent, requests received, blocks that could not be loaded, requests of the received whose
+/// loads failed.
+type Results = (Vec<String>, Vec<String>, Vec<u32>, Vec<String>);
+
+/// What this rank holds of a KV-cache group: attributes of `kvdaemon.vllm.caches.Share`.
+#[derive(FromPyObject)]
+struct Group {
+    kind: String,
+    layer_names: Vec<String>,
+    head_first: u32,
+    heads: u32,
+    heads_total: u32,
+    block_tokens: u32,
+    page_tokens: u32,
+    cell_bytes: u32,
+    window: u32,
+    cache: Py<KvCache>,
+}
+
+impl Group {
+    fn share(&self, group: u32) -> RankGroup {
+        RankGroup {
+            group,
+            kind: self.kind.clone(),
+            layers: self.layer_names.len() as u32,
+            layer_names: self.layer_names.clone(),
+            head_first: self.head_first,
+            heads: self.heads,
+            heads_total: self.heads_total,
+            block_tokens: self.block_tokens,
+            page_tokens: self.page_tokens,
+            cell_bytes: self.cell_bytes,
+            window: self.window,
+        }
+    }
+}
 
 /// See `kvdaemon/_native.pyi`.
 #[pyclass(frozen, module = "kvdaemon._native")]
@@ -36,10 +70,9 @@ impl WorkerHalf {
 
 #[pymethods]
 impl WorkerHalf {
-    /// A worker half whose link connects in the background. Without a cache it only reports why (`refusal`).
+    /// A worker half whose link connects in the background. Without groups it only reports why (`refusal`).
     #[new]
-    #[pyo3(signature = (socket, instance, label, *, rank, world, stage, machine, encoding, scales, refusal, cache, kind, layer_names,
-                        head_first, heads, heads_total, block_tokens, page_tokens, cell_bytes, copy_threads=2,
+    #[pyo3(signature = (socket, instance, label, *, rank, world, stage, machine, encoding, scales, refusal, groups, copy_threads=2,
                         load_deadline_ms=2000))]
     #[allow(
         clippy::too_many_arguments,
@@ -57,15 +90,7 @@ impl WorkerHalf {
         encoding: String,
         scales: String,
         refusal: String,
-        cache: Option<&KvCache>,
-        kind: String,
-        layer_names: Vec<String>,
-        head_first: u32,
-        heads: u32,
-        heads_total: u32,
-        block_tokens: u32,
-        page_tokens: u32,
-        cell_bytes: u32,
+        groups: Vec<Group>,
         copy_threads: usize,
         load_deadline_ms: u64,
     ) -> PyResult<Self> {
@@ -78,18 +103,10 @@ impl WorkerHalf {
             machine,
             encoding,
             scales,
-            groups: vec![RankGroup {
-                group: 0,
-                kind,
-                layers: layer_names.len() as u32,
-                layer_names,
-                head_first,
-                heads,
-                heads_total,
-                block_tokens,
-                page_tokens,
-                cell_bytes,
-            }],
+            groups: (0..)
+                .zip(&groups)
+                .map(|(number, group)| group.share(number))
+                .collect(),
         };
         let identity = Identity {
             instance: instance_id(py, instance)?,
@@ -100,8 +117,8 @@ impl WorkerHalf {
         };
         let link = start_link(socket, identity).map_err(|failure| from_client(py, &failure))?;
         // Without a cache nothing is copied.
-        let device: Arc<dyn Device> = match cache {
-            Some(cache) => Arc::clone(&cache.device),
+        let device: Arc<dyn Device> = match groups.first() {
+            Some(group) => Arc::clone(&group.cache.get().device),
             None => Arc::new(HostDevice),
         };
         let settings = Settings {
@@ -115,7 +132,10 @@ impl WorkerHalf {
             device,
             clock(),
             hello,
-            cache.map(|cache| cache.pages.clone()),
+            groups
+                .iter()
+                .map(|group| group.cache.get().pages.clone())
+                .collect(),
         )?;
         Ok(WorkerHalf {
             inner: Mutex::new(Some(worker)),
@@ -171,7 +191,12 @@ impl WorkerHalf {
 
     fn results(&self) -> Results {
         let results = self.with(Worker::results).unwrap_or_default();
-        (results.sent, results.received, results.invalid)
+        (
+            results.sent,
+            results.received,
+            results.invalid,
+            results.failed,
+        )
     }
 
     fn report<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {

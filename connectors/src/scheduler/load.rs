@@ -6,16 +6,30 @@ use super::request::Lookup;
 use crate::HASH_BYTES;
 use crate::meta::LoadOrder;
 
+/// What a load brings into one KV-cache group.
+#[derive(Debug)]
+struct GroupLoad {
+    group: u32,
+    /// Position in the group's chain of the first block that is loaded.
+    first: u32,
+    hashes: Vec<u8>,
+    blocks: Vec<u32>,
+}
+
+impl GroupLoad {
+    fn brings(&self, at: u32, hash: &[u8]) -> bool {
+        let from = (at.wrapping_sub(self.first) as usize).saturating_mul(HASH_BYTES);
+        at >= self.first && self.hashes.get(from..from + HASH_BYTES) == Some(hash)
+    }
+}
+
 /// A load under way.
 #[derive(Debug)]
 pub(crate) struct ActiveLoad {
     request: String,
-    /// Position in the chain of the first block that is loaded.
-    first: u32,
-    hashes: Vec<u8>,
-    blocks: Vec<u32>,
+    groups: Vec<GroupLoad>,
     lease: u64,
-    /// Position in the chain of the first block that some rank could not load.
+    /// Position in the chain of the first block that some rank could not load; 0 where there are several groups.
     failed: Option<u32>,
 }
 
@@ -27,9 +41,9 @@ impl ActiveLoad {
 }
 
 impl<P: Port> Scheduler<P> {
-    /// The engine has allocated blocks for a request: `external` of them, beyond those that it has, are to be loaded. `blocks`
-    /// are all of the request's. Called with 0 when there is nothing (more) to load.
-    pub fn allocated(&mut self, id: &str, external: u32, blocks: &[u32]) {
+    /// The engine has allocated blocks for a request: `external` units of it, beyond those that it has, are to be loaded. `blocks` are
+    /// all of the request's, group by group. Called with 0 when there is nothing (more) to load.
+    pub fn allocated(&mut self, id: &str, external: u32, blocks: &[Vec<u32>]) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
@@ -37,7 +51,7 @@ impl<P: Port> Scheduler<P> {
         if request.loading {
             return;
         }
-        let Some((first, most)) = offer.filter(|_| external > 0) else {
+        let Some((computed, most)) = offer.filter(|_| external > 0) else {
             if offer.is_some() {
                 self.give_back_lease(id);
                 if let Some(request) = self.requests.get_mut(id) {
@@ -55,37 +69,86 @@ impl<P: Port> Scheduler<P> {
         else {
             return;
         };
-        let (from, to) = (first as usize, (first + external.min(most)) as usize);
-        if blocks.len() < to || hashes.len() < to * HASH_BYTES {
-            self.release(lease);
+        let units = (computed, computed + external.min(most));
+        let groups = self.wanted(&hashes, units, Some(blocks)).unwrap_or_else(|| {
             self.notices.warn(
-                "the engine allocated fewer blocks than it said; a load was given up and will be reported as failed",
+                "the engine allocated other blocks than it said; a load was given up and is reported as failed",
             );
-            return;
+            let all = (0..).zip(blocks);
+            let broken = all.map(|(group, blocks)| GroupLoad {
+                group,
+                first: 0,
+                hashes: Vec::new(),
+                blocks: blocks.clone(),
+            });
+            broken.collect()
+        });
+        if let Some(request) = self.requests.get_mut(id) {
+            request.loading = true;
+            self.settings.pass(&mut request.next, units.1);
         }
-        request.loading = true;
-        request.next = to as u32;
-        let load = ActiveLoad {
+        self.counters.loads += 1;
+        for group in &groups {
+            self.counters.loaded_blocks += group.blocks.len() as u64;
+            self.pending_loads.push(LoadOrder {
+                request: id.to_owned(),
+                namespace,
+                group: group.group,
+                hashes: group.hashes.clone(),
+                blocks: group.blocks.clone(),
+            });
+        }
+        self.loads.push(ActiveLoad {
             request: id.to_owned(),
-            first,
-            hashes: hashes[from * HASH_BYTES..to * HASH_BYTES].to_vec(),
-            blocks: blocks[from..to].to_vec(),
+            groups,
             lease,
             failed: None,
-        };
-        self.counters.loads += 1;
-        self.counters.loaded_blocks += load.blocks.len() as u64;
-        self.pending_loads.push(LoadOrder {
-            request: load.request.clone(),
-            namespace,
-            group: 0,
-            hashes: load.hashes.clone(),
-            blocks: load.blocks.clone(),
         });
-        self.loads.push(load);
     }
 
-    /// Whether another request's load under way covers the first block that this one lacks.
+    /// What of each group's chain has to be loaded to come from one number of units to another; `hashes` are all that were asked. With
+    /// the engine's `blocks`, or none yet. `None`: there are no such hashes, or no such blocks.
+    fn wanted(
+        &self,
+        hashes: &[u8],
+        (computed, units): (u32, u32),
+        blocks: Option<&[Vec<u32>]>,
+    ) -> Option<Vec<GroupLoad>> {
+        let (unit, grain) = (self.settings.unit(), self.settings.grain());
+        let (hashes, _) = hashes.as_chunks::<HASH_BYTES>();
+        let mut groups = Vec::new();
+        for (group, rule) in (0u32..).zip(&self.settings.groups) {
+            let (first, end) = rule.needs(units * unit, computed * unit);
+            if first == end {
+                continue;
+            }
+            let each = (rule.span() / grain) as usize;
+            let hash = |at: u32| hashes.get((at as usize + 1) * each - 1).copied();
+            let own = match blocks {
+                None => Vec::new(),
+                Some(blocks) => {
+                    let all = blocks.get(group as usize)?;
+                    all.get(first as usize..end as usize)?.to_vec()
+                }
+            };
+            // A block that the engine does not keep is shown as 0.
+            if rule.stands_alone() && own.contains(&0) {
+                return None;
+            }
+            groups.push(GroupLoad {
+                group,
+                first,
+                hashes: (first..end)
+                    .map(hash)
+                    .collect::<Option<Vec<[u8; HASH_BYTES]>>>()?
+                    .concat(),
+                blocks: own,
+            });
+        }
+        Some(groups)
+    }
+
+    /// Whether another request's load under way brings the first block that this one lacks.
     pub(crate) fn loaded_by_another(&self, id: &str, computed: u32) -> bool {
         let Some(request) = self.requests.get(id) else {
             return false;
@@ -93,27 +156,34 @@ impl<P: Port> Scheduler<P> {
         let Lookup::Answered { hashes, .. } = &request.lookup else {
             return false;
         };
-        let at = computed as usize * HASH_BYTES;
-        let Some(wanted) = hashes.get(at..at + HASH_BYTES) else {
+        if self.loads.is_empty() {
+            return false;
+        }
+        let next = self.wanted(hashes, (computed, computed + 1), None);
+        let Some(first) = next.as_ref().and_then(|groups| groups.first()) else {
             return false;
         };
+        let hash = &first.hashes[..HASH_BYTES];
         self.loads.iter().any(|load| {
-            let at = (computed.wrapping_sub(load.first) as usize).saturating_mul(HASH_BYTES);
-            computed >= load.first
-                && load.request != id
-                && load.hashes.get(at..at + HASH_BYTES) == Some(wanted)
+            let mut groups = load.groups.iter();
+            load.request != id
+                && groups.any(|own| own.group == first.group && own.brings(first.first, hash))
         })
     }
 
-    /// Some ranks could not load these blocks.
-    pub(crate) fn loads_failed(&mut self, invalid: &[u32]) {
-        if invalid.is_empty() {
+    /// Some ranks could not load these blocks, or what these requests wait for.
+    pub(crate) fn loads_failed(&mut self, invalid: &[u32], requests: &[&str]) {
+        if invalid.is_empty() && requests.is_empty() {
             return;
         }
         for load in &mut self.loads {
-            let first = load.first;
-            let failed = (first..)
-                .zip(&load.blocks)
+            if requests.contains(&load.request.as_str()) {
+                load.failed = Some(0);
+            }
+            // The engine's numbers say which block only where there is one group.
+            let [own] = &load.groups[..] else { continue };
+            let failed = (own.first..)
+                .zip(&own.blocks)
                 .find(|(_, block)| invalid.contains(block))
                 .map(|(at, _)| at);
             load.failed = match (load.failed, failed) {
@@ -138,7 +208,7 @@ impl<P: Port> Scheduler<P> {
         if let Some(request) = self.requests.get_mut(id) {
             request.loading = false;
             if let Some(failed) = load.failed {
-                request.next = failed;
+                request.next.fill(failed);
             }
         }
     }

@@ -1,7 +1,8 @@
 //! What can be loaded for a request: asked when it comes, polled when the engine wants to know, believed only for so long.
 
+use kvd_core::hit::{self, GroupRule, Run};
 use kvd_wire::session::{
-    Chain, Lookup as LookupBody, LookupReply, Release, Where, reply, request::Body,
+    Chain, Lookup as LookupBody, Presence, Release, Where, reply, request::Body,
 };
 
 use super::Scheduler;
@@ -20,12 +21,13 @@ pub enum Match {
     Wait,
     /// Give the hashes to [`Scheduler::ask`], then ask again.
     NeedHashes,
-    /// So many blocks beyond those that the engine has.
+    /// So many [units](super::Settings::unit) beyond those that the engine has: blocks, where all groups have blocks of one size.
     Blocks(u32),
 }
 
 impl<P: Port> Scheduler<P> {
-    /// Sends a lookup for a request's blocks: `hashes` of all that may be loaded, from its first block on.
+    /// Sends a lookup for a request's blocks: `hashes` of all that may be loaded, from its first block on, one for every
+    /// [grain](super::Settings::grain) of tokens.
     pub fn ask(&mut self, now: u64, id: &str, hashes: &[u8]) {
         let Some(request) = self.requests.get(id) else {
             return;
@@ -53,13 +55,11 @@ impl<P: Port> Scheduler<P> {
         }
         let body = Body::Lookup(LookupBody {
             namespace: name.namespace,
-            chains: vec![Chain {
-                group: 0,
-                hashes: hashes.to_vec().into(),
-                parent: Vec::new().into(),
-            }],
+            chains: self.chains(hashes),
             lease_ms: self.settings.lease_ms,
             leading: true,
+            hit: self.settings.groups.len() > 1
+                || self.settings.groups.iter().any(GroupRule::stands_alone),
         });
         match self.port.submit_on(&name, body) {
             Ok(ticket) => {
@@ -79,7 +79,29 @@ impl<P: Port> Scheduler<P> {
         }
     }
 
-    /// What can be loaded for a request of which the engine has `computed` blocks. The engine asks this only for requests that
+    /// The chain of each group: the hash of a block is that at its end.
+    fn chains(&self, hashes: &[u8]) -> Vec<Chain> {
+        let (all, _) = hashes.as_chunks::<HASH_BYTES>();
+        let grain = self.settings.grain();
+        let chain = |(group, rule): (u32, &GroupRule)| {
+            let each = (rule.span() / grain) as usize;
+            let hashes: Vec<u8> = match each {
+                1 => hashes.to_vec(),
+                _ => all
+                    .chunks_exact(each)
+                    .flat_map(|block| block[each - 1])
+                    .collect(),
+            };
+            Chain {
+                group,
+                hashes: hashes.into(),
+                parent: Vec::new().into(),
+            }
+        };
+        (0..).zip(&self.settings.groups).map(chain).collect()
+    }
+
+    /// What can be loaded for a request of which the engine has `computed` units. The engine asks this only for requests that
     /// start from nothing (again), and perhaps in every step.
     pub fn matched(&mut self, now: u64, id: &str, computed: u32) -> Match {
         let answer = self.answer(now, id, computed);
@@ -153,15 +175,19 @@ impl<P: Port> Scheduler<P> {
                 Match::Blocks(0)
             }
             Lookup::Answered {
-                present,
+                runs,
                 at,
+                hashes,
                 namespace,
                 belief,
                 ..
             } => {
+                let present = self
+                    .settings
+                    .found(runs, hashes.len() / HASH_BYTES, computed);
                 let fresh = *namespace == index
                     && *belief == belief_now
-                    && (*present <= computed || now.saturating_sub(*at) < lease_us * 3 / 4);
+                    && (present <= computed || now.saturating_sub(*at) < lease_us * 3 / 4);
                 if !fresh {
                     self.give_back_lease(id);
                     if let Some(request) = self.requests.get_mut(id) {
@@ -172,7 +198,6 @@ impl<P: Port> Scheduler<P> {
                     }
                     return self.settle(id);
                 }
-                let present = *present;
                 self.offer(now, id, computed, present)
             }
         }
@@ -180,9 +205,7 @@ impl<P: Port> Scheduler<P> {
 
     fn offer(&mut self, now: u64, id: &str, computed: u32, present: u32) -> Match {
         if present <= computed {
-            if let Some(request) = self.requests.get_mut(id) {
-                request.next = request.next.max(present);
-            }
+            self.need_not_store(id);
             return self.settle(id);
         }
         if self.loaded_by_another(id, computed) {
@@ -200,6 +223,18 @@ impl<P: Port> Scheduler<P> {
             request.offer = Some((computed, present - computed));
         }
         Match::Blocks(present - computed)
+    }
+
+    /// What the daemon has of a request need not be stored.
+    fn need_not_store(&mut self, id: &str) {
+        let settings = &self.settings;
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        if let Lookup::Answered { runs, hashes, .. } = &request.lookup {
+            let found = settings.found(runs, hashes.len() / HASH_BYTES, 0);
+            settings.pass(&mut request.next, found);
+        }
     }
 
     /// Takes the reply of a request's lookup, if it has come.
@@ -225,10 +260,10 @@ impl<P: Port> Scheduler<P> {
         };
         match answer {
             Ok(reply::Body::Lookup(reply)) => {
-                let found = leading(&reply).min((hashes.len() / HASH_BYTES) as u32);
-                let present = found.saturating_sub(u32::from(self.settings.drop_last));
+                let mut runs: Vec<Vec<Run>> = reply.chains.iter().map(loadable).collect();
+                runs.resize(self.settings.groups.len(), Vec::new());
                 request.lookup = Lookup::Answered {
-                    present,
+                    runs,
                     at: now,
                     lease: reply.lease,
                     hashes,
@@ -270,63 +305,108 @@ impl<P: Port> Scheduler<P> {
     }
 }
 
-/// How many blocks, from the first one on, can be loaded.
-fn leading(reply: &LookupReply) -> u32 {
-    let Some(presence) = reply.chains.first() else {
-        return 0;
-    };
-    let mut end = 0;
-    for ((start, length), place) in presence
-        .start
-        .iter()
-        .zip(&presence.length)
-        .zip(&presence.r#where)
-    {
+impl super::Settings {
+    /// Units that can be loaded, given what is there of each group, the hashes that were asked, and the `computed` units that the engine
+    /// has.
+    fn found(&self, runs: &[Vec<Run>], hashes: usize, computed: u32) -> u32 {
+        let unit = self.unit();
+        let mut most = (hashes as u64 * u64::from(self.grain())).min(u32::MAX.into()) as u32;
+        if self.drop_last {
+            let whole = self
+                .groups
+                .iter()
+                .zip(runs)
+                .filter(|(rule, _)| !rule.stands_alone());
+            let ends = whole.map(|(rule, runs)| match runs.first() {
+                Some((0, end)) => u64::from(*end) * u64::from(rule.span()),
+                _ => 0,
+            });
+            let end = ends.min().unwrap_or(most.into()).min(most.into()) as u32;
+            most = end.saturating_sub(unit);
+        }
+        let groups: Vec<(GroupRule, &[Run])> = self
+            .groups
+            .iter()
+            .zip(runs)
+            .map(|(rule, runs)| (*rule, &runs[..]))
+            .collect();
+        hit::longest(&groups, unit, most, computed.saturating_mul(unit)) / unit
+    }
+
+    /// Of each group, the blocks within so many units need not be stored.
+    pub(super) fn pass(&self, next: &mut [u32], units: u32) {
+        let tokens = u64::from(units) * u64::from(self.unit());
+        for (next, rule) in next.iter_mut().zip(&self.groups) {
+            *next = (*next).max((tokens / u64::from(rule.span())) as u32);
+        }
+    }
+}
+
+/// The runs of blocks that can be loaded.
+fn loadable(presence: &Presence) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let all = presence.start.iter().zip(&presence.length);
+    for ((start, length), place) in all.zip(&presence.r#where) {
         let loadable = matches!(
             Where::try_from(*place),
             Ok(Where::Host | Where::Nvme | Where::Object | Where::Fetching)
         );
-        if *start != end || !loadable {
-            break;
+        let end = start.saturating_add(*length);
+        match runs.last_mut() {
+            // Runs that overlap or go back make no sense.
+            Some(run) if *start < run.1 => return runs,
+            Some(run) if loadable && *start == run.1 => run.1 = end,
+            _ if loadable && *length > 0 => runs.push((*start, end)),
+            _ => {}
         }
-        end = start.saturating_add(*length);
     }
-    end
+    runs
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvd_wire::session::Presence;
+    use kvd_core::GroupKind;
 
-    fn reply(runs: &[(u32, u32, Where)]) -> LookupReply {
-        LookupReply {
-            chains: vec![Presence {
-                start: runs.iter().map(|run| run.0).collect(),
-                length: runs.iter().map(|run| run.1).collect(),
-                r#where: runs.iter().map(|run| run.2 as i32).collect(),
-            }],
-            lease: 0,
-            ..LookupReply::default()
+    fn presence(runs: &[(u32, u32, Where)]) -> Presence {
+        Presence {
+            start: runs.iter().map(|run| run.0).collect(),
+            length: runs.iter().map(|run| run.1).collect(),
+            r#where: runs.iter().map(|run| run.2 as i32).collect(),
         }
     }
 
     #[test]
-    fn only_the_leading_loadable_run_counts() {
-        assert_eq!(leading(&reply(&[])), 0);
-        assert_eq!(leading(&reply(&[(1, 3, Where::Host)])), 0);
-        assert_eq!(
-            leading(&reply(&[(0, 3, Where::Host), (3, 2, Where::Nvme)])),
-            5
-        );
-        assert_eq!(
-            leading(&reply(&[(0, 3, Where::Host), (3, 2, Where::Filling)])),
-            3
-        );
-        assert_eq!(
-            leading(&reply(&[(0, 3, Where::Host), (4, 2, Where::Host)])),
-            3
-        );
-        assert_eq!(leading(&LookupReply::default()), 0);
+    fn only_what_can_be_loaded_counts() {
+        assert_eq!(loadable(&presence(&[])), []);
+        assert_eq!(loadable(&presence(&[(1, 3, Where::Host)])), [(1, 4)]);
+        let two = [(0, 3, Where::Host), (3, 2, Where::Nvme)];
+        assert_eq!(loadable(&presence(&two)), [(0, 5)]);
+        let filling = [(0, 3, Where::Host), (3, 2, Where::Filling)];
+        assert_eq!(loadable(&presence(&filling)), [(0, 3)]);
+        let apart = [(0, 3, Where::Host), (4, 2, Where::Host)];
+        assert_eq!(loadable(&presence(&apart)), [(0, 3), (4, 6)]);
+        let back = [(4, 2, Where::Host), (0, 3, Where::Host)];
+        assert_eq!(loadable(&presence(&back)), [(4, 6)]);
+        assert_eq!(loadable(&presence(&[(0, 0, Where::Host)])), []);
+    }
+
+    #[test]
+    fn a_drafter_that_reads_ahead_costs_a_unit_before_windows_are_asked() {
+        let rule = |kind, window| GroupRule::new(kind, 4, window).unwrap();
+        let settings = super::super::Settings {
+            groups: vec![
+                rule(GroupKind::Full, None),
+                rule(GroupKind::SlidingWindow, Some(5)),
+            ],
+            drop_last: true,
+            ..super::super::Settings::default()
+        };
+        let runs = [vec![(0, 6)], vec![(2, 3), (4, 6)]];
+        assert_eq!(settings.found(&runs, 8, 0), 5);
+        assert_eq!(settings.found(&runs, 5, 0), 3);
+        let mut next = [1, 7];
+        settings.pass(&mut next, 5);
+        assert_eq!(next, [5, 7]);
     }
 }

@@ -4,7 +4,8 @@
 //! It runs on the engine's scheduler thread, so **nothing here waits**: a request to the daemon is sent and polled, and time is
 //! an argument. It keeps to what the engine guarantees of its blocks: a full block that a request holds is not written again;
 //! blocks are taken away by preemption, or given back when the request has finished, and then only after the workers have
-//! said that no copy out of them is under way. Deliberately absent: copies, threads, clocks, sockets, Python.
+//! said that no copy out of them is under way. Blocks that a request outgrows while it runs (of a sliding window, or states) are
+//! kept by the engine for as long as this half says. Deliberately absent: copies, threads, clocks, sockets, Python.
 
 mod counters;
 mod load;
@@ -26,6 +27,7 @@ pub(crate) use namespaces::layouts;
 pub use port::{Fault, Port, Registered};
 pub use request::Adapter;
 
+use kvd_core::hit::{self, GroupRule};
 use prost::Message;
 use request::{Leaving, Request};
 
@@ -41,15 +43,17 @@ use store::OpenOrder;
 pub struct Settings {
     /// Number of workers of the instance.
     pub world: u32,
-    /// Tokens of a block.
-    pub block_tokens: u32,
+    /// What a hit needs of each KV-cache group, by number.
+    pub groups: Vec<GroupRule>,
+    /// Groups whose blocks the engine offers one by one ([`Scheduler::capture_state`]); their place in a request says nothing.
+    pub offered: Vec<u32>,
     /// How long a request waits for the answer to its lookup.
     pub lookup_deadline: u64,
     /// How long the first requests wait until all workers have said what they hold.
     pub startup_deadline: u64,
     /// How long a request waits for another request's load of the same blocks.
     pub share_deadline: u64,
-    /// How long a finished request's blocks are held for slots that were asked for.
+    /// How long blocks are held for slots that were asked for: those of a finished request, and those that a running one outgrew.
     pub hold_deadline: u64,
     /// How long what a lookup found is kept for us, in milliseconds.
     pub lease_ms: u32,
@@ -57,7 +61,9 @@ pub struct Settings {
     pub max_in_flight: u32,
     /// Most blocks asked for in one request.
     pub batch: u32,
-    /// The last block of a hit is not used: its KV depends on the token after it (speculative drafters with KV of their own).
+    /// Most blocks that the engine keeps for us beyond what its requests need.
+    pub max_held: u32,
+    /// The last unit of a hit is not used: its KV depends on the token after it (speculative drafters with KV of their own).
     pub drop_last: bool,
 }
 
@@ -65,7 +71,8 @@ impl Default for Settings {
     fn default() -> Self {
         Settings {
             world: 1,
-            block_tokens: 16,
+            groups: Vec::new(),
+            offered: Vec::new(),
             lookup_deadline: 20_000,
             startup_deadline: 1_000_000,
             share_deadline: 10_000_000,
@@ -73,8 +80,21 @@ impl Default for Settings {
             lease_ms: 10_000,
             max_in_flight: 4096,
             batch: 1024,
+            max_held: 4096,
             drop_last: false,
         }
+    }
+}
+
+impl Settings {
+    /// Tokens of which every hit is a multiple: what the blocks of all groups divide.
+    pub fn unit(&self) -> u32 {
+        hit::unit(&self.groups).unwrap_or(u32::MAX)
+    }
+
+    /// Tokens from hash to hash, as this half is given them: the most that divides the blocks of all groups.
+    pub fn grain(&self) -> u32 {
+        hit::grain(&self.groups)
     }
 }
 
@@ -102,6 +122,10 @@ pub struct Scheduler<P: Port> {
     next_order: u64,
     /// Blocks reserved (or asked for) and not yet reported as copied.
     in_flight: u32,
+    /// Of those: blocks that the engine keeps for us.
+    held: u32,
+    /// Blocks that it need not keep any more.
+    released: Vec<u32>,
     /// Until when (us) nothing is reserved, because the daemon had no room.
     no_room_until: u64,
     silence: Silence<P::Ticket>,
@@ -129,6 +153,8 @@ impl<P: Port> Scheduler<P> {
             orders: BTreeMap::new(),
             next_order: 1,
             in_flight: 0,
+            held: 0,
+            released: Vec::new(),
             no_room_until: 0,
             silence: Silence::new(),
             belief: 0,
@@ -141,6 +167,11 @@ impl<P: Port> Scheduler<P> {
             settings,
             port,
         }
+    }
+
+    /// What was chosen.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The daemon, as this half sees it.
@@ -173,9 +204,9 @@ impl<P: Port> Scheduler<P> {
         skip: bool,
     ) {
         self.counters.requests += 1;
-        let epoch = self.namespaces.epoch();
+        let (epoch, groups) = (self.namespaces.epoch(), self.settings.groups.len());
         self.requests
-            .insert(id.to_owned(), Request::new(adapter, skip, epoch));
+            .insert(id.to_owned(), Request::new(adapter, skip, epoch, groups));
         if !skip && !hashes.is_empty() {
             self.ask(now, id, hashes);
         }
@@ -193,29 +224,43 @@ impl<P: Port> Scheduler<P> {
     }
 
     /// Begins a step. `preempted` lost their blocks since the last one; `ids` are scheduled, with so many tokens `computed`
-    /// before this step. The result says whose blocks (position in `ids`), and from which block on, are wanted by
-    /// [`Scheduler::capture`].
+    /// before this step, and `ahead` more in it. The result says whose blocks (position in `ids`), of which KV-cache group, and from
+    /// which block on, are wanted by [`Scheduler::capture`].
+    ///
+    /// Blocks that are worth something alone (those of a window, say) are wanted in the step that computes them: the engine may give
+    /// them up in the next. Others stay with the request, and are wanted once they are computed.
     pub fn begin_step(
         &mut self,
         now: u64,
         preempted: &[&str],
         ids: &[&str],
         computed: &[u32],
-    ) -> Vec<(usize, u32)> {
+        ahead: &[u32],
+    ) -> Vec<(usize, u32, u32)> {
         self.note_connection();
         for id in preempted {
             self.preempt(id);
         }
         let can_reserve = !self.is_silent(now) && self.can_reserve(now);
-        let (tokens, epoch) = (self.settings.block_tokens, self.namespaces.epoch());
+        let epoch = self.namespaces.epoch();
         let mut wanted = Vec::new();
         for (at, (id, computed)) in ids.iter().zip(computed).enumerate() {
             let Some(request) = self.requests.get_mut(*id) else {
                 continue;
             };
             request.ran = true;
-            if can_reserve && computed / tokens > request.next && request.may_store(epoch) {
-                wanted.push((at, request.next));
+            if !can_reserve || !request.may_store(epoch) {
+                continue;
+            }
+            let soon = ahead.get(at).copied().unwrap_or(0);
+            for (group, (rule, next)) in (0..).zip(self.settings.groups.iter().zip(&request.next)) {
+                let computed = match rule.stands_alone() {
+                    true => computed.saturating_add(soon),
+                    false => *computed,
+                };
+                if computed / rule.span() > *next && !self.settings.offered.contains(&group) {
+                    wanted.push((at, group, *next));
+                }
             }
         }
         wanted
@@ -238,7 +283,7 @@ impl<P: Port> Scheduler<P> {
     }
 
     /// What came back from the workers with a step's output: requests whose blocks are free of copies, requests whose loads
-    /// are over, blocks that could not be loaded, and the ranks' reports.
+    /// are over, blocks that could not be loaded, requests whose loads failed, and the ranks' reports.
     ///
     /// # Errors
     /// When a report can't be read; the others have been taken.
@@ -247,6 +292,7 @@ impl<P: Port> Scheduler<P> {
         sent: &[&str],
         received: &[&str],
         invalid: &[u32],
+        failed: &[&str],
         reports: &[&[u8]],
     ) -> Result<(), MetaError> {
         let mut result = Ok(());
@@ -256,7 +302,7 @@ impl<P: Port> Scheduler<P> {
                 Err(error) => result = Err(error),
             }
         }
-        self.loads_failed(invalid);
+        self.loads_failed(invalid, failed);
         for id in received {
             self.load_over(id);
         }
@@ -288,6 +334,34 @@ impl<P: Port> Scheduler<P> {
     /// The workers' counters, as each last reported them.
     pub fn rank_counters(&self) -> impl Iterator<Item = &[u64]> {
         self.ranks.iter().map(|rank| rank.counters.as_slice())
+    }
+
+    /// Takes the blocks that the engine kept for us (see [`Scheduler::capture`]) and need not keep any more, each as often as it was
+    /// asked to keep it.
+    pub fn released(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.released)
+    }
+
+    /// Blocks that the engine keeps for us.
+    pub fn held(&self) -> u32 {
+        self.held
+    }
+
+    /// Whether blocks that the engine keeps for us will be let go soon, so that it need not take others from its requests.
+    pub fn lets_go_soon(&self) -> bool {
+        self.held > 0 && self.port.connected() && !self.silence.lasts()
+    }
+
+    /// Most blocks that the engine keeps for us.
+    pub fn limit_held(&mut self, most: u32) {
+        self.settings.max_held = most;
+    }
+
+    /// The engine need not keep these any more.
+    pub(crate) fn let_go(&mut self, blocks: Vec<u32>) {
+        debug_assert!(self.held as usize >= blocks.len(), "more let go than held");
+        self.held = self.held.saturating_sub(blocks.len() as u32);
+        self.released.extend(blocks);
     }
 
     /// Requests known, blocks in flight, loads under way: all zero when the engine is idle.
@@ -368,11 +442,12 @@ impl<P: Port> Scheduler<P> {
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
-        let asked: usize = request.reservations.iter().map(|r| r.blocks.len()).sum();
+        let (asked, held) = request.give_up_reservations();
         if asked > 0 {
             self.counters.preempted_reservations += 1;
         }
-        self.flew(asked as u32);
+        self.flew(asked);
+        self.let_go(held);
         self.meta.preempted.push(id.to_owned());
         self.give_back_lease(id);
         if let Some(request) = self.requests.get_mut(id) {

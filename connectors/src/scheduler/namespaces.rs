@@ -159,6 +159,10 @@ impl<P: Port> Scheduler<P> {
         let hellos: Vec<RankHello> = self.hellos.iter().flatten().cloned().collect();
         match fleet::assemble(&hellos) {
             Ok(fleet) => {
+                let rules = fleet.groups.iter().map(|group| &group.rule);
+                if !rules.eq(&self.settings.groups) {
+                    return self.refuse("workers and scheduler see different KV-cache groups");
+                }
                 self.namespaces.fleet = Some(fleet);
                 self.prepare();
             }

@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use kvd_core::hit::Run;
+
 use crate::HASH_BYTES;
 
 /// Which adapter computed a request's KV.
@@ -41,6 +43,22 @@ impl Blocks {
         self.blocks.len()
     }
 
+    /// Leaves out the blocks that the engine has given up already: it says 0, which is no block of a request's.
+    pub(crate) fn without_gaps(self) -> Blocks {
+        let (hashes, _) = self.hashes.as_chunks::<HASH_BYTES>();
+        let kept = || {
+            hashes
+                .iter()
+                .zip(&self.blocks)
+                .filter(|(_, block)| **block != 0)
+        };
+        Blocks {
+            parent: Vec::new(),
+            hashes: kept().flat_map(|(hash, _)| *hash).collect(),
+            blocks: kept().map(|(_, block)| *block).collect(),
+        }
+    }
+
     /// Takes the first `count` blocks off.
     pub(crate) fn split_front(&mut self, count: usize) -> Blocks {
         let count = count.min(self.len());
@@ -72,9 +90,9 @@ pub(crate) enum Lookup<T> {
         /// Counts what has made earlier answers void.
         belief: u64,
     },
-    /// Answered: the first `present` blocks can be loaded.
+    /// Answered: of each KV-cache group, these runs of blocks can be loaded.
     Answered {
-        present: u32,
+        runs: Vec<Vec<Run>>,
         at: u64,
         lease: u64,
         hashes: Vec<u8>,
@@ -85,12 +103,24 @@ pub(crate) enum Lookup<T> {
     Settled,
 }
 
+/// Last blocks of a finished request, of one KV-cache group.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tail {
+    pub(crate) group: u32,
+    pub(crate) blocks: Blocks,
+}
+
 /// A reservation under way.
 #[derive(Debug)]
 pub(crate) struct Reservation<T> {
     pub(crate) ticket: T,
     pub(crate) namespace: u32,
+    pub(crate) group: u32,
     pub(crate) blocks: Blocks,
+    /// The engine keeps these blocks until it is told that they are not needed any more.
+    pub(crate) held: bool,
+    /// When (us) it was asked for.
+    pub(crate) since: u64,
     /// Connections of the ranks when it was asked for.
     pub(crate) epochs: Vec<u64>,
     /// The start of the daemon that it was asked of.
@@ -125,16 +155,16 @@ pub(crate) struct Request<T> {
     pub(crate) wanted_at: Option<u64>,
     /// Since when (us) it waits for another request's load.
     pub(crate) shared_since: Option<u64>,
-    /// What was last offered to the engine: first block, blocks.
+    /// What was last offered to the engine, in units: those it has, and those beyond.
     pub(crate) offer: Option<(u32, u32)>,
     /// A load into its blocks is under way.
     pub(crate) loading: bool,
     /// The engine has computed something for it since it (re)started: blocks that it says are computed hold what they should.
     pub(crate) ran: bool,
-    /// Blocks before this are stored, reserved, or need not be.
-    pub(crate) next: u32,
+    /// Of each KV-cache group: blocks before this are stored, reserved, or need not be.
+    pub(crate) next: Vec<u32>,
     /// Blocks to reserve as soon as that is possible; only of a finished request.
-    pub(crate) tail: Blocks,
+    pub(crate) tails: VecDeque<Tail>,
     pub(crate) reservations: VecDeque<Reservation<T>>,
     /// Orders that not all ranks have reported.
     pub(crate) orders: u32,
@@ -144,7 +174,7 @@ pub(crate) struct Request<T> {
 }
 
 impl<T> Request<T> {
-    pub(crate) fn new(adapter: Adapter, skip: bool, epoch: u64) -> Self {
+    pub(crate) fn new(adapter: Adapter, skip: bool, epoch: u64, groups: usize) -> Self {
         Request {
             adapter,
             skip,
@@ -157,8 +187,8 @@ impl<T> Request<T> {
             offer: None,
             loading: false,
             ran: false,
-            next: 0,
-            tail: Blocks::default(),
+            next: vec![0; groups],
+            tails: VecDeque::new(),
             reservations: VecDeque::new(),
             orders: 0,
             leaving: Leaving::No,
@@ -166,7 +196,7 @@ impl<T> Request<T> {
         }
     }
 
-    /// Forgets what concerned blocks that the request has lost. Reservations are given up by dropping their tickets.
+    /// Forgets what concerned blocks that the request has lost, its reservations apart.
     pub(crate) fn restart(&mut self) {
         self.lookup = Lookup::None;
         self.asks = 0;
@@ -174,9 +204,21 @@ impl<T> Request<T> {
         self.shared_since = None;
         self.offer = None;
         self.ran = false;
-        self.next = 0;
-        self.tail = Blocks::default();
-        self.reservations.clear();
+        self.next.fill(0);
+        self.tails.clear();
+    }
+
+    /// Gives its reservations up: what was asked for is given back when the replies come. Returns how many blocks those were, and the
+    /// blocks that the engine keeps for them.
+    pub(crate) fn give_up_reservations(&mut self) -> (u32, Vec<u32>) {
+        let (mut count, mut held) = (0, Vec::new());
+        for reservation in self.reservations.drain(..) {
+            count += reservation.blocks.len() as u32;
+            if reservation.held {
+                held.extend(reservation.blocks.blocks);
+            }
+        }
+        (count, held)
     }
 
     /// What its lookup found is not kept for it any more.
@@ -193,7 +235,7 @@ impl<T> Request<T> {
 
     /// Whether blocks wait for a slot.
     pub(crate) fn has_pending(&self) -> bool {
-        self.tail.len() > 0 || !self.reservations.is_empty()
+        !self.tails.is_empty() || !self.reservations.is_empty()
     }
 }
 
@@ -217,6 +259,11 @@ mod tests {
         assert_eq!(front.hashes.len(), 64);
         assert_eq!(all.blocks, [9]);
         assert_eq!(all.hashes[0], 96);
+        let gaps = Blocks::new(&hashes, &[0, 8, 0]).without_gaps();
+        assert_eq!(
+            (gaps.blocks, gaps.hashes.as_slice()),
+            (vec![8], &hashes[64..96])
+        );
         assert_eq!(all.split_front(9).len(), 1);
         assert_eq!(all.len(), 0);
     }

@@ -8,7 +8,7 @@ use kvd_wire::session::{Chain, Reserve, ReserveReply, ReserveState, reply, reque
 use super::Scheduler;
 use super::namespaces::Standing;
 use super::port::{Fault, Port};
-use super::request::{Blocks, Leaving, Reservation};
+use super::request::{Blocks, Leaving, Reservation, Tail};
 use crate::HASH_BYTES;
 use crate::meta::StoreOrder;
 
@@ -21,6 +21,8 @@ pub(crate) struct OpenOrder {
     request: String,
     blocks: u32,
     ranks: u32,
+    /// Blocks that the engine keeps for it.
+    held: Vec<u32>,
 }
 
 impl<P: Port> Scheduler<P> {
@@ -32,29 +34,86 @@ impl<P: Port> Scheduler<P> {
             && self.in_flight < self.settings.max_in_flight
     }
 
-    /// Blocks of a running request that are full: their hashes (32 bytes each) and the engine's numbers, from the block that
-    /// [`Scheduler::begin_step`] said. One more hash in front is that of the block before them: the daemon keeps chains
+    /// Blocks of a running request's KV-cache group that are full: their hashes (32 bytes each) and the engine's numbers, from the
+    /// block that [`Scheduler::begin_step`] said. One more hash in front is that of the block before them: the daemon keeps chains
     /// together by it. Slots are asked for.
-    pub fn capture(&mut self, now: u64, id: &str, hashes: &[u8], blocks: &[u32]) {
-        let Some(request) = self.requests.get(id) else {
-            return;
+    ///
+    /// The engine must keep the blocks that are returned, whatever becomes of the request, until [`Scheduler::released`] has said
+    /// them.
+    pub fn capture(
+        &mut self,
+        now: u64,
+        id: &str,
+        group: u32,
+        hashes: &[u8],
+        blocks: &[u32],
+    ) -> Vec<u32> {
+        let Some(rule) = self.settings.groups.get(group as usize) else {
+            return Vec::new();
         };
-        if request.leaving != Leaving::No || !self.may_store(request) {
-            return;
-        }
+        let alone = rule.stands_alone();
         let room = self.settings.max_in_flight.saturating_sub(self.in_flight);
+        let room = match alone {
+            true => room.min(self.settings.max_held.saturating_sub(self.held)),
+            false => room,
+        };
         let mut all = Blocks::new(hashes, blocks);
-        let taken = all.split_front(self.settings.batch.min(room) as usize);
-        let count = taken.len();
-        if self.reserve(now, id, taken).is_ok()
-            && let Some(request) = self.requests.get_mut(id)
-        {
-            request.next += count as u32;
+        let mut taken = all.split_front(self.settings.batch.min(room) as usize);
+        let count = taken.len() as u32;
+        if alone {
+            taken = taken.without_gaps();
+        }
+        let held = match alone {
+            true => taken.blocks.clone(),
+            false => Vec::new(),
+        };
+        if !self.capturable(id) || self.reserve(now, id, group, taken, alone).is_err() {
+            return Vec::new();
+        }
+        if let Some(request) = self.requests.get_mut(id) {
+            request.next[group as usize] += count;
+        }
+        held
+    }
+
+    /// A block of a running request that holds its state at the end of a block, to be stored under that hash (32 bytes). The
+    /// engine may give it up any time: it must keep it as with [`Scheduler::capture`], if it is returned.
+    pub fn capture_state(
+        &mut self,
+        now: u64,
+        id: &str,
+        group: u32,
+        hash: &[u8],
+        block: u32,
+    ) -> Vec<u32> {
+        let blocks = Blocks::new(hash, &[block]).without_gaps();
+        let held = blocks.blocks.clone();
+        let room = self.in_flight < self.settings.max_in_flight
+            && self.held < self.settings.max_held
+            && self.settings.groups.len() > group as usize;
+        if !room || !self.capturable(id) || self.is_silent(now) {
+            return Vec::new();
+        }
+        match self.reserve(now, id, group, blocks, true) {
+            Ok(()) => held,
+            Err(_) => Vec::new(),
         }
     }
 
-    /// Asks for slots. Gives the blocks back when that is not possible now.
-    fn reserve(&mut self, now: u64, id: &str, blocks: Blocks) -> Result<(), Blocks> {
+    fn capturable(&self, id: &str) -> bool {
+        let request = self.requests.get(id);
+        request.is_some_and(|request| request.leaving == Leaving::No && self.may_store(request))
+    }
+
+    /// Asks for slots. Gives the blocks back when that is not possible now. `held`: the engine keeps the blocks until it is told.
+    fn reserve(
+        &mut self,
+        now: u64,
+        id: &str,
+        group: u32,
+        blocks: Blocks,
+        held: bool,
+    ) -> Result<(), Blocks> {
         let Some(request) = self.requests.get(id) else {
             return Ok(());
         };
@@ -71,7 +130,7 @@ impl<P: Port> Scheduler<P> {
         let body = Body::Reserve(Reserve {
             namespace: name.namespace,
             chain: Some(Chain {
-                group: 0,
+                group,
                 hashes: blocks.hashes.clone().into(),
                 parent: blocks.parent.clone().into(),
             }),
@@ -82,12 +141,16 @@ impl<P: Port> Scheduler<P> {
         self.counters.reserves += 1;
         self.counters.reserve_blocks += blocks.len() as u64;
         self.in_flight += blocks.len() as u32;
+        self.held += if held { blocks.len() as u32 } else { 0 };
         let epochs = self.ranks.iter().map(|rank| rank.epoch).collect();
         if let Some(request) = self.requests.get_mut(id) {
             request.reservations.push_back(Reservation {
                 ticket,
                 namespace: index,
+                group,
                 blocks,
+                held,
+                since: now,
                 epochs,
                 incarnation: name.incarnation,
             });
@@ -133,20 +196,30 @@ impl<P: Port> Scheduler<P> {
             let Some(first) = request.reservations.front_mut() else {
                 return;
             };
-            let Some(answer) = self.port.poll(&mut first.ticket) else {
+            let answer = self.port.poll(&mut first.ticket);
+            // The engine's blocks are not kept for a daemon that takes its time. Of a finished request see `tell_finished`.
+            let late = first.held
+                && request.leaving == Leaving::No
+                && now.saturating_sub(first.since) >= self.settings.hold_deadline;
+            if answer.is_none() && !late {
                 return;
-            };
+            }
             let Some(reservation) = request.reservations.pop_front() else {
                 return;
+            };
+            let Some(answer) = answer else {
+                self.counters.hold_timeouts += 1;
+                self.reservation_lost(reservation);
+                continue;
             };
             match answer {
                 Ok(reply::Body::Reserve(reply)) => {
                     self.daemon_spoke();
                     self.order(now, id, reservation, &reply);
                 }
-                Ok(_) => self.reservation_lost(&reservation),
+                Ok(_) => self.reservation_lost(reservation),
                 Err(fault) => {
-                    self.reservation_lost(&reservation);
+                    self.reservation_lost(reservation);
                     if let Fault::Refused(text) = fault {
                         self.notices
                             .warn(format!("a reservation was refused: {text}"));
@@ -156,9 +229,12 @@ impl<P: Port> Scheduler<P> {
         }
     }
 
-    fn reservation_lost(&mut self, reservation: &Reservation<P::Ticket>) {
+    fn reservation_lost(&mut self, reservation: Reservation<P::Ticket>) {
         self.flew(reservation.blocks.len() as u32);
         self.counters.failed_blocks += reservation.blocks.len() as u64;
+        if reservation.held {
+            self.let_go(reservation.blocks.blocks);
+        }
     }
 
     fn order(
@@ -173,6 +249,7 @@ impl<P: Port> Scheduler<P> {
             order: self.next_order,
             request: id.to_owned(),
             namespace: reservation.namespace,
+            group: reservation.group,
             epochs: reservation.epochs,
             incarnation: reservation.incarnation.to_vec(),
             ..StoreOrder::default()
@@ -206,6 +283,16 @@ impl<P: Port> Scheduler<P> {
         }
         let count = order.slots.len() as u32;
         self.flew(asked as u32 - count);
+        let mut held = Vec::new();
+        if reservation.held {
+            // What gets no slot is not copied. The ordered ones are in the same order.
+            let mut ordered = order.blocks.iter().peekable();
+            let all = reservation.blocks.blocks.into_iter();
+            let rest = all.filter(|block| ordered.next_if_eq(&block).is_none());
+            let rest: Vec<u32> = rest.collect();
+            self.let_go(rest);
+            held = order.blocks.clone();
+        }
         if count == 0 {
             return;
         }
@@ -218,6 +305,7 @@ impl<P: Port> Scheduler<P> {
                 request: order.request.clone(),
                 blocks: count,
                 ranks: self.ranks.len() as u32,
+                held,
             },
         );
         self.meta.stores.push(order);
@@ -237,6 +325,7 @@ impl<P: Port> Scheduler<P> {
         }
         if let Some(open) = self.orders.remove(&order) {
             self.flew(open.blocks);
+            self.let_go(open.held);
             self.counters.done_blocks += u64::from(open.blocks);
             if let Some(request) = self.requests.get_mut(&open.request) {
                 request.orders = request.orders.saturating_sub(1);
@@ -244,25 +333,53 @@ impl<P: Port> Scheduler<P> {
         }
     }
 
-    /// From which block on a finished request's blocks are wanted by [`Scheduler::finished`], given that the first `full` are
-    /// full; `None`: none.
-    pub fn finish_from(&mut self, now: u64, id: &str, full: u32) -> Option<u32> {
-        let request = self.requests.get(id)?;
-        let wanted = request.next < full
+    /// Of which groups, and from which block on, a finished request's blocks are wanted by [`Scheduler::last_blocks`], given that so
+    /// many tokens are computed.
+    pub fn finish_from(&mut self, now: u64, id: &str, computed: u32) -> Vec<(u32, u32)> {
+        let Some(request) = self.requests.get(id) else {
+            return Vec::new();
+        };
+        let groups = (0..).zip(self.settings.groups.iter().zip(&request.next));
+        let wanted: Vec<(u32, u32)> = groups
+            .filter(|(group, (rule, next))| {
+                computed / rule.span() > **next && !self.settings.offered.contains(group)
+            })
+            .map(|(group, (_, next))| (group, *next))
+            .collect();
+        let able = !wanted.is_empty()
             && request.ran
             && !request.loading
             && self.may_store(request)
             && now >= self.no_room_until
             && !self.silence.lasts();
-        let (next, adapter) = (request.next, request.adapter.clone());
-        (wanted && self.standing(&adapter) != Standing::Not).then_some(next)
+        let adapter = request.adapter.clone();
+        match able && self.standing(&adapter) != Standing::Not {
+            true => wanted,
+            false => Vec::new(),
+        }
     }
 
-    /// The engine is through with a request. `hashes` and `blocks` are those of its last full blocks, from the block that
-    /// [`Scheduler::finish_from`] said, with one more hash in front as in [`Scheduler::capture`].
+    /// A request that is about to be [`Scheduler::finished`]: `hashes` and `blocks` of a KV-cache group's last full blocks, from the
+    /// block that [`Scheduler::finish_from`] said, with one more hash in front as in [`Scheduler::capture`].
+    pub fn last_blocks(&mut self, id: &str, group: u32, hashes: &[u8], blocks: &[u32]) {
+        let Some(rule) = self.settings.groups.get(group as usize) else {
+            return;
+        };
+        let mut blocks = Blocks::new(hashes, blocks);
+        if rule.stands_alone() {
+            blocks = blocks.without_gaps();
+        }
+        if let Some(request) = self.requests.get_mut(id)
+            && blocks.len() > 0
+        {
+            request.tails.push_back(Tail { group, blocks });
+        }
+    }
+
+    /// The engine is through with a request.
     ///
-    /// True: the engine must hold the request's blocks until the workers report it as sent, which they will do exactly once.
-    pub fn finished(&mut self, now: u64, id: &str, hashes: &[u8], blocks: &[u32]) -> bool {
+    /// True: it must hold the request's blocks until the workers report it as sent, which they will do exactly once.
+    pub fn finished(&mut self, now: u64, id: &str) -> bool {
         self.give_back_lease(id);
         let Some(request) = self.requests.get_mut(id) else {
             return false;
@@ -271,13 +388,6 @@ impl<P: Port> Scheduler<P> {
             // The engine holds the blocks until the load is reported, by a rule of its own.
             self.requests.remove(id);
             return false;
-        }
-        let last = Blocks::new(hashes, blocks);
-        if request.tail.len() == 0 {
-            request.tail = last;
-        } else {
-            request.tail.hashes.extend(last.hashes);
-            request.tail.blocks.extend(last.blocks);
         }
         if !request.has_pending() && request.orders == 0 {
             self.requests.remove(id);
@@ -305,15 +415,18 @@ impl<P: Port> Scheduler<P> {
             let Some(request) = self.requests.get_mut(id) else {
                 return;
             };
-            if request.tail.len() == 0 || count == 0 {
+            let Some(tail) = request.tails.front_mut().filter(|_| count > 0) else {
                 return;
+            };
+            let group = tail.group;
+            let front = tail.blocks.split_front(count);
+            if tail.blocks.len() == 0 {
+                request.tails.pop_front();
             }
-            let front = request.tail.split_front(count);
-            if let Err(mut front) = self.reserve(now, id, front) {
+            if let Err(blocks) = self.reserve(now, id, group, front, false) {
                 if let Some(request) = self.requests.get_mut(id) {
-                    front.hashes.append(&mut request.tail.hashes);
-                    front.blocks.append(&mut request.tail.blocks);
-                    request.tail = front;
+                    // It does not matter that a tail may be in two pieces now.
+                    request.tails.push_front(Tail { group, blocks });
                 }
                 return;
             }
@@ -337,17 +450,17 @@ impl<P: Port> Scheduler<P> {
                 self.counters.hold_timeouts += 1;
                 silent |= !request.reservations.is_empty();
             }
-            let mut asked = 0;
+            let (mut asked, mut held) = (0, Vec::new());
             if late || no_hope {
-                asked = request.reservations.iter().map(|r| r.blocks.len()).sum();
-                request.reservations.clear();
-                request.tail = Blocks::default();
+                (asked, held) = request.give_up_reservations();
+                request.tails.clear();
             }
             if !request.has_pending() {
                 request.leaving = Leaving::Told;
                 self.meta.finish.push(id);
             }
-            self.flew(asked as u32);
+            self.flew(asked);
+            self.let_go(held);
         }
         if silent {
             self.daemon_silent(now, None);

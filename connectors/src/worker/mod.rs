@@ -63,10 +63,12 @@ pub struct Worker {
     told_hello: bool,
     /// Connection and registered namespaces, as last reported.
     told_state: Option<(u64, Vec<u32>)>,
-    pages: Option<Pages>,
+    /// The KV cache, group by group; empty: this rank refuses.
+    pages: Vec<Pages>,
     paused: bool,
     device_failed: bool,
-    namespaces: HashMap<u32, Arc<Joined>>,
+    /// Per namespace, this rank's share of each group.
+    namespaces: HashMap<u32, Vec<Arc<Joined>>>,
     shared: Arc<Shared>,
     copier: Copier,
     stores: Vec<StoreOrder>,
@@ -75,7 +77,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker half. `hello` says what it holds; `pages` is its KV cache, or none if it refuses. The threads begin now.
+    /// A worker half. `hello` says what it holds; `pages` is its KV cache, one for each group of `hello`, or none if it refuses.
+    /// The threads begin now.
     ///
     /// # Errors
     /// When the system gives no threads.
@@ -85,9 +88,9 @@ impl Worker {
         device: Arc<dyn Device>,
         clock: Clock,
         hello: RankHello,
-        pages: Option<Pages>,
+        pages: Vec<Pages>,
     ) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared::new(hello.fails_as_a_whole()));
         let copier = Copier::start(&settings, &link, &device, &clock, &shared)?;
         Ok(Worker {
             settings,
@@ -139,8 +142,8 @@ impl Worker {
         if meta.report {
             self.told_state = None;
         }
-        for _ in &meta.loads {
-            self.shared.open_load();
+        for order in &meta.loads {
+            self.shared.open_load(&order.request);
         }
         self.shared.finish(meta.finish);
         self.stores.extend(meta.stores);
@@ -150,31 +153,15 @@ impl Worker {
 
     fn join(&mut self, intro: &meta::NamespaceIntro) -> Result<(), String> {
         let rank = self.hello.rank;
-        let (Some(group), Some(own), Some(_)) =
-            (intro.groups.first(), self.hello.groups.first(), &self.pages)
-        else {
+        if self.pages.is_empty() {
             return Ok(());
-        };
+        }
         let misfit = |error: &dyn std::fmt::Display| {
             format!("a namespace of the scheduler does not fit this worker: {error}")
         };
-        let geometry = GroupGeometry {
-            kind: kvd_core::GroupKind::from_word(&own.kind)
-                .ok_or_else(|| misfit(&"unknown kind of group"))?,
-            layers: group.layer_bounds.last().copied().unwrap_or(0),
-            heads: group.head_bounds.last().copied().unwrap_or(0),
-            block_tokens: own.block_tokens,
-            cell_bytes: own.cell_bytes,
-            window: None,
-        };
-        let cut = Cut::new(&group.layer_bounds, &group.head_bounds, &geometry)
-            .map_err(|error| misfit(&error))?;
-        let part = group
-            .parts
-            .get(rank as usize)
-            .copied()
-            .filter(|part| *part < cut.parts())
-            .ok_or_else(|| misfit(&"no part for this rank"))?;
+        if intro.groups.len() != self.hello.groups.len() || self.pages.len() != intro.groups.len() {
+            return Err(misfit(&"another number of KV-cache groups"));
+        }
         let slot = self
             .link
             .register(Registration {
@@ -182,17 +169,40 @@ impl Worker {
                 groups: layouts(&intro.groups, Some(rank)),
             })
             .map_err(|error| misfit(&error))?;
-        let joined = Joined {
-            slot,
-            group: group.group,
-            geometry,
-            cut,
-            part,
-            rank,
-            replicas: fleet::replicas(group, part),
-        };
-        self.namespaces.insert(intro.index, Arc::new(joined));
+        let mut joined = Vec::new();
+        for (group, own) in intro.groups.iter().zip(&self.hello.groups) {
+            let geometry = GroupGeometry {
+                layers: group.layer_bounds.last().copied().unwrap_or(0),
+                heads: group.head_bounds.last().copied().unwrap_or(0),
+                ..fleet::geometry(own).map_err(|error| misfit(&error))?
+            };
+            let cut = Cut::new(&group.layer_bounds, &group.head_bounds, &geometry)
+                .map_err(|error| misfit(&error))?;
+            let part = group
+                .parts
+                .get(rank as usize)
+                .copied()
+                .filter(|part| *part < cut.parts() && group.group == own.group)
+                .ok_or_else(|| misfit(&"no part for this rank"))?;
+            joined.push(Arc::new(Joined {
+                slot: slot.clone(),
+                group: group.group,
+                geometry,
+                cut,
+                part,
+                rank,
+                replicas: fleet::replicas(group, part),
+            }));
+        }
+        self.namespaces.insert(intro.index, joined);
         Ok(())
+    }
+
+    /// This rank's share of a group of a namespace, and where it lies.
+    fn share(&self, namespace: u32, group: u32) -> Option<(Arc<Joined>, &Pages)> {
+        let joined = self.namespaces.get(&namespace)?;
+        let at = joined.iter().position(|joined| joined.group == group)?;
+        Some((joined[at].clone(), self.pages.get(at)?))
     }
 
     /// Where the engine's work on this stream is now. If that can't be told, nothing is copied: loads fail, stores are given up.
@@ -243,8 +253,7 @@ impl Worker {
         }
         let after = self.point(stream);
         for order in std::mem::take(&mut self.loads) {
-            let joined = self.namespaces.get(&order.namespace).cloned();
-            let (Some(joined), Some(pages)) = (joined, &self.pages) else {
+            let Some((joined, pages)) = self.share(order.namespace, order.group) else {
                 self.shared.load_failed(&order.request, &order.blocks);
                 continue;
             };
@@ -269,13 +278,12 @@ impl Worker {
         }
         let after = self.point(stream);
         for order in std::mem::take(&mut self.stores) {
-            let joined = self.namespaces.get(&order.namespace).cloned();
-            match (joined, &self.pages) {
-                (Some(joined), Some(pages)) => {
+            match self.share(order.namespace, order.group) {
+                Some((joined, pages)) => {
                     let task = StoreTask::new(joined, pages.clone(), order, after.clone());
                     self.copier.store(task, &self.link, &self.shared);
                 }
-                _ => self.shared.store_over(&order.request, order.order),
+                None => self.shared.store_over(&order.request, order.order),
             }
         }
     }
@@ -317,7 +325,11 @@ impl Worker {
         let mut registered: Vec<u32> = self
             .namespaces
             .iter()
-            .filter(|(_, joined)| joined.slot.current().is_some_and(|r| r.epoch == epoch))
+            .filter(|(_, joined)| {
+                let slot = joined.first().map(|joined| &joined.slot);
+                let current = slot.and_then(|slot| slot.current());
+                current.is_some_and(|registered| registered.epoch == epoch)
+            })
             .map(|(index, _)| *index)
             .collect();
         registered.sort_unstable();
@@ -343,7 +355,7 @@ impl Worker {
     pub fn stop(&mut self) {
         self.copier.stop();
         self.namespaces.clear();
-        self.pages = None;
+        self.pages.clear();
     }
 }
 

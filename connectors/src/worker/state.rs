@@ -59,16 +59,19 @@ pub struct Results {
     pub sent: Vec<String>,
     /// Requests whose loads are over, well or not.
     pub received: Vec<String>,
-    /// The engine's numbers of blocks that could not be loaded.
+    /// The engine's numbers of blocks that could not be loaded, where the others can be used.
     pub invalid: Vec<u32>,
+    /// Of the received: requests whose loads failed, where one block that lacks spoils the rest
+    /// ([`crate::meta::RankHello::fails_as_a_whole`]).
+    pub failed: Vec<String>,
 }
 
 #[derive(Default)]
 struct Inner {
     /// Store orders not over, by request.
     open: HashMap<String, usize>,
-    /// Loads not over.
-    loads: usize,
+    /// Loads not over, by request: one for each group, and whether one of them went wrong.
+    loads: HashMap<String, (usize, bool)>,
     /// Finished requests still to be reported.
     finishing: Vec<String>,
     done: Vec<u64>,
@@ -82,9 +85,18 @@ struct Inner {
 pub(crate) struct Shared {
     inner: Mutex<Inner>,
     closed_one: Condvar,
+    /// Of a load that lacks a block nothing can be used.
+    whole: bool,
 }
 
 impl Shared {
+    pub(crate) fn new(whole: bool) -> Self {
+        Shared {
+            whole,
+            ..Shared::default()
+        }
+    }
+
     /// A store order of this request has come.
     pub(crate) fn open_store(&self, request: &str) {
         let mut inner = self.inner.lock();
@@ -97,14 +109,15 @@ impl Shared {
     }
 
     /// A load has come.
-    pub(crate) fn open_load(&self) {
-        self.inner.lock().loads += 1;
+    pub(crate) fn open_load(&self, request: &str) {
+        let mut inner = self.inner.lock();
+        inner.loads.entry(request.to_owned()).or_default().0 += 1;
     }
 
     /// Waits until nothing is under way.
     pub(crate) fn wait_idle(&self) {
         let mut inner = self.inner.lock();
-        while !inner.open.is_empty() || inner.loads > 0 {
+        while !inner.open.is_empty() || !inner.loads.is_empty() {
             self.closed_one.wait(&mut inner);
         }
     }
@@ -140,9 +153,27 @@ impl Shared {
     /// A load is over; these blocks are not right.
     pub(crate) fn load_over(&self, request: &str, invalid: impl IntoIterator<Item = u32>) {
         let mut inner = self.inner.lock();
+        let known = inner.results.invalid.len();
         inner.results.invalid.extend(invalid);
-        inner.results.received.push(request.to_owned());
-        inner.loads = inner.loads.saturating_sub(1);
+        let wrong = inner.results.invalid.len() > known;
+        if self.whole {
+            inner.results.invalid.clear();
+        }
+        let (left, failed) = match inner.loads.get_mut(request) {
+            Some((left, failed)) => {
+                *left -= 1;
+                *failed |= wrong;
+                (*left, *failed)
+            }
+            None => (0, wrong),
+        };
+        if left == 0 {
+            inner.loads.remove(request);
+            inner.results.received.push(request.to_owned());
+            if failed && self.whole {
+                inner.results.failed.push(request.to_owned());
+            }
+        }
         drop(inner);
         self.closed_one.notify_all();
     }
@@ -266,10 +297,31 @@ mod tests {
     #[test]
     fn a_failed_load_is_over_too() {
         let shared = Shared::default();
+        shared.open_load("a");
         shared.load_failed("a", &[3, 4]);
         let results = shared.results();
         assert_eq!(results.received, ["a"]);
         assert_eq!(results.invalid, [3, 4]);
         assert_eq!(shared.counters().load_failed, 2);
+        shared.wait_idle();
+    }
+
+    #[test]
+    fn a_load_of_several_groups_is_over_with_its_last_and_fails_as_a_whole() {
+        let shared = Shared::new(true);
+        for _ in 0..2 {
+            shared.open_load("a");
+            shared.open_load("b");
+        }
+        shared.load_failed("a", &[3, 4]);
+        shared.load_over("b", []);
+        assert_eq!(shared.results(), Results::default());
+        shared.load_over("a", []);
+        shared.load_over("b", []);
+        let results = shared.results();
+        assert_eq!(results.received, ["a", "b"]);
+        assert_eq!(results.failed, ["a"]);
+        assert!(results.invalid.is_empty());
+        shared.wait_idle();
     }
 }

@@ -393,7 +393,8 @@ fn load(context: &Context, task: &LoadTask) -> Vec<u32> {
     let order = &task.order;
     let registered = registered(context, task);
     let mover = task.joined.mover(&context.device, context.deadline);
-    let (Some(registered), Ok(mut mover)) = (registered, mover) else {
+    let whole = order.hashes.len() == order.blocks.len() * HASH_BYTES;
+    let (Some(registered), Ok(mut mover), true) = (registered, mover, whole) else {
         context.shared.failed(order.blocks.len());
         return order.blocks.clone();
     };

@@ -74,15 +74,23 @@ impl GroupRule {
 
 /// Tokens of which every hit is a multiple: the least that all spans divide; `None` when that is too large to ever be met.
 pub fn unit<'a>(rules: impl IntoIterator<Item = &'a GroupRule>) -> Option<u32> {
-    let gcd = |mut a: u32, mut b: u32| {
-        while b > 0 {
-            (a, b) = (b, a % b);
-        }
-        a
-    };
     rules.into_iter().try_fold(1u32, |unit, rule| {
         (unit / gcd(unit, rule.span)).checked_mul(rule.span)
     })
+}
+
+/// The most tokens that divide all spans; 0 without rules.
+pub fn grain<'a>(rules: impl IntoIterator<Item = &'a GroupRule>) -> u32 {
+    rules
+        .into_iter()
+        .fold(0, |grain, rule| gcd(grain, rule.span))
+}
+
+fn gcd(mut a: u32, mut b: u32) -> u32 {
+    while b > 0 {
+        (a, b) = (b, a % b);
+    }
+    a
 }
 
 /// The longest hit, in tokens: a multiple of `unit`, at most `most`. `groups` gives each group's rule and the runs of its blocks that
@@ -190,6 +198,7 @@ mod tests {
     fn the_unit_is_what_all_spans_divide() {
         let rules = [16, 24, 4].map(|span| rule(GroupKind::Full, span, 1));
         assert_eq!(unit(&rules), Some(48));
+        assert_eq!(grain(&rules), 4);
         let odd = [1_048_575, 1_048_573].map(|span| rule(GroupKind::Full, span, 1));
         assert_eq!(unit(&odd), None);
     }

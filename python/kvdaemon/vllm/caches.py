@@ -6,11 +6,13 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from kvdaemon._native import KvCache
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,8 +28,22 @@ class Refusal(Exception):
 
 
 @dataclass
+class Rule:
+    """What a hit needs of a KV-cache group; known in the scheduler and in the workers alike."""
+
+    kind: str
+    """``full``, ``sliding_window`` or ``state``."""
+    block_tokens: int
+    """Tokens that a block spans."""
+    window: int = 0
+    """Tokens that a token looks at, itself included; 0: no window."""
+    offered: bool = False
+    """vLLM offers the blocks one by one: their place in a request's list says nothing."""
+
+
+@dataclass
 class Share:
-    """What one worker holds of each block of its one KV-cache group."""
+    """What one worker holds of each block of a KV-cache group."""
 
     layers: list[tuple[int, int, int, int, int]]
     """Per layer: address, length, and strides from page to page, head to head, token to token, in bytes."""
@@ -38,14 +54,19 @@ class Share:
     heads: int
     heads_total: int
     block_tokens: int
+    """Tokens that a block spans."""
+    cells: int
+    """Cells of a head in a block: one a token, or a single one for a state."""
     page_tokens: int
+    """Of those, how many a page of the tensor has."""
     cell_bytes: int
+    window: int
     encoding: str
     scales: str
     blocks: int = 0
     device: str = "cpu"
     """Where the tensors are: ``cpu`` or ``cuda:N``."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    cache: KvCache | None = None
 
 
 def refuse_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
@@ -54,12 +75,13 @@ def refuse_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"context parallelism ({name}) is not supported"
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        return f"models with {len(groups)} KV-cache groups are not supported yet"
-    kind = _kind(groups[0].kv_cache_spec)
-    if kind != "full":
-        return f"KV caches of the kind {type(groups[0].kv_cache_spec).__name__} are not supported yet"
+    try:
+        if not rules(kv_cache_config):
+            return "the model has no KV cache"
+    except Refusal as refusal:
+        return str(refusal)
+    if not getattr(vllm_config.cache_config, "enable_prefix_caching", True) and len(kv_cache_config.kv_cache_groups) > 1:
+        return "models with several KV-cache groups are supported only with vLLM's prefix caching"
     if getattr(vllm_config.model_config, "enable_sleep_mode", False) and not _says_when_it_sleeps():
         return "sleep mode is not supported with this vLLM: it does not say when the KV cache goes (0.33 does)"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
@@ -73,61 +95,97 @@ def _says_when_it_sleeps() -> bool:
     return hasattr(KVConnectorBase_V1, "unregister_kv_caches")
 
 
-def _kind(spec: Any) -> str:
-    """`full`, or the name of what it is instead."""
+def inner_specs(spec: Any) -> list[Any]:
+    """The specs of a group's layers, where they differ in size; else the one of all."""
+    return list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
+
+
+def rules(kv_cache_config: KVCacheConfig) -> list[Rule]:
+    """What a hit needs of each group.
+
+    Raises:
+        Refusal: vLLM keeps something in a way that this module does not know.
+    """
+    return [_rule(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+
+
+def _rule(spec: Any) -> Rule:
     from vllm.v1 import kv_cache_interface as kvi
 
-    inner = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
-    full = getattr(kvi, "FullAttentionSpec")
-    odd = tuple(
-        getattr(kvi, name)
-        for name in ("SinkFullAttentionSpec", "RSWASpec", "HiddenStateCacheSpec")
-        if hasattr(kvi, name)
-    )
-    if all(isinstance(one, full) and not isinstance(one, odd) for one in inner):
-        return "full"
-    return type(inner[0]).__name__
+    inner = inner_specs(spec)
+
+    def all_of(name: str, *but: str) -> bool:
+        kind = getattr(kvi, name, None)
+        odd = tuple(getattr(kvi, one) for one in but if hasattr(kvi, one))
+        return kind is not None and all(isinstance(one, kind) and not isinstance(one, odd) for one in inner)
+
+    if all_of("FullAttentionSpec", "SinkFullAttentionSpec", "RSWASpec", "HiddenStateCacheSpec"):
+        return Rule("full", spec.block_size)
+    if all_of("SlidingWindowSpec", "CircularBufferSpec"):
+        windows = {one.sliding_window + getattr(one, "extra_retained_tokens", 0) for one in inner}
+        if len(windows) == 1:
+            return Rule("sliding_window", spec.block_size, windows.pop())
+    if all_of("MambaSpec"):
+        modes = {getattr(one, "mamba_cache_mode", "none") for one in inner}
+        if modes == {"all"} or modes == {"align"}:
+            return Rule("state", spec.block_size, offered=modes == {"align"})
+        raise Refusal(f"recurrent states are kept only at the end of a request (mamba_cache_mode {'/'.join(sorted(modes))})")
+    raise Refusal(f"KV caches of the kind {type(inner[0]).__name__} are not supported yet")
 
 
 def read(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_caches: dict[str, torch.Tensor]
-) -> Share:
-    """What this worker holds.
+) -> list[Share]:
+    """What this worker holds of each group.
 
     Raises:
         Refusal: something about it is not understood.
     """
-    group = kv_cache_config.kv_cache_groups[0]
+    return [_share(vllm_config, kv_cache_config, group, kv_caches) for group in kv_cache_config.kv_cache_groups]
+
+
+def _share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, group: Any, kv_caches: dict[str, torch.Tensor]) -> Share:
     names = _layer_order(group.layer_names, kv_caches)
     tensors = [kv_caches[name] for name in names]
     blocks = kv_cache_config.num_blocks
-    spec = group.kv_cache_spec
-    block_tokens = spec.block_size
+    rule = _rule(group.kv_cache_spec)
     first = tensors[0]
     for name, tensor in zip(names, tensors):
         _check(name, tensor, first)
+    state = rule.kind == "state"
+    cells = 1 if state else rule.block_tokens
     pages, heads, page_tokens, _ = first.shape
-    if pages % blocks or (pages // blocks) * page_tokens != block_tokens:
+    if pages % blocks or (pages // blocks) * page_tokens != cells:
         raise Refusal(
-            f"{pages} pages of {page_tokens} tokens do not make {blocks} blocks of {block_tokens} tokens"
+            f"{pages} pages of {page_tokens} tokens do not make {blocks} blocks of {cells} tokens"
         )
-    head_first, heads_total = _heads(vllm_config, kv_cache_config, heads)
+    head_first, heads_total = (_states if state else _heads)(vllm_config, group.kv_cache_spec, heads)
     return Share(
         layers=[_layer(tensor) for tensor in tensors],
         tensors=tensors,
         layer_names=names,
-        kind="full",
+        kind=rule.kind,
         head_first=head_first,
         heads=heads,
         heads_total=heads_total,
-        block_tokens=block_tokens,
+        block_tokens=rule.block_tokens,
+        cells=cells,
         page_tokens=page_tokens,
         cell_bytes=first.shape[3] * first.element_size(),
-        encoding=_encoding(vllm_config, names, page_tokens),
-        scales=_scales(vllm_config, names),
+        window=rule.window,
+        encoding=_encoding(vllm_config, names, page_tokens, group.kv_cache_spec if state else None),
+        scales="" if state else _scales(vllm_config, names),
         blocks=blocks,
         device=_device(first.device),
     )
+
+
+def encoding(shares: list[Share]) -> str:
+    """The cell encoding of all groups: one name if they agree."""
+    names = [share.encoding for share in shares]
+    if len(set(names)) == 1:
+        return names[0]
+    return ";".join(f"{number}={name}" for number, name in enumerate(names))
 
 
 def _device(device: torch.device) -> str:
@@ -187,7 +245,19 @@ def _layer(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
     return tensor.data_ptr(), length * size, block, head, token
 
 
-def _heads(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, heads: int) -> tuple[int, int]:
+def _states(vllm_config: VllmConfig, spec: Any, heads: int) -> tuple[int, int]:
+    """The same for recurrent states. Nobody can cut one, so that each worker's is a head of its own, unless all have the same."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    if heads != 1:
+        raise Refusal(f"recurrent states in {heads} parts are not supported")
+    size = vllm_config.parallel_config.tensor_parallel_size
+    if size == 1 or all(getattr(one, "tp_replicated", False) for one in inner_specs(spec)):
+        return 0, 1
+    return get_tensor_model_parallel_rank(), size
+
+
+def _heads(vllm_config: VllmConfig, spec: Any, heads: int) -> tuple[int, int]:
     """First KV head of this worker, and all KV heads of a layer."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -197,8 +267,6 @@ def _heads(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, heads: int) 
         return 0, heads
     total = vllm_config.model_config.get_total_num_kv_heads()
     if size == 1:
-        if heads != total:
-            raise Refusal(f"the KV cache has {heads} heads and the model {total}")
         return 0, heads
     if total >= size:
         if total % size or heads != total // size:
@@ -225,8 +293,15 @@ def _backend(vllm_config: VllmConfig, name: str) -> str:
     raise Refusal(f"the attention backend of layer {name} is not known")
 
 
-def _encoding(vllm_config: VllmConfig, names: list[str], page_tokens: int) -> str:
+def _encoding(vllm_config: VllmConfig, names: list[str], page_tokens: int, state: Any = None) -> str:
     """What the bytes of a page mean. Two encodings that may differ in any way have different names."""
+    if state is not None:
+        # Convolution and recurrent states side by side, laid out as the layer's kernels like.
+        kinds = {
+            f"{getattr(one, 'mamba_type', '?')}:{one.shapes}:{one.dtypes}".replace(" ", "").replace("torch.", "")
+            for one in inner_specs(state)
+        }
+        return f"opaque:state:{'+'.join(sorted(kinds))}:vllm={_version()}:{_machine()}"
     backends = {_backend(vllm_config, name) for name in names}
     if len(backends) != 1:
         raise Refusal(f"layers with different attention backends: {', '.join(sorted(backends))}")

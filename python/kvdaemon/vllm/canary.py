@@ -16,7 +16,7 @@ from kvdaemon.vllm.caches import Refusal, Share, stream
 def _pattern(seed: int, layer: int, share: Share, width: int) -> torch.Tensor:
     """What ``kvd_connectors::canary::byte`` says, computed by the framework: ``[head, token, byte]``."""
     head = torch.arange(share.heads, dtype=torch.int64).view(-1, 1, 1)
-    token = torch.arange(share.block_tokens, dtype=torch.int64).view(1, -1, 1)
+    token = torch.arange(share.cells, dtype=torch.int64).view(1, -1, 1)
     at = torch.arange(width, dtype=torch.int64).view(1, 1, -1)
     value = seed + layer * 131 + head * 37 + token * 11 + at * 3
     value = value + (token * at + layer * head) % 17
@@ -24,7 +24,7 @@ def _pattern(seed: int, layer: int, share: Share, width: int) -> torch.Tensor:
 
 
 def _pages(share: Share, block: int) -> range:
-    each = share.block_tokens // share.page_tokens
+    each = share.cells // share.page_tokens
     return range(block * each, (block + 1) * each)
 
 
@@ -61,7 +61,7 @@ def check(share: Share, cache: KvCache) -> None:
 
 
 def _sizes(share: Share) -> tuple[int, int, int, int]:
-    return len(share.tensors), share.heads, share.block_tokens, share.cell_bytes
+    return len(share.tensors), share.heads, share.cells, share.cell_bytes
 
 
 def _check_pack(share: Share, cache: KvCache, block: int) -> None:

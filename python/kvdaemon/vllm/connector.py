@@ -1,12 +1,16 @@
 """The connector class. It translates vLLM's hooks into calls of the two native halves; what is decided is decided there.
 
 Scheduler side: `SchedulerHalf`, never waiting. Worker side: `WorkerHalf`, copying on threads of its own. Orders and reports
-travel as opaque bytes inside vLLM's own metadata objects. A model with several KV-cache groups, and whatever else can't be
-served, leaves both halves out: the engine runs as if the connector were not there, and one line in its log says why.
+travel as opaque bytes inside vLLM's own metadata objects. Whatever can't be served leaves both halves out: the engine runs as
+if the connector were not there, and one line in its log says why.
+
+A running request outgrows blocks of sliding windows and recurrent states, and vLLM gives them to others at once. Those that are to be
+stored are kept by a reference in vLLM's block pool, from the step that computes them until they are copied.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections import deque
@@ -20,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -118,12 +123,17 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _start_scheduler(self) -> None:
         config, vllm_config = self._config, self._vllm_config
-        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        self._block_tokens = spec.block_size
-        hash_tokens = getattr(self._kv_cache_config, "hash_block_size", None) or self._block_tokens
-        self._ratio = self._block_tokens // hash_tokens
+        self._rules = caches.rules(self._kv_cache_config)
+        spans = [rule.block_tokens for rule in self._rules]
+        self._hash_tokens = getattr(self._kv_cache_config, "hash_block_size", None) or math.gcd(*spans)
         with calm_threads():
-            self._scheduler = self._scheduler_half(config, vllm_config)
+            half = self._scheduler = self._scheduler_half(config, vllm_config)
+        self._unit, grain = half.unit_and_grain()
+        self._grain = grain // self._hash_tokens
+        self._offers = any(rule.offered for rule in self._rules)
+        self._outgrows = any(rule.kind != "full" for rule in self._rules)
+        if any(span % self._hash_tokens for span in spans):
+            half.refuse(f"blocks of {spans} tokens are no multiples of the {self._hash_tokens} tokens that a hash covers")
         self._finder.start("kvd-identity", self._find_facts)
 
     def _scheduler_half(self, config: Config, vllm_config: VllmConfig) -> SchedulerHalf:
@@ -132,7 +142,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             _instance(vllm_config),
             self._label(),
             world=_world(vllm_config),
-            block_tokens=self._block_tokens,
+            groups=[(rule.kind, rule.block_tokens, rule.window, rule.offered) for rule in self._rules],
             lookup_deadline_ms=config.lookup_deadline_ms,
             startup_deadline_ms=config.startup_deadline_ms,
             share_deadline_ms=config.share_deadline_ms,
@@ -184,24 +194,26 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         return bytes(function(resolve(function)))
 
     def _kv_dtype(self) -> str:
-        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        inner = next(iter(getattr(spec, "kv_cache_specs", {}).values()), spec)
-        stored = str(inner.dtype).removeprefix("torch.")
+        specs = [one for group in self._kv_cache_config.kv_cache_groups for one in caches.inner_specs(group.kv_cache_spec)]
+        stored = next((str(one.dtype) for one in specs if hasattr(one, "dtype")), "-").removeprefix("torch.")
         chosen = str(self._vllm_config.cache_config.cache_dtype)
         return stored if chosen == "auto" else f"{chosen}/{stored}"
 
-    def _hashes(self, request: Request, first: int, last: int) -> bytes:
-        """Hashes of the blocks from `first` up to before `last`, 32 bytes each."""
-        ratio = self._ratio
+    def _hashes(self, request: Request, group: int, first: int, last: int) -> bytes:
+        """Hashes of a group's blocks from `first` up to before `last`, 32 bytes each."""
+        return self._every(request, self._rules[group].block_tokens // self._hash_tokens, first, last)
+
+    @staticmethod
+    def _every(request: Request, ratio: int, first: int, last: int) -> bytes:
         every = request.block_hashes[first * ratio + ratio - 1 : last * ratio : ratio]
         if every and len(every[0]) != HASH_BYTES:
             return b"".join(one.rjust(HASH_BYTES, b"\0") for one in every)
         return b"".join(every)
 
     def _loadable(self, request: Request) -> bytes:
-        """Hashes of the blocks that may be loaded: never the one with the last token, which is always computed."""
-        full = min((request.num_tokens - 1) // self._block_tokens, len(request.block_hashes) // self._ratio)
-        return self._hashes(request, 0, full)
+        """Hashes of what may be loaded: never of the block with the last token, which is always computed."""
+        tokens = min(request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens)
+        return self._every(request, self._grain, 0, tokens // self._unit * self._unit // (self._grain * self._hash_tokens))
 
     def _adapter(self, request: Request) -> str | None:
         """A name for the adapter that computes this request's KV; its digest is found out on the side."""
@@ -233,7 +245,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         half = self._scheduler
         found = 0
         if half is not None:
-            computed = num_computed_tokens // self._block_tokens
+            computed = num_computed_tokens // self._unit
             found = half.matched(request.request_id, computed)
             if found == -2:
                 half.ask(request.request_id, self._loadable(request))
@@ -241,14 +253,14 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         self._took("get_num_new_matched_tokens", began)
         if found < 0:
             return None, False
-        return (found * self._block_tokens, True) if found else (0, False)
+        return (found * self._unit, True) if found else (0, False)
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         began = time.perf_counter_ns()
         half = self._scheduler
         if half is not None:
-            external = -(-num_external_tokens // self._block_tokens)
-            ids = blocks.get_block_ids()[0] if external else []
+            external = -(-num_external_tokens // self._unit)
+            ids = [list(of_group) for of_group in blocks.get_block_ids()] if external else []
             half.allocated(request.request_id, external, ids)
         self._took("update_state_after_alloc", began)
 
@@ -263,11 +275,21 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             ids = [one.req_id for one in new] + ids
             computed = [one.num_computed_tokens for one in new] + computed
         preempted = scheduler_output.preempted_req_ids
-        wanted, orders, notices = half.step(list(preempted) if preempted else [], ids, computed)
+        ahead: list[int] = []
+        offers: dict[str, list[tuple[int, int, int]]] = {}
+        if self._outgrows:
+            ahead = [scheduler_output.num_scheduled_tokens.get(one, 0) for one in ids]
+            offers = self._offered(scheduler_output)
+        wanted, orders, notices = half.step(list(preempted) if preempted else [], ids, computed, ahead, bool(offers))
         if orders is None:
-            for at, first in wanted:
-                self._capture(half, scheduler_output, ids[at], first, computed[at])
+            for at, group, first in wanted:
+                soon = ahead[at] if self._rules[group].kind != "full" else 0
+                self._capture(half, scheduler_output, ids[at], group, first, computed[at] + soon)
+            for name, states in offers.items():
+                self._capture_states(half, name, states)
             orders = half.end_step()
+        if self._outgrows:
+            self._let_go(half)
         if notices:
             self._log(half.notices())
         self._took("build_connector_meta", began)
@@ -278,32 +300,65 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         for warning, text in notices:
             (logger.warning if warning else logger.info)("kvd: %s", text)
 
-    def _capture(self, half: SchedulerHalf, output: SchedulerOutput, name: str, first: int, computed: int) -> None:
-        """Gives the half the blocks of a running request that are full by now."""
+    def _capture(
+        self, half: SchedulerHalf, output: SchedulerOutput, name: str, group: int, first: int, computed: int
+    ) -> None:
+        """Gives the half the blocks of a running request's group that are full by now, or with this step."""
         request = self._requests.get(name)
         if request is None:
             return
-        full = self._full(request, computed)
+        full = self._full(request, computed) // self._rules[group].block_tokens
         if full > first:
-            ids = self._block_ids(output, name)
+            ids = self._block_ids(output, name, group)
             full = min(full, len(ids))
-            half.capture(name, self._hashes(request, max(first - 1, 0), full), ids[first:full])
+            hashes = self._hashes(request, group, max(first - 1, 0), full)
+            self._keep(half.capture(name, group, hashes, ids[first:full]))
 
     def _full(self, request: Request, computed: int) -> int:
-        """Blocks whose KV is computed and final. The last token does not count: its KV may not be computed (async
+        """Tokens whose KV is computed and final, and hashed. The last token does not count: its KV may not be computed (async
         scheduling), and in a streaming session the token may still be replaced."""
-        tokens = min(computed, request.num_tokens - 1)
-        return int(min(tokens // self._block_tokens, len(request.block_hashes) // self._ratio))
+        return int(min(computed, request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens))
 
-    def _block_ids(self, output: SchedulerOutput, name: str) -> list[int]:
+    def _block_ids(self, output: SchedulerOutput, name: str, group: int) -> list[int]:
         state = getattr(output, "kv_connector_block_state", None)
         manager = getattr(self, "_kv_cache_manager", None)
         ids: list[int] = []
         if state is not None:
-            ids = state.resolve_block_ids(name)[0]
+            ids = state.resolve_block_ids(name)[group]
         elif manager is not None:
-            ids = manager.get_block_ids(name)[0]
+            ids = manager.get_block_ids(name)[group]
         return ids
+
+    def _offered(self, output: SchedulerOutput) -> dict[str, list[tuple[int, int, int]]]:
+        """Recurrent states that this step leaves in blocks of their own: per request (group, block, tokens that led to it)."""
+        state = getattr(output, "kv_connector_block_state", None) if self._offers else None
+        return dict(getattr(state, "boundary_state_offloads", None) or {})
+
+    def _capture_states(self, half: SchedulerHalf, name: str, states: list[tuple[int, int, int]]) -> None:
+        request = self._requests.get(name)
+        if request is None:
+            return
+        final = self._full(request, request.num_tokens)
+        for group, block, tokens in states:
+            span = self._rules[group].block_tokens
+            if tokens % span == 0 and 0 < tokens <= final:
+                at = tokens // span
+                self._keep(half.capture_state(name, group, self._hashes(request, group, at - 1, at), block))
+
+    def _keep(self, ids: list[int]) -> None:
+        """Keeps blocks from being given to others until they are copied."""
+        if ids:
+            pool = self._block_pool
+            pool.touch([pool.blocks[one] for one in ids])
+
+    def _let_go(self, half: SchedulerHalf) -> None:
+        """Should the half have failed, it names none: what it had ordered may still be copied."""
+        if ids := half.released():
+            pool = self._block_pool
+            pool.free_blocks([pool.blocks[one] for one in ids])
+
+    def has_pending_block_frees(self) -> bool:
+        return self._scheduler is not None and self._scheduler.lets_go_soon()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         began = time.perf_counter_ns()
@@ -314,8 +369,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             sent = connector_output.finished_sending
             received = connector_output.finished_recving
             invalid = connector_output.invalid_block_ids
-            if reports or sent or received or invalid:
-                half.on_output(list(sent or ()), list(received or ()), list(invalid or ()), reports)
+            failed = getattr(connector_output, "failed_recving", None)
+            if reports or sent or received or invalid or failed:
+                half.on_output(list(sent or ()), list(received or ()), list(invalid or ()), list(failed or ()), reports)
+                if self._outgrows:
+                    self._let_go(half)
         self._took("update_connector_output", began)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -330,13 +388,13 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         if half is not None:
             name = request.request_id
             self._requests.pop(name, None)
-            ids = block_ids[0] if block_ids else []
-            full = min(self._full(request, request.num_computed_tokens), len(ids))
-            first = half.finish_from(name, full)
-            if first < 0:
-                hold = half.finished(name, b"", [])
-            else:
-                hold = half.finished(name, self._hashes(request, max(first - 1, 0), full), ids[first:full])
+            tokens = self._full(request, request.num_computed_tokens)
+            for group, first in half.finish_from(name, tokens) if block_ids else ():
+                ids = block_ids[group]
+                full = min(tokens // self._rules[group].block_tokens, len(ids))
+                if full > first:
+                    half.last_blocks(name, group, self._hashes(request, group, max(first - 1, 0), full), ids[first:full])
+            hold = half.finished(name)
         self._took("request_finished", began)
         return hold, None
 
@@ -351,6 +409,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         self._block_pool = gpu_block_pool
+        if self._scheduler is not None:
+            # A share of the pool that requests don't miss.
+            self._scheduler.limit_held(max(int(gpu_block_pool.num_gpu_blocks) // 8, 1))
 
     def _prefix_cache_is_empty(self) -> bool:
         pool = self._block_pool
@@ -395,37 +456,37 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self._refusal is not None:
             return
-        share: caches.Share | None = None
-        cache: KvCache | None = None
+        shares: list[caches.Share] = []
         refusal = ""
         try:
-            share = caches.read(self._vllm_config, self._kv_cache_config, kv_caches)
-            cache = KvCache(
-                share.layers,
-                heads=share.heads,
-                block_tokens=share.block_tokens,
-                page_tokens=share.page_tokens,
-                cell_bytes=share.cell_bytes,
-                device=share.device,
-            )
-            canary.check(share, cache)
+            shares = caches.read(self._vllm_config, self._kv_cache_config, kv_caches)
+            for share in shares:
+                share.cache = KvCache(
+                    share.layers,
+                    heads=share.heads,
+                    block_tokens=share.cells,
+                    page_tokens=share.page_tokens,
+                    cell_bytes=share.cell_bytes,
+                    device=share.device,
+                )
+                canary.check(share, share.cache)
         except Exception as error:
             refusal = str(error)
-            cache = None
+            shares = []
             logger.warning("kvd: KV blocks are neither stored nor loaded: %s", refusal)
-        self._stream = caches.stream_of(share) if share else None
-        self._start_worker(share, cache, refusal)
+        self._stream = caches.stream_of(shares[0]) if shares else None
+        self._start_worker(shares, refusal)
 
-    def _start_worker(self, share: caches.Share | None, cache: KvCache | None, refusal: str) -> None:
+    def _start_worker(self, shares: list[caches.Share], refusal: str) -> None:
         config = self._config
         rank, stage = self._rank()
         if self._worker is not None:
             self._worker.close()
         with calm_threads():
-            self._worker = self._worker_half(config, share, cache, refusal, rank, stage)
+            self._worker = self._worker_half(config, shares, refusal, rank, stage)
 
     def _worker_half(
-        self, config: Config, share: caches.Share | None, cache: KvCache | None, refusal: str, rank: int, stage: int
+        self, config: Config, shares: list[caches.Share], refusal: str, rank: int, stage: int
     ) -> WorkerHalf:
         vllm_config = self._vllm_config
         return WorkerHalf(
@@ -436,18 +497,10 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             world=_world(vllm_config),
             stage=stage,
             machine=caches.machine_id(),
-            encoding=share.encoding if share else "",
-            scales=share.scales if share else "",
+            encoding=caches.encoding(shares) if shares else "",
+            scales=";".join(share.scales for share in shares if share.scales),
             refusal=refusal,
-            cache=cache,
-            kind=share.kind if share else "full",
-            layer_names=share.layer_names if share else [],
-            head_first=share.head_first if share else 0,
-            heads=share.heads if share else 0,
-            heads_total=share.heads_total if share else 0,
-            block_tokens=share.block_tokens if share else 0,
-            page_tokens=share.page_tokens if share else 0,
-            cell_bytes=share.cell_bytes if share else 0,
+            groups=shares,
             copy_threads=config.copy_threads,
             load_deadline_ms=config.load_deadline_ms,
         )
@@ -507,12 +560,16 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.start_stores(self._stream)
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         if self._worker is None:
-            return None, None
-        sent, received, invalid = self._worker.results()
+            return KVConnectorTransferResults()
+        sent, received, invalid, failed = self._worker.results()
         self._invalid = set(invalid)
-        return set(sent) or None, set(received) or None
+        return KVConnectorTransferResults(set(sent), set(received), set(failed))
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        results = self.get_transfer_results(finished_req_ids)
+        return results.finished_sending or None, results.finished_recving or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         invalid: set[int] = getattr(self, "_invalid", set())

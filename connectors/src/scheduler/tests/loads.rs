@@ -9,22 +9,22 @@ fn a_hit_is_loaded_and_its_lease_given_back() {
     assert_eq!(half.matched(1, "a", 1), Match::Wait);
     half.port().answer(half.port().last(), present(4, 77));
     assert_eq!(half.matched(2, "a", 1), Match::Blocks(3));
-    half.allocated("a", 3, &[10, 11, 12, 13, 14]);
+    half.allocated("a", 3, &[vec![10, 11, 12, 13, 14]]);
     let meta = step(&mut half, 3);
     assert_eq!(meta.namespaces.len(), 1);
     assert_eq!(meta.loads.len(), 1);
     assert_eq!(meta.loads[0].blocks, [11, 12, 13]);
     assert_eq!(meta.loads[0].hashes, hashes(1, 1..4));
-    half.allocated("a", 0, &[]);
+    half.allocated("a", 0, &[vec![]]);
     assert_eq!(half.port().count(is_release), 0);
-    half.on_output(&[], &["a"], &[], &[]).unwrap();
+    half.on_output(&[], &["a"], &[], &[], &[]).unwrap();
     assert_eq!(half.port().count(is_release), 1);
     assert!(
-        half.begin_step(5, &[], &["a"], &[16]).is_empty(),
+        half.begin_step(5, &[], &["a"], &[16], &[]).is_empty(),
         "what was loaded is not stored"
     );
-    assert_eq!(half.begin_step(5, &[], &["a"], &[20]), [(0, 4)]);
-    assert!(!half.finished(6, "a", &[], &[]));
+    assert_eq!(half.begin_step(5, &[], &["a"], &[20], &[]), [(0, 0, 4)]);
+    assert!(!finish(&mut half, 6, "a", &[], &[]));
     assert_eq!(half.load_and_hold(), (0, 0, 0));
 }
 
@@ -43,12 +43,12 @@ fn no_answer_in_time_is_absent_and_a_silent_daemon_is_not_waited_for() {
     );
     assert_eq!(half.port().count(is_lookup), 1);
     assert!(
-        half.begin_step(30_000, &[], &["b"], &[8]).is_empty(),
+        half.begin_step(30_000, &[], &["b"], &[8], &[]).is_empty(),
         "nothing is reserved"
     );
     // The late answer to the first lookup is an answer, and its lease is given back.
     half.port().answer(0, present(2, 5));
-    assert_eq!(half.begin_step(40_000, &[], &["b"], &[8]), [(0, 0)]);
+    assert_eq!(half.begin_step(40_000, &[], &["b"], &[8], &[]), [(0, 0, 0)]);
     assert_eq!(half.port().count(is_release), 1);
     half.on_new_request(40_001, "d", Adapter::Base, &hashes(4, 0..2), false);
     assert_eq!(half.port().count(is_lookup), 2, "the daemon speaks again");
@@ -59,13 +59,13 @@ fn no_answer_in_time_is_absent_and_a_silent_daemon_is_not_waited_for() {
 fn a_daemon_that_never_answers_is_pinged() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    assert!(half.finished(1, "a", &hashes(1, 0..1), &[4]));
+    assert!(finish(&mut half, 1, "a", &hashes(1, 0..1), &[4]));
     step(&mut half, 2);
     assert_eq!(step(&mut half, 1_000_001).finish, ["a"], "given up");
-    half.begin_step(1_400_000, &[], &[], &[]);
+    half.begin_step(1_400_000, &[], &[], &[], &[]);
     assert_eq!(half.port().count(is_ping), 0);
-    half.begin_step(1_600_000, &[], &[], &[]);
-    half.begin_step(1_700_000, &[], &[], &[]);
+    half.begin_step(1_600_000, &[], &[], &[], &[]);
+    half.begin_step(1_700_000, &[], &[], &[], &[]);
     assert_eq!(half.port().count(is_ping), 1);
     let pong = reply::Body::Pong(kvd_wire::session::PongReply {});
     half.port().answer(half.port().last(), pong);
@@ -84,9 +84,9 @@ fn without_a_daemon_nothing_waits_and_nothing_is_held() {
     half.port().connected.set(false);
     half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..2), false);
     assert_eq!(half.matched(1, "a", 0), Match::Blocks(0));
-    assert!(half.begin_step(2, &[], &["a"], &[8]).is_empty());
-    assert_eq!(half.finish_from(3, "a", 2), None);
-    assert!(!half.finished(3, "a", &[], &[]));
+    assert!(half.begin_step(2, &[], &["a"], &[8], &[]).is_empty());
+    assert_eq!(half.finish_from(3, "a", 8), []);
+    assert!(!finish(&mut half, 3, "a", &[], &[]));
     assert!(!half.has_pending_work());
 }
 
@@ -98,11 +98,11 @@ fn the_second_of_two_waits_for_the_first_ones_load() {
         half.port().answer(half.port().last(), present(3, 1));
         assert_eq!(half.matched(1, id, 0), Match::Blocks(3));
     }
-    half.allocated("a", 3, &[1, 2, 3]);
+    half.allocated("a", 3, &[vec![1, 2, 3]]);
     assert_eq!(half.matched(2, "b", 0), Match::Wait);
     assert_eq!(half.matched(3, "b", 0), Match::Wait);
     step(&mut half, 4);
-    half.on_output(&[], &["a"], &[], &[]).unwrap();
+    half.on_output(&[], &["a"], &[], &[], &[]).unwrap();
     assert_eq!(
         half.matched(6, "b", 3),
         Match::Blocks(0),
@@ -120,7 +120,7 @@ fn a_load_of_the_same_blocks_is_not_waited_for_for_ever() {
         half.port().answer(half.port().last(), present(3, 1));
         half.matched(1, id, 0);
     }
-    half.allocated("a", 3, &[1, 2, 3]);
+    half.allocated("a", 3, &[vec![1, 2, 3]]);
     assert_eq!(half.matched(2, "b", 0), Match::Wait);
     assert_eq!(half.matched(102, "b", 0), Match::Blocks(3));
 }
@@ -133,11 +133,11 @@ fn after_a_failed_load_answers_are_asked_again_and_the_rest_is_stored() {
         half.port().answer(half.port().last(), present(3, 1));
         half.matched(1, id, 0);
     }
-    half.allocated("a", 3, &[1, 2, 3]);
+    half.allocated("a", 3, &[vec![1, 2, 3]]);
     assert_eq!(half.matched(2, "b", 0), Match::Wait);
     step(&mut half, 3);
-    half.on_output(&[], &[], &[2, 3], &[]).unwrap();
-    half.on_output(&[], &["a"], &[], &[]).unwrap();
+    half.on_output(&[], &[], &[2, 3], &[], &[]).unwrap();
+    half.on_output(&[], &["a"], &[], &[], &[]).unwrap();
     assert_eq!(half.counters().load_failures, 1);
     assert_eq!(
         half.matched(6, "b", 0),
@@ -149,7 +149,7 @@ fn after_a_failed_load_answers_are_asked_again_and_the_rest_is_stored() {
         Match::Blocks(0),
         "the failed one does not try again"
     );
-    assert_eq!(half.begin_step(7, &[], &["a"], &[12]), [(0, 1)]);
+    assert_eq!(half.begin_step(7, &[], &["a"], &[12], &[]), [(0, 0, 1)]);
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn a_load_given_to_another_connector_gives_the_lease_back() {
     half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..3), false);
     half.port().answer(half.port().last(), present(3, 9));
     assert_eq!(half.matched(1, "a", 0), Match::Blocks(3));
-    half.allocated("a", 0, &[1, 2, 3]);
+    half.allocated("a", 0, &[vec![1, 2, 3]]);
     assert_eq!(half.port().count(is_release), 1);
     assert!(step(&mut half, 2).loads.is_empty());
 }
@@ -182,12 +182,12 @@ fn an_aborted_load_is_not_held_by_us_but_still_ends() {
     half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..3), false);
     half.port().answer(half.port().last(), present(3, 9));
     half.matched(1, "a", 0);
-    half.allocated("a", 3, &[1, 2, 3]);
+    half.allocated("a", 3, &[vec![1, 2, 3]]);
     step(&mut half, 2);
-    assert_eq!(half.finish_from(3, "a", 3), None);
-    assert!(!half.finished(3, "a", &[], &[]));
+    assert_eq!(half.finish_from(3, "a", 12), []);
+    assert!(!finish(&mut half, 3, "a", &[], &[]));
     assert_eq!(half.load_and_hold(), (0, 0, 1));
-    half.on_output(&[], &["a"], &[], &[]).unwrap();
+    half.on_output(&[], &["a"], &[], &[], &[]).unwrap();
     assert_eq!(half.load_and_hold(), (0, 0, 0));
     assert_eq!(half.port().count(is_release), 1);
 }
@@ -199,7 +199,7 @@ fn another_session_voids_what_the_old_one_promised() {
     half.port().answer(half.port().last(), present(3, 9));
     assert_eq!(half.matched(1, "a", 0), Match::Blocks(3));
     half.port().epoch.set(2);
-    half.begin_step(2, &[], &[], &[]);
+    half.begin_step(2, &[], &[], &[], &[]);
     assert!(
         step(&mut half, 2).report,
         "the workers shall say what connection they have"
@@ -211,14 +211,14 @@ fn another_session_voids_what_the_old_one_promised() {
         "that lease is of the old session"
     );
     half.on_new_request(4, "b", Adapter::Base, &[], true);
-    half.capture(4, "b", &hashes(2, 0..1), &[1]);
+    half.capture(4, "b", 0, &hashes(2, 0..1), &[1]);
     assert_eq!(
         half.port().count(is_reserve),
         0,
         "they may not be its writers yet"
     );
     report(&mut half, 1, &[0], &[]);
-    half.capture(5, "b", &hashes(2, 0..1), &[1]);
+    half.capture(5, "b", 0, &hashes(2, 0..1), &[1]);
     assert_eq!(half.port().count(is_reserve), 1);
 }
 
@@ -228,7 +228,7 @@ fn the_first_request_waits_for_the_workers_to_say_what_they_hold() {
     fake.connected.set(true);
     fake.registered.set(true);
     let settings = Settings {
-        block_tokens: TOKENS,
+        groups: vec![full(TOKENS)],
         ..Settings::default()
     };
     let mut half = Scheduler::new(settings, fake);
@@ -271,6 +271,6 @@ fn a_refusing_worker_is_the_end_of_it() {
     assert_eq!(half.refusal(), Some("no"));
     half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..2), false);
     assert_eq!(half.matched(1, "a", 0), Match::Blocks(0));
-    assert!(!half.finished(2, "a", &[], &[]));
+    assert!(!finish(&mut half, 2, "a", &[], &[]));
     assert_eq!(half.notices().len(), 1);
 }

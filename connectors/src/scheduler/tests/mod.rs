@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 
 use kvd_client::{GroupLayout, reply, request};
+use kvd_core::GroupKind;
 use kvd_wire::session::{LookupReply, Presence, ReserveReply, ReserveState, Where, request::Body};
 use prost::Message;
 
@@ -95,6 +96,16 @@ impl Port for Fake {
 
 const TOKENS: u32 = 4;
 
+fn full(tokens: u32) -> GroupRule {
+    GroupRule::new(GroupKind::Full, tokens, None).unwrap()
+}
+
+/// Finishes a request whose last full blocks of group 0 these are.
+fn finish(half: &mut Scheduler<Fake>, now: u64, id: &str, hashes: &[u8], blocks: &[u32]) -> bool {
+    half.last_blocks(id, 0, hashes, blocks);
+    half.finished(now, id)
+}
+
 fn hash(chain: u8, at: u32) -> [u8; 32] {
     let mut hash = [chain; 32];
     hash[..4].copy_from_slice(&at.to_le_bytes());
@@ -125,7 +136,7 @@ fn ready(world: u32) -> Scheduler<Fake> {
     let mut half = Scheduler::new(
         Settings {
             world,
-            block_tokens: TOKENS,
+            groups: vec![full(TOKENS)],
             ..Settings::default()
         },
         fake,
@@ -150,7 +161,7 @@ fn report(half: &mut Scheduler<Fake>, world: u32, registered: &[u32], done: &[u6
             counters: Vec::new(),
         }
         .encode_to_vec();
-        half.on_output(&[], &[], &[], &[&bytes]).unwrap();
+        half.on_output(&[], &[], &[], &[], &[&bytes]).unwrap();
     }
 }
 

@@ -8,15 +8,15 @@ fn a_request_that_skips_the_cache_takes_no_lookup_but_is_stored() {
     half.on_new_request(0, "a", Adapter::Base, &[], true);
     assert_eq!(half.matched(1, "a", 0), Match::Blocks(0));
     assert_eq!(half.port().count(is_lookup), 0);
-    assert_eq!(half.begin_step(2, &[], &["a"], &[8]), [(0, 0)]);
+    assert_eq!(half.begin_step(2, &[], &["a"], &[8], &[]), [(0, 0, 0)]);
 }
 
 #[test]
 fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
     let mut half = ready(2);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    assert_eq!(half.begin_step(1, &[], &["a"], &[13]), [(0, 0)]);
-    half.capture(1, "a", &hashes(1, 0..3), &[7, 8, 9]);
+    assert_eq!(half.begin_step(1, &[], &["a"], &[13], &[]), [(0, 0, 0)]);
+    half.capture(1, "a", 0, &hashes(1, 0..3), &[7, 8, 9]);
     assert!(step(&mut half, 1).stores.is_empty());
     half.port().answer(
         half.port().last(),
@@ -26,7 +26,7 @@ fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
             ReserveState::Reserved,
         ]),
     );
-    assert!(half.begin_step(2, &[], &["a"], &[14]).is_empty());
+    assert!(half.begin_step(2, &[], &["a"], &[14], &[]).is_empty());
     let meta = step(&mut half, 2);
     assert_eq!(meta.stores.len(), 1);
     let order = &meta.stores[0];
@@ -38,9 +38,9 @@ fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
     assert_eq!(half.counters().present_blocks, 1);
     report(&mut half, 1, &[0], &[order.order]);
     assert_eq!(half.load_and_hold().1, 2, "the other rank still copies");
-    assert!(half.finished(3, "a", &[], &[]));
+    assert!(finish(&mut half, 3, "a", &[], &[]));
     assert_eq!(step(&mut half, 3).finish, ["a"]);
-    half.on_output(&["a"], &[], &[], &[]).unwrap();
+    half.on_output(&["a"], &[], &[], &[], &[]).unwrap();
     assert_eq!(half.load_and_hold().0, 0);
     report(&mut half, 2, &[0], &[order.order]);
     assert_eq!(half.load_and_hold(), (0, 0, 0));
@@ -51,10 +51,10 @@ fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
 fn the_tail_of_a_finished_request_is_stored_before_it_is_told() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    assert_eq!(half.finish_from(0, "a", 2), None, "the engine never ran it");
-    half.begin_step(0, &[], &["a"], &[0]);
-    assert_eq!(half.finish_from(1, "a", 2), Some(0));
-    assert!(half.finished(1, "a", &hashes(1, 0..2), &[4, 5]));
+    assert_eq!(half.finish_from(0, "a", 8), [], "the engine never ran it");
+    half.begin_step(0, &[], &["a"], &[0], &[]);
+    assert_eq!(half.finish_from(1, "a", 8), [(0, 0)]);
+    assert!(finish(&mut half, 1, "a", &hashes(1, 0..2), &[4, 5]));
     assert!(half.has_pending_work());
     assert!(step(&mut half, 2).finish.is_empty(), "no slots yet");
     half.port().answer(
@@ -75,7 +75,7 @@ fn the_tail_of_a_finished_request_is_stored_before_it_is_told() {
 fn a_finished_request_is_not_held_for_ever() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    assert!(half.finished(1, "a", &hashes(1, 0..2), &[4, 5]));
+    assert!(finish(&mut half, 1, "a", &hashes(1, 0..2), &[4, 5]));
     assert!(step(&mut half, 2).finish.is_empty());
     assert_eq!(step(&mut half, 1_000_001).finish, ["a"]);
     assert_eq!(half.counters().hold_timeouts, 1);
@@ -87,7 +87,7 @@ fn a_tail_waits_until_the_workers_have_registered() {
     let mut half = ready(1);
     report(&mut half, 1, &[], &[]);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    assert!(half.finished(1, "a", &hashes(1, 0..2), &[4, 5]));
+    assert!(finish(&mut half, 1, "a", &hashes(1, 0..2), &[4, 5]));
     step(&mut half, 2);
     assert_eq!(half.port().count(is_reserve), 0);
     report(&mut half, 1, &[0], &[]);
@@ -99,19 +99,19 @@ fn a_tail_waits_until_the_workers_have_registered() {
 fn preemption_gives_reservations_up_and_tells_the_workers() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    half.capture(1, "a", &hashes(1, 0..2), &[4, 5]);
+    half.capture(1, "a", 0, &hashes(1, 0..2), &[4, 5]);
     assert_eq!(half.load_and_hold().1, 2);
     half.port().answer(
         half.port().last(),
         reserved(&[ReserveState::Reserved, ReserveState::Reserved]),
     );
-    assert!(half.begin_step(2, &["a"], &[], &[]).is_empty());
+    assert!(half.begin_step(2, &["a"], &[], &[], &[]).is_empty());
     let meta = step(&mut half, 2);
     assert_eq!(meta.preempted, ["a"]);
     assert!(meta.stores.is_empty(), "its blocks are somebody else's now");
     assert_eq!(half.load_and_hold().1, 0);
     assert_eq!(half.matched(3, "a", 0), Match::NeedHashes, "it starts over");
-    assert_eq!(half.begin_step(4, &[], &["a"], &[8]), [(0, 0)]);
+    assert_eq!(half.begin_step(4, &[], &["a"], &[8], &[]), [(0, 0, 0)]);
 }
 
 #[test]
@@ -122,8 +122,8 @@ fn nothing_is_stored_of_a_load_that_never_began() {
     assert_eq!(half.matched(1, "a", 0), Match::Blocks(3));
     // The engine has blocks for it and counts them as computed, but defers the load, and then aborts the request.
     step(&mut half, 2);
-    assert_eq!(half.finish_from(3, "a", 3), None);
-    assert!(!half.finished(3, "a", &[], &[]));
+    assert_eq!(half.finish_from(3, "a", 12), []);
+    assert!(!finish(&mut half, 3, "a", &[], &[]));
     assert_eq!(half.port().count(is_release), 1);
     assert_eq!(half.load_and_hold(), (0, 0, 0));
 }
@@ -133,14 +133,14 @@ fn a_reset_moves_to_a_namespace_of_its_own_and_stores_nothing_mixed() {
     let mut half = ready(1);
     half.on_new_request(0, "old", Adapter::Base, &[], false);
     half.matched(0, "old", 0);
-    assert_eq!(half.begin_step(1, &[], &["old"], &[8]), [(0, 0)]);
+    assert_eq!(half.begin_step(1, &[], &["old"], &[8], &[]), [(0, 0, 0)]);
     step(&mut half, 1);
     half.reset_cache(false);
     assert!(
-        half.begin_step(2, &[], &["old"], &[8]).is_empty(),
+        half.begin_step(2, &[], &["old"], &[8], &[]).is_empty(),
         "its KV mixes weights"
     );
-    assert_eq!(half.finish_from(2, "old", 2), None);
+    assert_eq!(half.finish_from(2, "old", 8), []);
     half.on_new_request(3, "new", Adapter::Base, &hashes(1, 0..3), false);
     let meta = step(&mut half, 3);
     assert_eq!(meta.retired, [0]);
@@ -151,27 +151,30 @@ fn a_reset_moves_to_a_namespace_of_its_own_and_stores_nothing_mixed() {
     half.port().answer(half.port().last(), present(0, 0));
     assert_eq!(half.matched(4, "new", 2), Match::Blocks(0));
     assert!(
-        half.begin_step(5, &[], &["new"], &[12]).is_empty(),
+        half.begin_step(5, &[], &["new"], &[12], &[]).is_empty(),
         "it began in a mixed cache"
     );
     half.on_new_request(6, "clean", Adapter::Base, &[], false);
     half.matched(6, "clean", 0);
-    assert_eq!(half.begin_step(7, &[], &["clean"], &[12]), [(0, 0)]);
+    assert_eq!(half.begin_step(7, &[], &["clean"], &[12], &[]), [(0, 0, 0)]);
     half.reset_cache(true);
     half.matched(8, "clean", 2);
-    assert_eq!(half.begin_step(9, &[], &["clean"], &[12]).len(), 1);
+    assert_eq!(half.begin_step(9, &[], &["clean"], &[12], &[]).len(), 1);
 }
 
 #[test]
 fn no_room_pauses_reservations() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    half.capture(1, "a", &hashes(1, 0..1), &[4]);
+    half.capture(1, "a", 0, &hashes(1, 0..1), &[4]);
     half.port()
         .answer(half.port().last(), reserved(&[ReserveState::NoSpace]));
     step(&mut half, 2);
-    assert!(half.begin_step(3, &[], &["a"], &[12]).is_empty());
-    assert_eq!(half.begin_step(200_000, &[], &["a"], &[12]), [(0, 1)]);
+    assert!(half.begin_step(3, &[], &["a"], &[12], &[]).is_empty());
+    assert_eq!(
+        half.begin_step(200_000, &[], &["a"], &[12], &[]),
+        [(0, 0, 1)]
+    );
     assert_eq!(half.load_and_hold().1, 0);
 }
 
@@ -180,10 +183,10 @@ fn reservations_in_flight_are_bounded() {
     let mut half = ready(1);
     half.settings.max_in_flight = 3;
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    half.capture(1, "a", &hashes(1, 0..5), &[1, 2, 3, 4, 5]);
+    half.capture(1, "a", 0, &hashes(1, 0..5), &[1, 2, 3, 4, 5]);
     assert_eq!(half.load_and_hold().1, 3);
-    assert!(half.begin_step(2, &[], &["a"], &[40]).is_empty());
-    assert!(half.finished(3, "a", &hashes(1, 3..5), &[4, 5]));
+    assert!(half.begin_step(2, &[], &["a"], &[40], &[]).is_empty());
+    assert!(finish(&mut half, 3, "a", &hashes(1, 3..5), &[4, 5]));
     half.port()
         .answer(half.port().last(), reserved(&[ReserveState::Present; 3]));
     step(&mut half, 4);
