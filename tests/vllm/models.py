@@ -1,8 +1,8 @@
 """Small random models, made on the spot, so that a real vLLM can run where no model may be downloaded.
 
 Every model is a pure function of its `Recipe`: the same recipe gives the same bytes. Weights are real safetensors files
-(not vLLM's dummy loader), because the daemon's namespace is keyed by their content. No tokenizer is written: engines take
-token ids and give token ids back. Nothing here is ever committed; models live in a directory of the caller.
+(not vLLM's dummy loader), because the daemon's namespace is keyed by their content. No tokenizer is written, but for the one that
+a multimodal model's processor insists on: engines take token ids and give token ids back. Nothing here is ever committed; models live in a directory of the caller.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 from typing import Any
 
 VOCABULARY = 512
+IMAGE_TOKEN = VOCABULARY  # stands for an image in a multimodal model's prompt; no `prompt` has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,22 @@ def qwen3next(**rest: Any) -> Recipe:
     return recipe("qwen3next", config, **rest)
 
 
+def multimodal(**rest: Any) -> Recipe:
+    """LLaVA-like: an image of 56 by 56 pixels becomes 16 tokens of a Llama-like model."""
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "torch_dtype": "bfloat16",
+        "image_token_index": IMAGE_TOKEN, "image_seq_length": 16, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
+        "text_config": _llama(4, 256, 4, 2, 64, 512, 8192, VOCABULARY + 32),
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "hidden_size": 128, "intermediate_size": 256,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_channels": 3, "image_size": 56, "patch_size": 14,
+            "projection_dim": 128, "layer_norm_eps": 1e-5,
+        },
+    }
+    return recipe("multimodal", config, **rest)
+
+
 def _mlp(prefix: str, hidden: int, size: int) -> dict[str, tuple[int, ...]]:
     return {
         f"{prefix}.gate_proj.weight": (size, hidden),
@@ -203,6 +220,30 @@ def _fused_experts(prefix: str, hidden: int, size: int, experts: int) -> dict[st
     }
 
 
+def _linear(prefix: str, out: int, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}.weight": (out, size), f"{prefix}.bias": (out,)}
+
+
+def _vision_shapes(c: dict[str, Any], text_hidden: int) -> dict[str, tuple[int, ...]]:
+    """A CLIP tower and what projects its patches to the text model's tokens."""
+    hidden, patch, prefix = c["hidden_size"], c["patch_size"], "model.vision_tower.vision_model"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}.embeddings.class_embedding": (hidden,),
+        f"{prefix}.embeddings.patch_embedding.weight": (hidden, c["num_channels"], patch, patch),
+        f"{prefix}.embeddings.position_embedding.weight": ((c["image_size"] // patch) ** 2 + 1, hidden),
+        f"{prefix}.pre_layrnorm.weight": (hidden,),
+        f"{prefix}.pre_layrnorm.bias": (hidden,),
+    }
+    for i in range(c["num_hidden_layers"]):
+        layer = f"{prefix}.encoder.layers.{i}"
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{layer}.self_attn.{projection}", hidden, hidden)
+        shapes |= _linear(f"{layer}.mlp.fc1", c["intermediate_size"], hidden) | _linear(f"{layer}.mlp.fc2", hidden, c["intermediate_size"])
+        shapes |= {f"{layer}.layer_norm{n}.{part}": (hidden,) for n in (1, 2) for part in ("weight", "bias")}
+    shapes |= _linear("model.multi_modal_projector.linear_1", text_hidden, hidden)
+    return shapes | _linear("model.multi_modal_projector.linear_2", text_hidden, text_hidden)
+
+
 def _layer_shapes(c: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
     hidden, prefix = c["hidden_size"], f"model.layers.{i}"
     shapes: dict[str, tuple[int, ...]] = {
@@ -257,7 +298,8 @@ def weights(r: Recipe) -> dict[str, Any]:
     """The tensors of a recipe, in file order."""
     import torch
 
-    c = r.settings()
+    whole = r.settings()
+    c = whole.get("text_config", whole)
     dtype = getattr(torch, r.weights_dtype)
     layers = c["num_hidden_layers"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c["vocab_size"], c["hidden_size"])}
@@ -266,6 +308,8 @@ def weights(r: Recipe) -> dict[str, Any]:
     shapes["model.norm.weight"] = (c["hidden_size"],)
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], c["hidden_size"])
+    if "vision_config" in whole:
+        shapes |= _vision_shapes(whole["vision_config"], c["hidden_size"])
     usual = torch.Generator().manual_seed(r.seed)
     changed = torch.Generator().manual_seed(r.seed if r.middle_seed is None else r.middle_seed)
     middle = {f"model.layers.{i}." for i in range(1, layers - 1)} if r.middle_seed is not None else set()
@@ -278,7 +322,33 @@ def weights(r: Recipe) -> dict[str, Any]:
             # Gemma scales them itself, and compares what comes out with them: larger ones would only repeat the last token.
             tensor = tensor * (0.25 if c["model_type"] == "gemma3_text" else c["hidden_size"] ** 0.5)
         out[name] = tensor if name.endswith(("e_score_correction_bias", "A_log")) else tensor.to(dtype)
+    if "vision_config" in whole:
+        text = ("model.embed_tokens.", "model.layers.", "model.norm.")
+        out = {"model.language_model." + n.removeprefix("model.") if n.startswith(text) else n: t for n, t in out.items()}
     return out
+
+
+def _processor(c: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files besides config.json from which Transformers makes what turns images into pixel values: name -> content."""
+    size = c["vision_config"]["image_size"]
+    words = {"<unk>": 0} | {f"t{i}": i for i in range(1, c["text_config"]["vocab_size"])}
+    words["<image>"] = words.pop(f"t{c['image_token_index']}")
+    image = {"id": words["<image>"], "content": "<image>", "special": True, "normalized": False}
+    return {
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
+            "image_mean": [0.5] * 3, "image_std": [0.25] * 3,
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor", "patch_size": c["vision_config"]["patch_size"], "image_token": "<image>",
+            "vision_feature_select_strategy": c["vision_feature_select_strategy"], "num_additional_image_tokens": 1,
+        },
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"},
+        "tokenizer.json": {
+            "version": "1.0", "added_tokens": [image | {"single_word": False, "lstrip": False, "rstrip": False}],
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+        },
+    }
 
 
 def make(r: Recipe, root: pathlib.Path) -> pathlib.Path:
@@ -291,7 +361,9 @@ def make(r: Recipe, root: pathlib.Path) -> pathlib.Path:
     scratch = root / f".{r.key()}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    (scratch / "config.json").write_text(json.dumps(r.settings(), indent=1))
+    c = r.settings()
+    for name, content in ({"config.json": c} | (_processor(c) if "vision_config" in c else {})).items():
+        (scratch / name).write_text(json.dumps(content, indent=1))
     save_file(weights(r), str(scratch / "model.safetensors"), metadata={"format": "pt"})
     try:
         scratch.rename(where)
