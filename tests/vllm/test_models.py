@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 
 import models
+import pytest
 
 
-def test_same_recipe_same_bytes(tmp_path: pathlib.Path) -> None:
-    one = models.make(models.gqa(), tmp_path / "a") / "model.safetensors"
-    two = models.make(models.gqa(), tmp_path / "b") / "model.safetensors"
+@pytest.mark.parametrize("recipe", [models.gqa, models.qwen3, models.mla, models.gemma, models.gptoss, models.qwen3next, models.multimodal])
+def test_same_recipe_same_bytes(recipe: Callable[[], models.Recipe], tmp_path: pathlib.Path) -> None:
+    one = models.make(recipe(), tmp_path / "a") / "model.safetensors"
+    two = models.make(recipe(), tmp_path / "b") / "model.safetensors"
     assert one.read_bytes() == two.read_bytes()
 
 
