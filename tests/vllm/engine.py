@@ -248,7 +248,7 @@ class Engine:
     # The verbs ------------------------------------------------------------------------------------------------
     def begin(self, prompts: Iterable[list[int]], **fields: Any) -> None:
         """Starts a batch; `finish` waits for it."""
-        common = {k: fields.pop(k) for k in list(fields) if k in ("progress", "dump", "stop_after")}
+        common = {k: fields.pop(k) for k in list(fields) if k in ("progress", "dump", "stop_after", "preempt_after")}
         self.send("generate", prompts=[{"tokens": p} | fields for p in prompts], **common)
 
     def finish(self, deadline_s: float = CALL_S) -> Batch:

@@ -85,6 +85,13 @@ def dump_blocks(worker: Any, request: str, blocks: int) -> dict[str, Any]:
     return {"layers": layers, "blocks": len(ids), "shape": list(picked.shape), "dtype": str(cache.dtype), "strides": list(cache.stride())}
 
 
+def picture(seed: int) -> Any:
+    """An image of 56 by 56 pixels that no other seed has."""
+    import numpy
+
+    return numpy.random.default_rng(seed).integers(0, 256, (56, 56, 3), dtype=numpy.uint8)
+
+
 def worker_pid(worker: Any) -> int:
     return os.getpid()
 
@@ -147,6 +154,17 @@ class Child:
         self.settle()
         return self.llm.reset_prefix_cache(reset_running_requests=command.get("running", False), reset_connector=command.get("connector", False))
 
+    def preempt_all(self) -> None:
+        """Copies out of blocks that requests outgrew may still be under way; vLLM refuses to forget those."""
+        end = time.monotonic() + 10.0
+        while True:
+            try:
+                self.llm.reset_prefix_cache(reset_running_requests=True)
+                return
+            except RuntimeError:
+                if time.monotonic() > end:
+                    raise
+
     def counters(self) -> dict[str, float]:
         """All counters and gauges of vLLM's Prometheus registry; labels other than the model's and engine's are kept."""
         out: dict[str, float] = {}
@@ -173,6 +191,8 @@ class Child:
         self.serial += 1
         name = f"t{self.serial}"
         prompt = TokensPrompt(prompt_token_ids=one["tokens"])
+        if one.get("images"):
+            prompt["multi_modal_data"] = {"image": [picture(seed) for seed in one["images"]]}
         if one.get("salt"):
             prompt["cache_salt"] = one["salt"]
         params = SamplingParams(
@@ -199,7 +219,8 @@ class Child:
 
     def generate(self, command: dict[str, Any]) -> dict[str, Any]:
         """Runs all prompts at once. With `progress`, sends a line for every new token. `dump` = blocks of each to digest after
-        its first token. `stop_after` aborts a request that has that many tokens."""
+        its first token. `stop_after` aborts a request that has that many tokens. `preempt_after`: once the first request has that many
+        tokens, all requests lose their blocks, and vLLM its prefix cache."""
         before = self.counters()
         begin = time.monotonic()
         names = [self.submit(one) for one in command["prompts"]]
@@ -217,6 +238,8 @@ class Child:
                 if command.get("progress") and tokens:
                     self.pipe.send({"event": "token", "request": index, "count": tokens})
                 stop = command.get("stop_after")
+                if tokens and tokens == command.get("preempt_after") and index == 0:
+                    self.preempt_all()
                 if not output.finished and stop and tokens >= stop:
                     self.engine.abort_request([output.request_id])
                     output.finished = True

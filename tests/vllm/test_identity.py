@@ -100,8 +100,8 @@ def test_lora_of_the_same_name_and_path_with_other_content(engines: Engines, dae
     assert comes_back(start(1)) == right.tokens
 
 
-def test_several_groups_store_nothing_and_say_so_once(engines: Engines, daemon: Daemon, model: Model) -> None:
-    engine = engines.start(model(models.gemma()), connector=patient(daemon.socket))
+def test_states_without_prefix_caching_store_nothing_and_say_so_once(engines: Engines, daemon: Daemon, model: Model) -> None:
+    engine = engines.start(model(models.qwen3next()), connector=patient(daemon.socket), enable_prefix_caching=False)
     prompt = models.prompt(4, 700)
     first = engine.ask(prompt)
     engine.reset_local()
@@ -110,7 +110,7 @@ def test_several_groups_store_nothing_and_say_so_once(engines: Engines, daemon: 
     assert daemon.resident() == 0
     lines = [line for line in engine.log.read_text(errors="replace").splitlines() if "kvd" in line and "neither stored nor loaded" in line]
     assert len(lines) == 1, lines
-    assert "group" in lines[0]
+    assert "recurrent states" in lines[0]
 
 
 def test_weights_epoch_on_reset(engines: Engines, daemon: Daemon, model: Model) -> None:
