@@ -4,7 +4,7 @@
 //! A parent whose last child leaves becomes a candidate at the cold end; if it was touched later than that child (another
 //! prompt shares it), at the hot end. Links are made when blocks are reserved and are not repaired: a block whose parent was
 //! dropped out of order (corruption, an extent that changed class) starts a tree of its own. That costs hits, never truth.
-//! Deliberately absent: other kinds of groups than full attention; sliding windows and states need rules of their own.
+//! Blocks of windows and states have no links: each is worth something alone, and is a leaf from the start.
 
 use super::{Eviction, Place, chosen, listed};
 use crate::index::{Entries, EntryState};
