@@ -183,6 +183,11 @@ class Child:
         core = getattr(client, "engine_core", None)
         return client.call_utility("hook_times") if core is None else core.hook_times()
 
+    def stats(self) -> dict[str, Any]:
+        """Counters of our connector's scheduler half, of an engine that is all in this process."""
+        stats = self.engine.engine_core.engine_core.scheduler.connector.debug_stats()
+        return {name: value for name, value in stats.items() if isinstance(value, int)}
+
     def submit(self, one: dict[str, Any]) -> str:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -260,6 +265,7 @@ class Child:
             "generate": self.generate,
             "counters": lambda c: self.counters(),
             "hooks": lambda c: self.hooks(),
+            "stats": lambda c: self.stats(),
             "reset": self.reset,
         }
         while True:

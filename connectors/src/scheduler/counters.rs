@@ -34,6 +34,8 @@ counters! {
     loads,
     /// Blocks of those loads.
     loaded_blocks,
+    /// Tokens that those loads stand for.
+    loaded_tokens,
     /// Loads that some rank could not complete.
     load_failures,
     /// Requests that waited for another request's load.

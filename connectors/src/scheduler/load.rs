@@ -88,6 +88,8 @@ impl<P: Port> Scheduler<P> {
             self.settings.pass(&mut request.next, units.1);
         }
         self.counters.loads += 1;
+        self.counters.loaded_tokens +=
+            u64::from(units.1 - units.0) * u64::from(self.settings.unit());
         for group in &groups {
             self.counters.loaded_blocks += group.blocks.len() as u64;
             self.pending_loads.push(LoadOrder {

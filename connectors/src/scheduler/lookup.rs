@@ -119,7 +119,10 @@ impl<P: Port> Scheduler<P> {
         request.epoch = epoch;
         request.tainted = mixed && computed > 0;
         request.offer = None;
-        request.ran = false;
+        if std::mem::replace(&mut request.ran, false) {
+            // It has lost its blocks since it ran. Of a preemption in this very step we hear when the step begins for us.
+            request.start_over();
+        }
         let wanted_at = *request.wanted_at.get_or_insert(now);
         if request.skip || matches!(request.lookup, Lookup::Settled) {
             return Match::Blocks(0);

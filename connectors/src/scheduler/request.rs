@@ -198,14 +198,19 @@ impl<T> Request<T> {
 
     /// Forgets what concerned blocks that the request has lost, its reservations apart.
     pub(crate) fn restart(&mut self) {
-        self.lookup = Lookup::None;
-        self.asks = 0;
-        self.wanted_at = None;
-        self.shared_since = None;
+        self.start_over();
         self.offer = None;
         self.ran = false;
         self.next.fill(0);
         self.tails.clear();
+    }
+
+    /// What can be loaded for it is asked anew.
+    pub(crate) fn start_over(&mut self) {
+        self.lookup = Lookup::None;
+        self.asks = 0;
+        self.wanted_at = None;
+        self.shared_since = None;
     }
 
     /// Gives its reservations up: what was asked for is given back when the replies come. Returns how many blocks those were, and the

@@ -4,7 +4,9 @@
 mod common;
 
 use common::*;
+use kvd_core::hit::Run;
 use kvd_core::*;
+use proptest::prelude::*;
 
 /// Full attention (group 0), a window of 33 tokens (1) and a state of every 32 tokens (2). Blocks of groups 0 and 1 span 16 tokens; all
 /// take one slot of 4 KiB.
@@ -187,4 +189,76 @@ fn what_a_window_left_behind_is_evicted_before_what_hits_need() {
     assert_eq!(found.hit_tokens, 128, "{found:?}");
     let left = (0..8).filter(|at| found.chains[1].at(*at) == Where::Host);
     assert_eq!(left.count(), 2);
+}
+
+/// What is there of each group, block by block, as a lookup of all says.
+fn there(world: &mut World, blocks: u64) -> Vec<Vec<Run>> {
+    let (all, states) = (hashes(0..blocks), states(blocks));
+    let chains = [(0, &all), (1, &all), (2, &states)].map(|(group, hashes)| Chain {
+        group,
+        hashes,
+        parent: None,
+    });
+    let body = Request::Lookup {
+        namespace: 0,
+        chains: &chains,
+        lease_ms: 0,
+        scope: Scope::All,
+    };
+    let Reply::Lookup(reply) = world.ask(1, body) else {
+        panic!("no answer")
+    };
+    let runs = |presence: &Presence| {
+        let runs = presence.start.iter().zip(&presence.length);
+        runs.map(|(start, length)| (*start, start + length))
+            .collect()
+    };
+    reply.chains.iter().map(runs).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever was stored, evicted and leased: a hit is the longest prompt of which every group has what it needs, each block of
+    /// which can be loaded at once, and never more.
+    #[test]
+    fn a_hit_can_be_loaded_whatever_came_before(
+        ops in prop::collection::vec((0u32..4, 0u64..14, 1u64..6, any::<bool>()), 1..60)
+    ) {
+        let mut world = World::new(Settings::default(), 2);
+        attached(&mut world);
+        let rules = NamespaceRecord::parse(&hybrid()).unwrap().rules().to_vec();
+        for (group, first, count, lease) in ops {
+            match group {
+                2 => {
+                    store(&mut world, 2, &[hash(first * 2 + 1)]);
+                }
+                3 => world.now += 20_000_000,
+                group => {
+                    store(&mut world, group, &hashes(first..first + count));
+                }
+            }
+            let blocks = 18;
+            let found = hit(&mut world, blocks, if lease { 5000 } else { 0 });
+            let runs = there(&mut world, blocks);
+            let groups: Vec<(GroupRule, &[Run])> =
+                rules.iter().zip(&runs).map(|(rule, runs)| (*rule, &runs[..])).collect();
+            prop_assert_eq!(found.hit_tokens, hit::longest(&groups, 32, 16 * blocks as u32, 0));
+            // Leases have a limit.
+            prop_assert!(found.lease == 0 || lease && found.hit_tokens > 0);
+            for (group, rule) in (0u32..).zip(&rules) {
+                let (first, end) = rule.needs(found.hit_tokens, 0);
+                let chain = if group == 2 { states(blocks) } else { hashes(0..blocks) };
+                let body = Request::Load {
+                    namespace: 0,
+                    group,
+                    hashes: &chain[first as usize..end as usize],
+                    deadline_ms: 0,
+                };
+                let Reply::Load(loaded) = world.ask(1, body) else { panic!("no answer") };
+                prop_assert!(loaded.states.iter().all(|state| *state == LoadState::Ready));
+                world.release(1, &loaded.slots, &loaded.generations, &[]);
+            }
+        }
+    }
 }

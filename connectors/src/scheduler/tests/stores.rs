@@ -115,6 +115,26 @@ fn preemption_gives_reservations_up_and_tells_the_workers() {
 }
 
 #[test]
+fn a_request_that_is_preempted_and_resumed_in_one_step_asks_again() {
+    let mut half = ready(1);
+    half.on_new_request(0, "a", Adapter::Base, &[], false);
+    half.port().answer(0, present(0, 0));
+    half.matched(0, "a", 0);
+    half.ask(0, "a", &hashes(1, 0..3));
+    half.port().answer(half.port().last(), present(0, 0));
+    assert_eq!(half.matched(0, "a", 0), Match::Blocks(0));
+    assert_eq!(half.begin_step(1, &[], &["a"], &[0], &[]), []);
+    // The engine asks before it says why.
+    assert_eq!(half.matched(2, "a", 0), Match::NeedHashes);
+    half.begin_step(2, &["a"], &[], &[], &[]);
+    assert_eq!(step(&mut half, 2).preempted, ["a"]);
+    assert_eq!(half.matched(3, "a", 0), Match::NeedHashes);
+    half.ask(3, "a", &hashes(1, 0..3));
+    half.port().answer(half.port().last(), present(3, 9));
+    assert_eq!(half.matched(4, "a", 0), Match::Blocks(3));
+}
+
+#[test]
 fn nothing_is_stored_of_a_load_that_never_began() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..3), false);
