@@ -10,6 +10,7 @@ pub mod canary;
 pub mod fleet;
 pub mod meta;
 pub mod notice;
+pub mod observed;
 pub mod record;
 pub mod scheduler;
 pub mod worker;

@@ -7,6 +7,7 @@ mod cache;
 mod clock;
 mod digest;
 mod errors;
+mod observed;
 mod scheduler;
 mod session;
 mod worker;

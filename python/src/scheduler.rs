@@ -10,7 +10,7 @@ use std::time::Duration;
 use kvd_client::{Identity, Link, LinkConfig, Role};
 use kvd_connectors::meta::{self, RankHello};
 use kvd_connectors::notice::Level;
-use kvd_connectors::scheduler::{Adapter, Match, Scheduler, Settings};
+use kvd_connectors::scheduler::{Adapter, ByTier, Match, Scheduler, Settings};
 use kvd_connectors::worker::Counters;
 use kvd_core::{GroupKind, GroupRule};
 use parking_lot::Mutex;
@@ -20,6 +20,7 @@ use pyo3::types::{PyBytes, PyDict, PyList};
 
 use crate::clock::now_us;
 use crate::errors::{error, from_client, invalid};
+use crate::observed::dict;
 
 /// See `kvdaemon/_native.pyi`.
 #[pyclass(frozen, module = "kvdaemon._native")]
@@ -289,6 +290,16 @@ impl SchedulerHalf {
         .into_iter()
         .map(|notice| (notice.level == Level::Warning, notice.text))
         .collect()
+    }
+
+    /// What has happened since the last call, or None.
+    fn observed<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        dict(py, self.with(Scheduler::observed).flatten())
+    }
+
+    /// Tokens of the request's last load by tier: host memory, on their way up, NVMe, object store.
+    fn sources(&self, id: &str) -> ByTier {
+        self.with(|half| half.sources(id)).unwrap_or_default()
     }
 
     /// Counters, for tests and for people.

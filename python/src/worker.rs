@@ -17,6 +17,7 @@ use pyo3::types::{PyBytes, PyDict};
 
 use crate::cache::KvCache;
 use crate::errors::{error, from_client};
+use crate::observed::dict;
 use crate::scheduler::{clock, instance_id, start_link};
 
 /// What a step brought to an end: requests sent, requests received, blocks that could not be loaded, requests of the received whose
@@ -211,6 +212,11 @@ impl WorkerHalf {
             .into_iter()
             .map(|notice| (notice.level == Level::Warning, notice.text))
             .collect()
+    }
+
+    /// What has happened since the last call, or None.
+    fn observed<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        dict(py, self.with(|half| half.observed()).flatten())
     }
 
     /// Counters, for tests and for people.

@@ -166,10 +166,11 @@ class Child:
                     raise
 
     def counters(self) -> dict[str, float]:
-        """All counters and gauges of vLLM's Prometheus registry; labels other than the model's and engine's are kept."""
+        """All counters and gauges of vLLM's Prometheus registry, and how much its histograms have seen; labels other than the model's and
+        engine's are kept."""
         out: dict[str, float] = {}
         for metric in self.llm.get_metrics():
-            value = getattr(metric, "value", None)
+            value = getattr(metric, "value", getattr(metric, "count", None))
             if value is None:
                 continue
             labels = {k: v for k, v in metric.labels.items() if k not in ("model_name", "engine")}

@@ -36,6 +36,16 @@ counters! {
     loaded_blocks,
     /// Tokens that those loads stand for.
     loaded_tokens,
+    /// Blocks that loads brought and the engine can use.
+    usable_blocks,
+    /// Tokens of loads, by where the lookup found them: in host memory,
+    hit_host_tokens,
+    /// on their way up,
+    hit_fetching_tokens,
+    /// on NVMe,
+    hit_nvme_tokens,
+    /// or in an object store.
+    hit_object_tokens,
     /// Loads that some rank could not complete.
     load_failures,
     /// Requests that waited for another request's load.

@@ -34,6 +34,16 @@ pub(crate) struct ActiveLoad {
 }
 
 impl ActiveLoad {
+    /// Blocks of it that the engine can use, given what has failed.
+    fn usable(&self) -> u64 {
+        let all = self.groups.iter().map(|own| own.blocks.len() as u64).sum();
+        match (self.failed, &self.groups[..]) {
+            (None, _) => all,
+            (Some(failed), [own]) => all.min(failed.saturating_sub(own.first).into()),
+            (Some(_), _) => 0,
+        }
+    }
+
     /// Its lookup lease is gone with the session that gave it.
     pub(crate) fn forget_lease(&mut self) {
         self.lease = 0;
@@ -62,6 +72,7 @@ impl<P: Port> Scheduler<P> {
         };
         let Lookup::Answered {
             hashes,
+            places,
             lease,
             namespace,
             ..
@@ -83,8 +94,11 @@ impl<P: Port> Scheduler<P> {
             });
             broken.collect()
         });
+        let sources = self.settings.sources(&places, units);
+        self.count_sources(sources);
         if let Some(request) = self.requests.get_mut(id) {
             request.loading = true;
+            request.sources = sources;
             self.settings.pass(&mut request.next, units.1);
         }
         self.counters.loads += 1;
@@ -202,6 +216,7 @@ impl<P: Port> Scheduler<P> {
         };
         let load = self.loads.remove(at);
         self.release(load.lease);
+        self.counters.usable_blocks += load.usable();
         if load.failed.is_some() {
             self.counters.load_failures += 1;
             // Others may have been promised the same blocks.

@@ -10,6 +10,7 @@ use super::namespaces::Standing;
 use super::port::{Fault, Port};
 use super::request::Lookup;
 use crate::HASH_BYTES;
+use crate::observed;
 
 /// Most lookups for a request before it restarts.
 const MOST_ASKS: u32 = 4;
@@ -253,6 +254,7 @@ impl<P: Port> Scheduler<P> {
         };
         let asked = std::mem::replace(&mut request.lookup, Lookup::Settled);
         let Lookup::Asked {
+            at,
             hashes,
             namespace,
             belief,
@@ -265,8 +267,10 @@ impl<P: Port> Scheduler<P> {
             Ok(reply::Body::Lookup(reply)) => {
                 let mut runs: Vec<Vec<Run>> = reply.chains.iter().map(loadable).collect();
                 runs.resize(self.settings.groups.len(), Vec::new());
+                observed::keep(&mut self.watch.lookups, now.saturating_sub(at));
                 request.lookup = Lookup::Answered {
                     runs,
+                    places: reply.chains,
                     at: now,
                     lease: reply.lease,
                     hashes,

@@ -17,6 +17,7 @@ mod silence;
 mod store;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -26,6 +27,7 @@ pub use namespaces::Standing;
 pub(crate) use namespaces::layouts;
 pub use port::{Fault, Port, Registered};
 pub use request::Adapter;
+pub use watch::{ByTier, TIERS};
 
 use kvd_core::hit::{self, GroupRule};
 use prost::Message;
@@ -37,6 +39,7 @@ use load::ActiveLoad;
 use namespaces::Namespaces;
 use silence::Silence;
 use store::OpenOrder;
+use watch::Watch;
 
 /// What can be chosen. Times in microseconds.
 #[derive(Debug, Clone)]
@@ -136,6 +139,7 @@ pub struct Scheduler<P: Port> {
     meta: StepMeta,
     pending_loads: Vec<LoadOrder>,
     counters: Counters,
+    watch: Watch,
     notices: Notices,
 }
 
@@ -163,6 +167,7 @@ impl<P: Port> Scheduler<P> {
             meta: StepMeta::default(),
             pending_loads: Vec::new(),
             counters: Counters::default(),
+            watch: Watch::default(),
             notices: Notices::default(),
             settings,
             port,

@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 
 use kvd_core::hit::Run;
+use kvd_wire::session::Presence;
 
+use super::watch::ByTier;
 use crate::HASH_BYTES;
 
 /// Which adapter computed a request's KV.
@@ -93,6 +95,8 @@ pub(crate) enum Lookup<T> {
     /// Answered: of each KV-cache group, these runs of blocks can be loaded.
     Answered {
         runs: Vec<Vec<Run>>,
+        /// And where they are.
+        places: Vec<Presence>,
         at: u64,
         lease: u64,
         hashes: Vec<u8>,
@@ -159,6 +163,8 @@ pub(crate) struct Request<T> {
     pub(crate) offer: Option<(u32, u32)>,
     /// A load into its blocks is under way.
     pub(crate) loading: bool,
+    /// Where its last load came from.
+    pub(crate) sources: ByTier,
     /// The engine has computed something for it since it (re)started: blocks that it says are computed hold what they should.
     pub(crate) ran: bool,
     /// Of each KV-cache group: blocks before this are stored, reserved, or need not be.
@@ -186,6 +192,7 @@ impl<T> Request<T> {
             shared_since: None,
             offer: None,
             loading: false,
+            sources: ByTier::default(),
             ran: false,
             next: vec![0; groups],
             tails: VecDeque::new(),

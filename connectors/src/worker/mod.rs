@@ -25,6 +25,7 @@ use crate::meta::{
     self, LoadOrder, MetaError, RankHello, RankReport, StepMeta, StoreOrder, VERSION,
 };
 use crate::notice::{Notice, Notices};
+use crate::observed::Observed;
 use crate::scheduler::layouts;
 use state::Shared;
 use tasks::{Copier, Joined, LoadTask, StoreTask};
@@ -257,11 +258,13 @@ impl Worker {
                 self.shared.load_failed(&order.request, &order.blocks);
                 continue;
             };
+            let ordered = (self.clock)();
             let task = Box::new(LoadTask {
                 joined,
                 pages: pages.clone(),
                 after: after.clone(),
-                until: (self.clock)() + self.settings.load_deadline.as_micros() as u64,
+                ordered,
+                until: ordered + self.settings.load_deadline.as_micros() as u64,
                 order,
             });
             if let Err(task) = self.copier.load(task) {
@@ -280,7 +283,8 @@ impl Worker {
         for order in std::mem::take(&mut self.stores) {
             match self.share(order.namespace, order.group) {
                 Some((joined, pages)) => {
-                    let task = StoreTask::new(joined, pages.clone(), order, after.clone());
+                    let (pages, clock) = (pages.clone(), self.clock.clone());
+                    let task = StoreTask::new(joined, pages, order, after.clone(), clock);
                     self.copier.store(task, &self.link, &self.shared);
                 }
                 None => self.shared.store_over(&order.request, order.order),
@@ -334,6 +338,12 @@ impl Worker {
             .collect();
         registered.sort_unstable();
         (epoch, registered)
+    }
+
+    /// What has happened since the last call, if anything.
+    pub fn observed(&self) -> Option<Observed> {
+        self.shared.poll_commits(&self.link);
+        self.shared.observed()
     }
 
     /// Counters since the start.

@@ -2,9 +2,11 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use kvd_client::{ErrorKind, LoadOutcome, StoreOutcome, Ticket, reply};
+use kvd_client::{ErrorKind, FailReason, LoadOutcome, StoreOutcome, Ticket, reply};
 use kvd_wire::session::CommitState;
 use parking_lot::{Condvar, Mutex};
+
+use crate::observed::{self, Observed};
 
 /// Most commits whose replies are waited for; they only feed counters.
 const COMMITS: usize = 4096;
@@ -34,7 +36,9 @@ macro_rules! counters {
 counters! {
     /// Blocks whose part was copied out.
     copied_blocks,
-    /// Of those: visible to others.
+    /// Bytes of those.
+    copied_bytes,
+    /// Of those blocks: visible to others.
     visible_blocks,
     /// Of those: parts of other ranks were still missing.
     waiting_blocks,
@@ -44,10 +48,14 @@ counters! {
     dropped_blocks,
     /// Blocks copied in and found right.
     loaded_blocks,
+    /// Bytes of those.
+    loaded_bytes,
     /// Blocks that could not be loaded: not there any more.
     load_absent,
     /// Blocks that could not be loaded: bytes did not match their checksum.
     load_corrupt,
+    /// Blocks that could not be loaded: no answer in time.
+    load_timeout,
     /// Blocks that could not be loaded: any other reason.
     load_failed,
 }
@@ -77,6 +85,10 @@ struct Inner {
     done: Vec<u64>,
     results: Results,
     counters: Counters,
+    /// What the engine's metrics know of the counters, and what they don't know of the times (us) that orders took.
+    told: Counters,
+    store_times: Vec<u32>,
+    load_times: Vec<u32>,
     commits: VecDeque<Ticket>,
 }
 
@@ -215,27 +227,74 @@ impl Shared {
         self.inner.lock().counters.dropped_blocks += blocks as u64;
     }
 
-    pub(crate) fn count_stores(&self, outcomes: &[StoreOutcome]) {
+    /// What each block's part of `bytes` came to; gives the number of those that were copied.
+    pub(crate) fn count_stores(&self, outcomes: &[StoreOutcome], bytes: usize) -> usize {
+        let mut copied = 0;
         let counters = &mut self.inner.lock().counters;
         for outcome in outcomes {
             match outcome {
                 // The commit's own reply comes later.
-                StoreOutcome::Waiting | StoreOutcome::Visible => counters.copied_blocks += 1,
+                StoreOutcome::Waiting | StoreOutcome::Visible => copied += 1,
                 _ => counters.dropped_blocks += 1,
+            }
+        }
+        counters.copied_blocks += copied as u64;
+        counters.copied_bytes += (copied * bytes) as u64;
+        copied
+    }
+
+    pub(crate) fn count_loads(&self, outcomes: &[LoadOutcome], bytes: usize) {
+        let counters = &mut self.inner.lock().counters;
+        for outcome in outcomes {
+            match outcome {
+                LoadOutcome::Loaded => {
+                    counters.loaded_blocks += 1;
+                    counters.loaded_bytes += bytes as u64;
+                }
+                LoadOutcome::Absent => counters.load_absent += 1,
+                LoadOutcome::Failed(FailReason::Corrupt) => counters.load_corrupt += 1,
+                LoadOutcome::Failed(FailReason::Timeout) => counters.load_timeout += 1,
+                LoadOutcome::Failed(_) => counters.load_failed += 1,
             }
         }
     }
 
-    pub(crate) fn count_loads(&self, outcomes: &[LoadOutcome]) {
-        let counters = &mut self.inner.lock().counters;
-        for outcome in outcomes {
-            match outcome {
-                LoadOutcome::Loaded => counters.loaded_blocks += 1,
-                LoadOutcome::Absent => counters.load_absent += 1,
-                LoadOutcome::Failed(kvd_client::FailReason::Corrupt) => counters.load_corrupt += 1,
-                LoadOutcome::Failed(_) => counters.load_failed += 1,
-            }
+    /// An order to store of which something was copied took so long.
+    pub(crate) fn store_took(&self, us: u64) {
+        observed::keep(&mut self.inner.lock().store_times, us);
+    }
+
+    /// A load took so long, whatever came of it.
+    pub(crate) fn load_took(&self, us: u64) {
+        observed::keep(&mut self.inner.lock().load_times, us);
+    }
+
+    /// What has happened since the last call, if anything.
+    pub(crate) fn observed(&self) -> Option<Observed> {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        if inner.told == inner.counters
+            && inner.store_times.is_empty()
+            && inner.load_times.is_empty()
+        {
+            return None;
         }
+        let (old, new) = (&inner.told, &inner.counters);
+        let mut observed = Observed::grown([
+            ("store_bytes", old.copied_bytes, new.copied_bytes),
+            ("store_blocks", old.visible_blocks, new.visible_blocks),
+            ("store_stale", old.stale_blocks, new.stale_blocks),
+            ("store_dropped", old.dropped_blocks, new.dropped_blocks),
+            ("load_bytes", old.loaded_bytes, new.loaded_bytes),
+            ("load_absent", old.load_absent, new.load_absent),
+            ("load_corrupt", old.load_corrupt, new.load_corrupt),
+            ("load_timeout", old.load_timeout, new.load_timeout),
+            ("load_failed", old.load_failed, new.load_failed),
+        ]);
+        inner.told.clone_from(new);
+        observed.take("store_seconds", &mut inner.store_times);
+        observed.take("load_seconds", &mut inner.load_times);
+        observed.some()
     }
 
     /// A commit was sent; its reply feeds the counters.
@@ -304,6 +363,36 @@ mod tests {
         assert_eq!(results.invalid, [3, 4]);
         assert_eq!(shared.counters().load_failed, 2);
         shared.wait_idle();
+    }
+
+    #[test]
+    fn what_has_happened_is_told_once() {
+        let shared = Shared::default();
+        assert_eq!(shared.observed(), None);
+        let stores = [StoreOutcome::Visible, StoreOutcome::Waiting];
+        assert_eq!(shared.count_stores(&stores, 100), 2);
+        shared.store_took(70);
+        let timeout = LoadOutcome::Failed(FailReason::Timeout);
+        shared.count_loads(&[LoadOutcome::Loaded, LoadOutcome::Absent, timeout], 100);
+        let seen = shared.observed().unwrap();
+        let counts = [
+            ("store_bytes", 200),
+            ("load_bytes", 100),
+            ("load_absent", 1),
+            ("load_timeout", 1),
+        ];
+        assert_eq!(seen.counts, counts);
+        assert_eq!(seen.times, [("store_seconds", vec![70])]);
+        assert_eq!(shared.observed(), None);
+        for _ in 0..5000 {
+            shared.load_took(u64::MAX);
+        }
+        let seen = shared.observed().unwrap();
+        assert!(
+            seen.times[0].1.len() < 2000,
+            "nobody asks: not all are kept"
+        );
+        assert_eq!(shared.observed(), None);
     }
 
     #[test]

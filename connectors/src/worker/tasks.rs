@@ -70,10 +70,21 @@ pub(crate) struct StoreTask {
     after: Point,
     /// Positions in the order whose part this rank writes.
     own: Vec<usize>,
+    clock: Clock,
+    /// When (us) it came.
+    ordered: u64,
+    /// Blocks copied so far.
+    copied: AtomicUsize,
 }
 
 impl StoreTask {
-    pub(crate) fn new(joined: Arc<Joined>, pages: Pages, order: StoreOrder, after: Point) -> Self {
+    pub(crate) fn new(
+        joined: Arc<Joined>,
+        pages: Pages,
+        order: StoreOrder,
+        after: Point,
+        clock: Clock,
+    ) -> Self {
         let (hashes, _) = order.hashes.as_chunks::<HASH_BYTES>();
         let count = [
             hashes.len(),
@@ -94,6 +105,9 @@ impl StoreTask {
             order,
             after,
             own,
+            ordered: clock(),
+            clock,
+            copied: AtomicUsize::new(0),
         }
     }
 
@@ -115,7 +129,11 @@ impl StorePiece {
     /// The piece is over; the order with its last one.
     fn over(&self, shared: &Shared) {
         if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            shared.store_over(&self.task.order.request, self.task.order.order);
+            let task = &self.task;
+            if task.copied.load(Ordering::Relaxed) > 0 {
+                shared.store_took((task.clock)().saturating_sub(task.ordered));
+            }
+            shared.store_over(&task.order.request, task.order.order);
         }
     }
 }
@@ -127,7 +145,9 @@ pub(crate) struct LoadTask {
     pub(crate) order: LoadOrder,
     /// What the engine does until then may still use the blocks.
     pub(crate) after: Point,
-    /// When (us) it has to be over.
+    /// When (us) it came,
+    pub(crate) ordered: u64,
+    /// and when it has to be over.
     pub(crate) until: u64,
 }
 
@@ -187,6 +207,8 @@ impl Copier {
                     let order = &task.order;
                     let invalid = catch_unwind(AssertUnwindSafe(|| load(&mine, &task)))
                         .unwrap_or_else(|_| order.blocks.clone());
+                    let took = (mine.clock)().saturating_sub(task.ordered);
+                    mine.shared.load_took(took);
                     mine.shared.load_over(&order.request, invalid);
                 }
             })?;
@@ -346,7 +368,11 @@ fn store(context: &Context, piece: &StorePiece) {
         timeout: context.deadline,
     };
     match mover.fill(&mut caller, registered.namespace, &slots, &from) {
-        Ok(outcomes) => context.shared.count_stores(&outcomes),
+        Ok(outcomes) => {
+            let bytes = task.pages.part().bytes();
+            let copied = context.shared.count_stores(&outcomes, bytes);
+            task.copied.fetch_add(copied, Ordering::Relaxed);
+        }
         Err(_) => give_up(),
     }
 }
@@ -408,7 +434,8 @@ fn load(context: &Context, task: &LoadTask) -> Vec<u32> {
     };
     match mover.load(&mut caller, registered.namespace, &order.hashes, &to) {
         Ok(outcomes) => {
-            context.shared.count_loads(&outcomes);
+            let bytes = task.pages.part().bytes();
+            context.shared.count_loads(&outcomes, bytes);
             let wrong = |at: usize| outcomes.get(at) != Some(&LoadOutcome::Loaded);
             (0..)
                 .zip(&order.blocks)

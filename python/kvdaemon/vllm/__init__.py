@@ -9,6 +9,14 @@ Without ``"kv_load_failure_policy": "recompute"`` a block that can't be loaded e
 is vLLM's default.
 """
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
 from kvdaemon.vllm.connector import KvdConnector
+
+try:
+    # A MultiConnector looks up the class of its children's stats by name alone.
+    KVConnectorFactory.register_connector("KvdConnector", "kvdaemon.vllm", "KvdConnector")
+except ValueError:  # there already
+    pass
 
 __all__ = ["KvdConnector"]

@@ -33,7 +33,7 @@ from vllm.logger import init_logger
 from kvdaemon import identity
 from kvdaemon._calm import calm_threads
 from kvdaemon._native import KvCache, SchedulerHalf, WorkerHalf, digest
-from kvdaemon.vllm import caches, canary
+from kvdaemon.vllm import caches, canary, stats
 from kvdaemon.vllm.config import Config
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _world(vllm_config: VllmConfig) -> int:
     return int(parallel.pipeline_parallel_size * parallel.tensor_parallel_size)
 
 
-class KvdConnector(KVConnectorBase_V1, SupportsHMA):
+class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
     """KV blocks kept by the node's kvd daemon: see the package's documentation."""
 
     def __init__(

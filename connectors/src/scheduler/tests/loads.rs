@@ -1,6 +1,7 @@
 //! Lookups, loads, and what a request waits for.
 
 use super::*;
+use crate::observed::Observed;
 
 #[test]
 fn a_hit_is_loaded_and_its_lease_given_back() {
@@ -273,4 +274,51 @@ fn a_refusing_worker_is_the_end_of_it() {
     assert_eq!(half.matched(1, "a", 0), Match::Blocks(0));
     assert!(!finish(&mut half, 2, "a", &[], &[]));
     assert_eq!(half.notices().len(), 1);
+}
+
+#[test]
+fn what_has_happened_is_told_once() {
+    let mut half = ready(1);
+    let attached = Observed {
+        connected: Some(true),
+        ..Observed::default()
+    };
+    assert_eq!(half.observed(), Some(attached));
+    assert_eq!(half.observed(), None);
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..5), false);
+    assert_eq!(half.matched(1, "a", 0), Match::Wait);
+    let presence = Presence {
+        start: vec![0, 3],
+        length: vec![3, 1],
+        r#where: vec![Where::Host as i32, Where::Nvme as i32],
+    };
+    let answer = LookupReply {
+        chains: vec![presence],
+        lease: 7,
+        ..LookupReply::default()
+    };
+    half.port()
+        .answer(half.port().last(), reply::Body::Lookup(answer));
+    assert_eq!(half.matched(1500, "a", 0), Match::Blocks(4));
+    half.allocated("a", 4, &[vec![10, 11, 12, 13, 14]]);
+    let _ = step(&mut half, 1500);
+    assert_eq!(half.sources("a"), [3 * TOKENS, 0, TOKENS, 0]);
+    let seen = half.observed().unwrap();
+    let tokens = u64::from(TOKENS);
+    assert_eq!(
+        seen.counts,
+        [
+            ("lookups", 1),
+            ("hit_host", 3 * tokens),
+            ("hit_nvme", tokens)
+        ]
+    );
+    assert_eq!(seen.times, [("lookup_seconds", vec![1500])]);
+    assert_eq!(seen.connected, None);
+    assert_eq!(half.observed(), None);
+    // The third block is not right: the engine can use two.
+    half.on_output(&[], &["a"], &[12], &[], &[]).unwrap();
+    assert_eq!(half.observed().unwrap().counts, [("load_blocks", 2)]);
+    half.port().connected.set(false);
+    assert_eq!(half.observed().unwrap().connected, Some(false));
 }
