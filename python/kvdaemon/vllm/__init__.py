@@ -7,8 +7,12 @@ Minimal ``--kv-transfer-config``::
 
 Without ``"kv_load_failure_policy": "recompute"`` a block that can't be loaded ends its request with an error, because that
 is vLLM's default.
+
+With a vLLM that lacks what the connector hangs on, the engine runs as if kvd were not there, and its log says why in one line.
 """
 
-from kvdaemon.vllm.connector import KvdConnector
+from kvdaemon.vllm.entry import choose
+
+KvdConnector = choose()
 
 __all__ = ["KvdConnector"]

@@ -33,7 +33,7 @@ from vllm.logger import init_logger
 from kvdaemon import identity
 from kvdaemon._calm import calm_threads
 from kvdaemon._native import KvCache, SchedulerHalf, WorkerHalf, digest
-from kvdaemon.vllm import caches, canary
+from kvdaemon.vllm import caches, canary, capabilities
 from kvdaemon.vllm.config import Config
 
 if TYPE_CHECKING:
@@ -429,9 +429,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         model = vllm_config.model_config
         if model is None or getattr(model, "use_mla", False):
             return None
-        from vllm.v1 import kv_cache_interface
-
-        if not hasattr(kv_cache_interface, "KVCacheLayout"):
+        if not capabilities.found().named_layouts:
             return "HND"
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
         return str(extra.get("layout", "LBHNC"))
@@ -559,6 +557,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         if self._worker is not None:
             self._worker.start_stores(self._stream)
+
+    def clear_connector_metadata(self) -> None:
+        """The step is over. Before 0.31 one without a forward pass does not say so with `wait_for_save`."""
+        self.wait_for_save()
+        super().clear_connector_metadata()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         if self._worker is None:
