@@ -42,6 +42,7 @@ def _kinds(test: str, *kinds: str) -> tuple[str, ...]:
 
 
 SAME = "test_identical::test_load_is_bit_equal_to_a_local_hit"
+MIXED = "test_hybrid::test_load_is_bit_equal_to_a_local_hit"
 PARALLEL = "test_identical::test_any_tensor_parallel_degree_loads_what_any_other_stored"
 OURS = r"(\[.*kvd.*\]|\[(a?sync)\])"
 
@@ -50,6 +51,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("full hit, tokens and logprobs bit-equal to vLLM's own prefix hit; also in another process", _kinds(SAME, "gqa")),
         Row("the same for MLA", _kinds(SAME, "mla")),
         Row("the same for fp8 KV", _kinds(SAME, "fp8")),
+        Row("the same for sliding windows beside full attention", _kinds(MIXED, "gemma", "gemma-odd", "gptoss")),
+        Row("the same for recurrent states beside full attention", _kinds(MIXED, "qwen3next")),
         Row("any tensor-parallel degree loads what another stored", (PARALLEL,)),
         Row("two engines alive share a conversation", ("test_identical::test_two_engines_alive_share",)),
         Row("several samples, cache salt, prompt logprobs", ("test_identical::test_samples_salt_and_refusal_to_read",)),
@@ -79,7 +82,6 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("reset with the connector: a new weights epoch", ("test_identity::test_weights_epoch_on_reset",)),
     ),
     "Beside others, and out of the way": (
-        Row("models with several KV-cache groups run, keep nothing, and say so", (r"test_identity::test_several_groups_store_nothing\w+",)),
         Row("beside NixlConnector in a MultiConnector", ("test_beside::test_multi_connector_with_nixl",)),
         Row("a renamed or unknown hook, class, field or kind of cache: one line in the log, no crash", ("test_capabilities::",)),
         Row("sleep mode", unshown="vLLM has none on a CPU"),
@@ -96,9 +98,10 @@ WORDS = {
     "named_layouts": "KV-cache layouts by name",
     "block_state": "tells the blocks of running requests",
     "public_hash_seed": "seed of block hashes known before the first request",
+    "stated_hash_size": "says how many tokens a block hash covers",
     "hash_lookahead": "block hashes that look ahead",
     "eagle_block_drop": "says whether drafters need the last block dropped",
-    "request_failures": "loads that fail by request",
+    "states_offered": "offers recurrent states that a step leaves behind",
     "cache_hit_sources": "counts hits by tier",
 }
 """Plain words for the fields of `kvdaemon.vllm.capabilities.Capabilities`."""

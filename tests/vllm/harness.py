@@ -276,8 +276,10 @@ def make_kv(blocks: int) -> KVCacheConfig:
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.bfloat16)
     assert spec.page_size_bytes == page
     tensor = KVCacheTensor(size=page * blocks * LAYERS, layers=names, layer_stride=page * blocks, block_stride=page)
+    # 0.32 and newer say how many tokens a hash covers.
+    hashes = {"hash_block_size": BLOCK} if "hash_block_size" in KVCacheConfig.__dataclass_fields__ else {}
     return KVCacheConfig(
-        num_blocks=blocks, kv_cache_tensors=[tensor], kv_cache_groups=[KVCacheGroupSpec(names, spec)], kv_cache_layout="LBHNC", hash_block_size=BLOCK,
+        num_blocks=blocks, kv_cache_tensors=[tensor], kv_cache_groups=[KVCacheGroupSpec(names, spec)], kv_cache_layout="LBHNC", **hashes,
     )
 
 

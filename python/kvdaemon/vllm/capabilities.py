@@ -24,6 +24,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "KVConnectorHandshakeMetadata",
         "KVConnectorMetadata",
         "KVConnectorRole",
+        "KVConnectorTransferResults",
         "KVConnectorWorkerMetadata",
         "SupportsHMA",
     ),
@@ -33,14 +34,21 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.v1.core.sched.output": {
-        "SchedulerOutput": ("scheduled_new_reqs", "scheduled_cached_reqs", "preempted_req_ids"),
+        "SchedulerOutput": ("scheduled_new_reqs", "scheduled_cached_reqs", "preempted_req_ids", "num_scheduled_tokens"),
         "NewRequestData": ("req_id", "num_computed_tokens"),
         "CachedRequestData": ("req_ids", "num_computed_tokens"),
     },
     "vllm.v1.outputs": {
-        "KVConnectorOutput": ("finished_sending", "finished_recving", "invalid_block_ids", "kv_connector_worker_meta"),
+        "KVConnectorOutput": (
+            "finished_sending",
+            "finished_recving",
+            "failed_recving",
+            "invalid_block_ids",
+            "kv_connector_worker_meta",
+        ),
     },
     SPECS: {"KVCacheConfig": ("num_blocks", "kv_cache_groups"), "KVCacheGroupSpec": ("layer_names", "kv_cache_spec")},
+    "vllm.v1.core.block_pool": {"BlockPool": ("blocks", "num_gpu_blocks", "touch", "free_blocks")},
     "vllm.v1.request": {
         "Request": ("request_id", "block_hashes", "num_tokens", "num_computed_tokens", "lora_request"),
     },
@@ -61,6 +69,7 @@ HOOKS = (
     "bind_connector_metadata",
     "start_load_kv",
     "wait_for_save",
+    "get_transfer_results",
     "get_finished",
     "get_block_ids_with_load_errors",
     "build_connector_worker_meta",
@@ -87,12 +96,14 @@ class Capabilities:
     """The scheduler's output tells which blocks a running request has."""
     public_hash_seed: bool
     """The seed of block hashes can be told before the first request."""
+    stated_hash_size: bool
+    """The KV-cache configuration says how many tokens a block hash covers."""
     hash_lookahead: bool
     """Block hashes may cover tokens after their block."""
     eagle_block_drop: bool
     """The speculative configuration says whether the last block of a hit must be dropped."""
-    request_failures: bool
-    """A load can fail by request, not only by block: what models with several KV-cache groups need."""
+    states_offered: bool
+    """The scheduler's output offers recurrent states that a step leaves in blocks of their own."""
     cache_hit_sources: bool
     """Hits are counted by where they came from."""
 
@@ -116,9 +127,10 @@ def found() -> Capabilities:
         named_layouts=_get(SPECS, "KVCacheLayout") is not None,
         block_state=has_field(_get("vllm.v1.core.sched.output", "SchedulerOutput"), "kv_connector_block_state"),
         public_hash_seed=_get("vllm.v1.core.kv_cache_utils", "resolve_none_hash_seed") is not None,
+        stated_hash_size=has_field(_get(SPECS, "KVCacheConfig"), "hash_block_size"),
         hash_lookahead=has_field(_get("vllm.config", "VllmConfig"), "num_hash_lookahead_tokens"),
         eagle_block_drop=has_field(_get("vllm.config", "SpeculativeConfig"), "use_eagle_block_drop"),
-        request_failures=has_field(_get("vllm.v1.outputs", "KVConnectorOutput"), "failed_recving"),
+        states_offered=has_field(_get("vllm.v1.core.sched.output", "KVConnectorBlockState"), "boundary_state_offloads"),
         cache_hit_sources=hasattr(base, "get_external_cache_hit_sources"),
     )
 
@@ -130,6 +142,16 @@ def spec_kind(specs: list[Any]) -> str | None:
         if specs and all(type(one) in classes for one in specs):
             return kind
     return None
+
+
+def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int | None:
+    """How many tokens a block hash covers: what the configuration says, else (before 0.32) what vLLM itself would work out from it.
+    With several KV-cache groups that is not always what their block sizes have in common."""
+    stated = getattr(kv_cache_config, "hash_block_size", None)
+    if stated:
+        return int(stated)
+    resolve = _get("vllm.v1.core.kv_cache_utils", "resolve_kv_cache_block_sizes")
+    return int(resolve(kv_cache_config, vllm_config)[1]) if resolve is not None else None
 
 
 def lacking() -> str | None:

@@ -125,7 +125,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         config, vllm_config = self._config, self._vllm_config
         self._rules = caches.rules(self._kv_cache_config)
         spans = [rule.block_tokens for rule in self._rules]
-        self._hash_tokens = getattr(self._kv_cache_config, "hash_block_size", None) or math.gcd(*spans)
+        self._hash_tokens = capabilities.hash_tokens(vllm_config, self._kv_cache_config) or math.gcd(*spans)
         with calm_threads():
             half = self._scheduler = self._scheduler_half(config, vllm_config)
         self._unit, grain = half.unit_and_grain()
