@@ -135,6 +135,43 @@ def found() -> Capabilities:
     )
 
 
+def drops_last(vllm_config: Any) -> bool:
+    """Whether the last block of a hit depends on the token after it: drafters with KV of their own read one ahead, and
+    hashes that cover that token (0.33) make up for it."""
+    if getattr(vllm_config, "num_hash_lookahead_tokens", 0):
+        return False
+    speculative = getattr(vllm_config, "speculative_config", None)
+    for name in ("use_eagle_block_drop", "use_eagle"):
+        if (ask := getattr(speculative, name, None)) is not None:
+            return bool(ask())
+    return False
+
+
+def none_hash(vllm_config: Any) -> bytes | None:
+    """The hash that begins every chain, once vLLM has chosen it, or before if it is no secret."""
+    from vllm.v1.core import kv_cache_utils
+
+    if (known := getattr(kv_cache_utils, "NONE_HASH", None)) is not None:
+        return bytes(known)
+    resolve = getattr(kv_cache_utils, "resolve_none_hash_seed", None)
+    algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+    if resolve is None or not algorithm.startswith("sha256"):
+        return None
+    from vllm.utils.hashing import get_hash_fn_by_name
+
+    function = get_hash_fn_by_name(algorithm)
+    return bytes(function(resolve(function)))
+
+
+def is_alone(connector: Any) -> bool:
+    """Whether vLLM talks to this connector itself. A MultiConnector gives one child's handshake metadata to all, and
+    others refuse what is not theirs; the same is said with the first step's report then."""
+    from vllm.distributed import kv_transfer
+
+    has = getattr(kv_transfer, "has_kv_transfer_group", None)
+    return has is None or not has() or kv_transfer.get_kv_transfer_group() is connector
+
+
 def spec_kind(specs: list[Any]) -> str | None:
     """What a hit needs of the layers with these specs; None where that is not known of one of them, or not the same for all."""
     for kind, names in PLAIN_SPECS.items():

@@ -149,22 +149,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             hold_deadline_ms=config.hold_deadline_ms,
             lease_ms=config.lease_ms,
             max_in_flight=config.max_in_flight,
-            drop_last=self._drops_last(),
+            drop_last=capabilities.drops_last(vllm_config),
         )
 
     def _label(self) -> str:
         return self._config.label or str(self._vllm_config.model_config.model)
-
-    def _drops_last(self) -> bool:
-        """Whether the last block of a hit depends on the token after it: drafters with KV of their own read one ahead, and
-        hashes that cover that token (0.33) make up for it."""
-        if getattr(self._vllm_config, "num_hash_lookahead_tokens", 0):
-            return False
-        speculative = getattr(self._vllm_config, "speculative_config", None)
-        for name in ("use_eagle_block_drop", "use_eagle"):
-            if (ask := getattr(speculative, name, None)) is not None:
-                return bool(ask())
-        return False
 
     def _find_facts(self) -> None:
         vllm_config, half = self._vllm_config, self._scheduler
@@ -172,26 +161,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         weights = self._finder.weights(
             vllm_config.model_config, vllm_config.load_config, self._config.weights_id
         )
-        none_hash = self._finder.wait(self._none_hash, 600.0)
+        none_hash = self._finder.wait(lambda: capabilities.none_hash(vllm_config), 600.0)
         if none_hash is None:
             return half.refuse("the seed of vLLM's block hashes is not known")
         facts = identity.facts(vllm_config, self._kv_dtype(), self._config.tenant, weights, none_hash)
         half.set_facts(facts, str(uuid.uuid4()))
-
-    def _none_hash(self) -> bytes | None:
-        """The hash that begins every chain, once vLLM has chosen it, or before if it is no secret."""
-        from vllm.v1.core import kv_cache_utils
-
-        if (found := getattr(kv_cache_utils, "NONE_HASH", None)) is not None:
-            return bytes(found)
-        resolve = getattr(kv_cache_utils, "resolve_none_hash_seed", None)
-        algorithm = str(self._vllm_config.cache_config.prefix_caching_hash_algo)
-        if resolve is None or not algorithm.startswith("sha256"):
-            return None
-        from vllm.utils.hashing import get_hash_fn_by_name
-
-        function = get_hash_fn_by_name(algorithm)
-        return bytes(function(resolve(function)))
 
     def _kv_dtype(self) -> str:
         specs = [one for group in self._kv_cache_config.kv_cache_groups for one in caches.inner_specs(group.kv_cache_spec)]
@@ -515,17 +489,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         return stage * parallel.tensor_parallel_size + tensor, stage
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        if self._worker is None or not self._is_alone():
+        if self._worker is None or not capabilities.is_alone(self):
             return None
         return KvdHandshake(self._worker.hello())
-
-    def _is_alone(self) -> bool:
-        """Whether vLLM talks to this connector itself. A MultiConnector gives one child's handshake metadata to all, and
-        others refuse what is not theirs; the same is said with the first step's report then."""
-        from vllm.distributed import kv_transfer
-
-        has = getattr(kv_transfer, "has_kv_transfer_group", None)
-        return has is None or not has() or kv_transfer.get_kv_transfer_group() is self
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         self._begin(kv_connector_metadata)
