@@ -56,6 +56,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("the same for fp8 KV", _kinds(SAME, "fp8")),
         Row("the same for sliding windows beside full attention", _kinds(MIXED, "gemma", "gemma-odd", "gptoss")),
         Row("the same for recurrent states beside full attention", _kinds(MIXED, "qwen3next")),
+        Row("where a group's blocks are missing or damaged, what all groups have", (r"test_hybrid::test_(a_daemon_that_lacks|damage_in_any_group)\w+",)),
+        Row("images are part of the prompt", ("test_hybrid::test_images_are_part_of_the_prompt",)),
         Row("any tensor-parallel degree loads what another stored", (PARALLEL,)),
         Row("two engines alive share a conversation", ("test_identical::test_two_engines_alive_share",)),
         Row("several samples, cache salt, prompt logprobs", ("test_identical::test_samples_salt_and_refusal_to_read",)),
@@ -87,6 +89,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "Beside others, and out of the way": (
         Row("beside NixlConnector in a MultiConnector", ("test_beside::test_multi_connector_with_nixl",)),
         Row("a renamed or unknown hook, class, field or kind of cache: one line in the log, no crash", ("test_capabilities::",)),
+        Row("what can't be kept is served all the same, and the log says so once", ("test_identity::test_states_without_prefix_caching_store_nothing\\w+",)),
         Row("sleep mode", unshown="vLLM has none on a CPU"),
         Row("KV cache on a GPU, CUDA graphs, model runner V2", unshown="needs a GPU"),
     ),
