@@ -4,6 +4,7 @@
 #   make check       the edit loop: format, lints, unit and property tests, house rules
 #   make sim         fresh seeds of the simulator, for a minute or SIM_FOR=10m
 #   make soak        the long statistical runs of which `make test` has a small sample
+#   make engine-matrix  the connector's tests with every vLLM that runs here; writes docs/compatibility.md (an hour, 13 GB more the first time)
 #   make gpu-check   measure what the device path hangs on; for a machine with an NVIDIA GPU (no registry needed)
 #   make gpu-test    the device path itself: tests on an NVIDIA GPU, then `kvd bench gpu`
 #   make ptx         compile the GPU kernel anew, after a change of it (no GPU needed)
@@ -19,10 +20,10 @@ CARGO := cargo
 CRATES := --workspace --exclude kvd-python
 export CARGO_TERM_PROGRESS_WHEN = never
 
-.PHONY: demo test check soak gpu-check gpu-test ptx wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-baselines fuzz-build tools help
+.PHONY: demo test check soak engine-matrix gpu-check gpu-test ptx wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-baselines fuzz-build tools help
 
 help:
-	@sed -n '2,12p' Makefile | cut -c3-
+	@sed -n '2,13p' Makefile | cut -c3-
 
 tools:
 	@command -v $(CARGO) >/dev/null || { echo "kvd needs Rust (cargo). Install rustup from your distribution or rustup.rs, then run make again."; exit 1; }
@@ -77,6 +78,10 @@ soak: SIM_FOR = 10m
 soak: build plugin sim
 	KVD_TEST_SOAK=1 $(CARGO) test --release $(CRATES) --quiet
 	KVD_TEST_SOAK=1 $(PY) -m pytest tests/vllm -q --durations=25
+
+# MATRIX="--only 0.31 --tests lora" runs a part of it, and writes no page; MATRIX=--resume goes on after an interruption.
+engine-matrix: build wheel
+	@$(PYTHON) scripts/engine_matrix.py $(MATRIX)
 
 bench: build plugin
 	target/release/kvd bench session

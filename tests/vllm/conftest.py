@@ -83,7 +83,8 @@ def model(model_root: pathlib.Path) -> Callable[[models.Recipe], pathlib.Path]:
 
 @pytest.fixture(scope="session")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[engine_module.Nursery]:
-    one = engine_module.Nursery(tmp_path_factory.mktemp("nursery") / "log", env={"PYTHONPATH": str(HERE)})
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    one = engine_module.Nursery(tmp_path_factory.mktemp("nursery") / "log", env={"PYTHONPATH": path})
     yield one
     one.close()
 

@@ -112,6 +112,8 @@ class ScriptedModel:
             self.connector.register_kv_caches(self.caches)
         self.known: dict[str, _Known] = {}
         self.computed_tokens = 0
+        # Whether a step without a forward pass ends without `wait_for_save`, as before 0.31.
+        self.quiet = False
         self.before_execute: list[Callable[[Any], None]] = []
 
     # KV memory: positions of a request <-> cells.
@@ -154,7 +156,8 @@ class ScriptedModel:
             self.connector.save_kv_layer(layer, cache, None)
         if not out.has_sync_kv_loads:
             self.connector.start_load_kv(None)
-        self.connector.wait_for_save()
+        if out.total_num_scheduled_tokens or not self.quiet:
+            self.connector.wait_for_save()
         transfers = self.connector.get_transfer_results(out.finished_req_ids)
         result.kv_connector_output = KVConnectorOutput(
             finished_sending=transfers.finished_sending, finished_recving=transfers.finished_recving,
@@ -276,8 +279,10 @@ def make_kv(blocks: int) -> KVCacheConfig:
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.bfloat16)
     assert spec.page_size_bytes == page
     tensor = KVCacheTensor(size=page * blocks * LAYERS, layers=names, layer_stride=page * blocks, block_stride=page)
+    # 0.32 and newer say how many tokens a hash covers.
+    hashes = {"hash_block_size": BLOCK} if "hash_block_size" in KVCacheConfig.__dataclass_fields__ else {}
     return KVCacheConfig(
-        num_blocks=blocks, kv_cache_tensors=[tensor], kv_cache_groups=[KVCacheGroupSpec(names, spec)], kv_cache_layout="LBHNC", hash_block_size=BLOCK,
+        num_blocks=blocks, kv_cache_tensors=[tensor], kv_cache_groups=[KVCacheGroupSpec(names, spec)], kv_cache_layout="LBHNC", **hashes,
     )
 
 

@@ -7,16 +7,13 @@ Minimal ``--kv-transfer-config``::
 
 Without ``"kv_load_failure_policy": "recompute"`` a block that can't be loaded ends its request with an error, because that
 is vLLM's default.
+
+With a vLLM that lacks what the connector hangs on, the engine runs as if kvd were not there, and its log says why in one line.
 """
 
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from kvdaemon.vllm.entry import choose, name_to_vllm
 
-from kvdaemon.vllm.connector import KvdConnector
-
-try:
-    # A MultiConnector looks up the class of its children's stats by name alone.
-    KVConnectorFactory.register_connector("KvdConnector", "kvdaemon.vllm", "KvdConnector")
-except ValueError:  # there already
-    pass
+KvdConnector = choose()
+name_to_vllm()
 
 __all__ = ["KvdConnector"]

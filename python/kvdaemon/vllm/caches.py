@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvdaemon._native import KvCache
+from kvdaemon.vllm import capabilities
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -82,17 +83,11 @@ def refuse_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
         return str(refusal)
     if not getattr(vllm_config.cache_config, "enable_prefix_caching", True) and len(kv_cache_config.kv_cache_groups) > 1:
         return "models with several KV-cache groups are supported only with vLLM's prefix caching"
-    if getattr(vllm_config.model_config, "enable_sleep_mode", False) and not _says_when_it_sleeps():
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False) and not capabilities.found().sleep_hooks:
         return "sleep mode is not supported with this vLLM: it does not say when the KV cache goes (0.33 does)"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         return "KV scales that are computed while serving (calculate_kv_scales) are not supported"
     return None
-
-
-def _says_when_it_sleeps() -> bool:
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
-
-    return hasattr(KVConnectorBase_V1, "unregister_kv_caches")
 
 
 def inner_specs(spec: Any) -> list[Any]:
@@ -110,22 +105,15 @@ def rules(kv_cache_config: KVCacheConfig) -> list[Rule]:
 
 
 def _rule(spec: Any) -> Rule:
-    from vllm.v1 import kv_cache_interface as kvi
-
     inner = inner_specs(spec)
-
-    def all_of(name: str, *but: str) -> bool:
-        kind = getattr(kvi, name, None)
-        odd = tuple(getattr(kvi, one) for one in but if hasattr(kvi, one))
-        return kind is not None and all(isinstance(one, kind) and not isinstance(one, odd) for one in inner)
-
-    if all_of("FullAttentionSpec", "SinkFullAttentionSpec", "RSWASpec", "HiddenStateCacheSpec"):
+    kind = capabilities.spec_kind(inner)
+    if kind == "full":
         return Rule("full", spec.block_size)
-    if all_of("SlidingWindowSpec", "CircularBufferSpec"):
+    if kind == "sliding_window":
         windows = {one.sliding_window + getattr(one, "extra_retained_tokens", 0) for one in inner}
         if len(windows) == 1:
             return Rule("sliding_window", spec.block_size, windows.pop())
-    if all_of("MambaSpec"):
+    if kind == "state":
         modes = {getattr(one, "mamba_cache_mode", "none") for one in inner}
         if modes == {"all"} or modes == {"align"}:
             return Rule("state", spec.block_size, offered=modes == {"align"})

@@ -33,7 +33,7 @@ from vllm.logger import init_logger
 from kvdaemon import identity
 from kvdaemon._calm import calm_threads
 from kvdaemon._native import KvCache, SchedulerHalf, WorkerHalf, digest
-from kvdaemon.vllm import caches, canary, stats
+from kvdaemon.vllm import caches, canary, capabilities, stats
 from kvdaemon.vllm.config import Config
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         config, vllm_config = self._config, self._vllm_config
         self._rules = caches.rules(self._kv_cache_config)
         spans = [rule.block_tokens for rule in self._rules]
-        self._hash_tokens = getattr(self._kv_cache_config, "hash_block_size", None) or math.gcd(*spans)
+        self._hash_tokens = capabilities.hash_tokens(vllm_config, self._kv_cache_config) or math.gcd(*spans)
         with calm_threads():
             half = self._scheduler = self._scheduler_half(config, vllm_config)
         self._unit, grain = half.unit_and_grain()
@@ -149,22 +149,11 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             hold_deadline_ms=config.hold_deadline_ms,
             lease_ms=config.lease_ms,
             max_in_flight=config.max_in_flight,
-            drop_last=self._drops_last(),
+            drop_last=capabilities.drops_last(vllm_config),
         )
 
     def _label(self) -> str:
         return self._config.label or str(self._vllm_config.model_config.model)
-
-    def _drops_last(self) -> bool:
-        """Whether the last block of a hit depends on the token after it: drafters with KV of their own read one ahead, and
-        hashes that cover that token (0.33) make up for it."""
-        if getattr(self._vllm_config, "num_hash_lookahead_tokens", 0):
-            return False
-        speculative = getattr(self._vllm_config, "speculative_config", None)
-        for name in ("use_eagle_block_drop", "use_eagle"):
-            if (ask := getattr(speculative, name, None)) is not None:
-                return bool(ask())
-        return False
 
     def _find_facts(self) -> None:
         vllm_config, half = self._vllm_config, self._scheduler
@@ -172,26 +161,11 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         weights = self._finder.weights(
             vllm_config.model_config, vllm_config.load_config, self._config.weights_id
         )
-        none_hash = self._finder.wait(self._none_hash, 600.0)
+        none_hash = self._finder.wait(lambda: capabilities.none_hash(vllm_config), 600.0)
         if none_hash is None:
             return half.refuse("the seed of vLLM's block hashes is not known")
         facts = identity.facts(vllm_config, self._kv_dtype(), self._config.tenant, weights, none_hash)
         half.set_facts(facts, str(uuid.uuid4()))
-
-    def _none_hash(self) -> bytes | None:
-        """The hash that begins every chain, once vLLM has chosen it, or before if it is no secret."""
-        from vllm.v1.core import kv_cache_utils
-
-        if (found := getattr(kv_cache_utils, "NONE_HASH", None)) is not None:
-            return bytes(found)
-        resolve = getattr(kv_cache_utils, "resolve_none_hash_seed", None)
-        algorithm = str(self._vllm_config.cache_config.prefix_caching_hash_algo)
-        if resolve is None or not algorithm.startswith("sha256"):
-            return None
-        from vllm.utils.hashing import get_hash_fn_by_name
-
-        function = get_hash_fn_by_name(algorithm)
-        return bytes(function(resolve(function)))
 
     def _kv_dtype(self) -> str:
         specs = [one for group in self._kv_cache_config.kv_cache_groups for one in caches.inner_specs(group.kv_cache_spec)]
@@ -429,9 +403,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         model = vllm_config.model_config
         if model is None or getattr(model, "use_mla", False):
             return None
-        from vllm.v1 import kv_cache_interface
-
-        if not hasattr(kv_cache_interface, "KVCacheLayout"):
+        if not capabilities.found().named_layouts:
             return "HND"
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
         return str(extra.get("layout", "LBHNC"))
@@ -517,17 +489,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         return stage * parallel.tensor_parallel_size + tensor, stage
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        if self._worker is None or not self._is_alone():
+        if self._worker is None or not capabilities.is_alone(self):
             return None
         return KvdHandshake(self._worker.hello())
-
-    def _is_alone(self) -> bool:
-        """Whether vLLM talks to this connector itself. A MultiConnector gives one child's handshake metadata to all, and
-        others refuse what is not theirs; the same is said with the first step's report then."""
-        from vllm.distributed import kv_transfer
-
-        has = getattr(kv_transfer, "has_kv_transfer_group", None)
-        return has is None or not has() or kv_transfer.get_kv_transfer_group() is self
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         self._begin(kv_connector_metadata)
@@ -559,6 +523,11 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         if self._worker is not None:
             self._worker.start_stores(self._stream)
+
+    def clear_connector_metadata(self) -> None:
+        """The step is over. Before 0.31 one without a forward pass does not say so with `wait_for_save`."""
+        self.wait_for_save()
+        super().clear_connector_metadata()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         if self._worker is None:

@@ -1,0 +1,177 @@
+"""A vLLM that is too new or too old costs one line in the log: the engine serves, computes everything itself, and never crashes.
+
+The vLLM of this environment is doctored: a hook has another name, takes more, or one more is asked for; a class is gone. What is real is
+vLLM's scheduler and engine, which must get along with what kvd gives them instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import doctored  # noqa: E402
+import models  # noqa: E402
+from conftest import Engines  # noqa: E402
+from daemon import Daemon  # noqa: E402
+from engine import patient  # noqa: E402
+from harness import BLOCK, ScriptedEngine, make_config, make_kv  # noqa: E402
+
+pytestmark = pytest.mark.plugin
+Model = Callable[[models.Recipe], pathlib.Path]
+
+
+def ours() -> list[str]:
+    return [name for name in sys.modules if name == "kvdaemon.vllm" or name.startswith("kvdaemon.vllm.")]
+
+
+@pytest.fixture
+def anew() -> Iterator[Callable[[], Any]]:
+    """Imports the package as if for the first time; afterwards everything is as it was."""
+    kept = {name: sys.modules.pop(name) for name in ours()}
+    yield lambda: importlib.import_module("kvdaemon.vllm")
+    for name in ours():
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+@pytest.fixture
+def change(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
+    def put(owner: Any, name: str, *value: Any) -> None:
+        if value:
+            monkeypatch.setattr(owner, name, value[0], raising=False)
+        else:
+            monkeypatch.delattr(owner, name)
+
+    return lambda what: what(put)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lines of our logger. (No handler of its own: vLLM takes handlers away whenever it configures logging.)"""
+    lines: list[str] = []
+    usual = logging.Logger.handle
+
+    def handle(self: logging.Logger, record: logging.LogRecord) -> None:
+        if self.name == "vllm.kvdaemon":
+            lines.append(record.getMessage())
+        usual(self, record)
+
+    monkeypatch.setattr(logging.Logger, "handle", handle)
+    return lines
+
+
+def serves(model: pathlib.Path, daemon: Daemon) -> ScriptedEngine:
+    """vLLM's own scheduler with whatever class it was given: requests, hits in its own cache, preemption, an abort, a reset."""
+    engine = ScriptedEngine(make_config(model, patient(daemon.socket), async_scheduling=False, blocks=20))
+    for i in range(4):
+        engine.add(models.prompt(20 + i, 90), 120)
+    given_up = engine.add(models.prompt(30, 60), 20)
+    for _ in range(3):
+        engine.step()
+    engine.abort(given_up)
+    engine.drain()
+    engine.check_answers(skip={given_up})
+    engine.reset()
+    assert engine.ask(models.prompt(20, 90), 4)[1] == 0
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    return engine
+
+
+def test_this_vllm_lacks_nothing(anew: Callable[[], Any]) -> None:
+    package = anew()
+    from kvdaemon.vllm import capabilities, connector
+
+    assert (capabilities.lacking(), capabilities.misfit(connector.KvdConnector)) == (None, None)
+    assert issubclass(package.KvdConnector, connector.KvdConnector)
+    for name, there in dataclasses.asdict(capabilities.found()).items():
+        print(f"{name}: {there}")
+
+
+@pytest.mark.parametrize("what", list(doctored.CHANGES))
+def test_another_interface_is_one_line(
+    what: str, anew: Callable[[], Any], change: Callable[..., None], said: list[str], daemon: Daemon, model: Model
+) -> None:
+    does, says = doctored.CHANGES[what]
+    change(does)
+    anew()
+    engine = serves(model(models.gqa()), daemon)
+    engine.close()
+    assert daemon.resident() == 0
+    lines = [line for line in said if "neither stored nor loaded" in line]
+    assert len(lines) == 1, said
+    assert says in lines[0] and "0.3" in lines[0], lines[0]
+
+
+def test_a_connector_that_cant_be_made_is_one_line(
+    anew: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, said: list[str], daemon: Daemon, model: Model
+) -> None:
+    """What no look at the classes tells."""
+    anew()
+    from kvdaemon.vllm import caches
+
+    def other(*args: Any) -> None:
+        raise AttributeError("'ParallelConfig' object has no attribute 'tensor_parallel_size'")
+
+    monkeypatch.setattr(caches, "refuse_config", other)
+    engine = serves(model(models.gqa()), daemon)
+    engine.close()
+    lines = [line for line in said if "neither stored nor loaded" in line]
+    assert len(lines) == 1 and "tensor_parallel_size" in lines[0], said
+
+
+def test_a_wrong_setting_is_still_an_error(anew: Callable[[], Any], daemon: Daemon, model: Model) -> None:
+    anew()
+    with pytest.raises(ValueError, match="unknown key"):
+        ScriptedEngine(make_config(model(models.gqa()), patient(daemon.socket, sockett="x"), async_scheduling=False))
+
+
+def test_no_connectors_at_all(anew: Callable[[], Any], change: Callable[..., None]) -> None:
+    """Then there is no class that vLLM would take. The error says with which versions kvd goes."""
+    change(lambda put: put(importlib.import_module(doctored.BASE), "KVConnectorBase_V1"))
+    with pytest.raises(ImportError, match=r"needs vLLM 0\.30"):
+        anew()
+
+
+def test_an_unknown_kind_of_cache_is_refused(anew: Callable[[], Any], daemon: Daemon, model: Model) -> None:
+    """One that looks like full attention to isinstance: what its cells mean is not known."""
+    anew()
+    from kvdaemon.vllm import caches
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class ForgetfulAttentionSpec(FullAttentionSpec):
+        pass
+
+    config = make_config(model(models.gqa()), patient(daemon.socket), async_scheduling=False)
+    plain = make_kv(64)
+    assert caches.refuse_config(config, plain) is None
+    spec = plain.kv_cache_groups[0].kv_cache_spec
+    odd = ForgetfulAttentionSpec(block_size=BLOCK, num_kv_heads=spec.num_kv_heads, head_size=spec.head_size, dtype=spec.dtype)
+    plain.kv_cache_groups[0].kv_cache_spec = odd
+    assert "ForgetfulAttentionSpec" in (caches.refuse_config(config, plain) or "")
+
+
+@pytest.mark.engine
+def test_a_real_engine_serves_without_kvd(engines: Engines, daemon: Daemon, model: Model) -> None:
+    """In processes of its own, so that what the scheduler's half says reaches the worker's."""
+    what = "class gone"
+    connector = patient(daemon.socket) | {"kv_connector_module_path": "doctored"}
+    engine = engines.start(model(models.gqa()), connector=connector, env={"KVD_TEST_DOCTOR": what})
+    prompt = models.prompt(1, 300)
+    first = engine.ask(prompt)
+    assert engine.ask(prompt).cached == 288, "vLLM's own prefix cache works"
+    engine.reset_local()
+    batch = engine.batch([prompt])
+    assert (batch.external, batch.answers[0].tokens) == (0, first.tokens)
+    assert daemon.resident() == 0
+    lines = [line for line in engine.log.read_text(errors="replace").splitlines() if "neither stored nor loaded" in line]
+    assert len(lines) == 1 and doctored.CHANGES[what][1] in lines[0], lines
