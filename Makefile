@@ -6,7 +6,8 @@
 #   make soak        the long statistical runs of which `make test` has a small sample
 #   make engine-matrix  the connector's tests with every vLLM that runs here; writes docs/compatibility.md (an hour, 13 GB more the first time)
 #   make gpu-check   measure what the device path hangs on; for a machine with an NVIDIA GPU (no registry needed)
-#   make gpu-test    the device path itself: tests on an NVIDIA GPU, then `kvd bench gpu`
+#   make gpu-test gpu-vllm    the device path itself: tests on an NVIDIA GPU, then `kvd bench gpu`
+#   make gpu-vllm GPU_PY=…  a real vLLM on an NVIDIA GPU, with the Python that has it
 #   make ptx         compile the GPU kernel anew, after a change of it (no GPU needed)
 #   make bench-baselines  foyer and LMCache beside `kvd bench nvme`; BENCH="--dir DIR --bytes SIZE" goes to both
 #   make wheel       the Python package `kvdaemon`, in target/wheels
@@ -23,7 +24,7 @@ export CARGO_TERM_PROGRESS_WHEN = never
 .PHONY: demo test check soak engine-matrix gpu-check gpu-test ptx wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-baselines fuzz-build tools help
 
 help:
-	@sed -n '2,13p' Makefile | cut -c3-
+	@sed -n '2,14p' Makefile | cut -c3-
 
 tools:
 	@command -v $(CARGO) >/dev/null || { echo "kvd needs Rust (cargo). Install rustup from your distribution or rustup.rs, then run make again."; exit 1; }
@@ -103,6 +104,12 @@ gpu-test: build plugin
 	$(CARGO) test --release -p kvd --test cuda -- --include-ignored
 	$(PY) -m pytest tests/gpu -q
 	target/release/kvd bench gpu
+
+gpu-vllm: build wheel
+	@test -n "$(GPU_PY)" || { echo "say which Python has a vLLM built for CUDA, 0.32 or newer: make gpu-vllm GPU_PY=…"; exit 1; }
+	$(GPU_PY) -m pip install -q --disable-pip-version-check pytest
+	$(GPU_PY) -m pip install -q --disable-pip-version-check --no-deps --force-reinstall "$$(ls -t target/wheels/kvdaemon-*.whl | head -1)"
+	$(GPU_PY) -m pytest tests/gpu/test_vllm.py -q
 
 ptx: tools
 	@$(PYTHON) scripts/ptx.py
