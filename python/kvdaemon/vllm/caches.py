@@ -100,6 +100,30 @@ def inner_specs(spec: Any) -> list[Any]:
     return list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
 
 
+def kv_dtype(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """How the KV cache keeps numbers: what was chosen, and what is stored."""
+    specs = [one for group in kv_cache_config.kv_cache_groups for one in inner_specs(group.kv_cache_spec)]
+    stored = next((str(one.dtype) for one in specs if hasattr(one, "dtype")), "-").removeprefix("torch.")
+    chosen = str(vllm_config.cache_config.cache_dtype)
+    return stored if chosen == "auto" else f"{chosen}/{stored}"
+
+
+def none_hash(vllm_config: VllmConfig) -> bytes | None:
+    """The hash that begins every chain, once vLLM has chosen it, or before if it is no secret."""
+    from vllm.v1.core import kv_cache_utils
+
+    if (found := getattr(kv_cache_utils, "NONE_HASH", None)) is not None:
+        return bytes(found)
+    resolve = getattr(kv_cache_utils, "resolve_none_hash_seed", None)
+    algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+    if resolve is None or not algorithm.startswith("sha256"):
+        return None
+    from vllm.utils.hashing import get_hash_fn_by_name
+
+    function = get_hash_fn_by_name(algorithm)
+    return bytes(function(resolve(function)))
+
+
 def rules(kv_cache_config: KVCacheConfig) -> list[Rule]:
     """What a hit needs of each group.
 

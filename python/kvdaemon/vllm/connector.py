@@ -172,32 +172,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         weights = self._finder.weights(
             vllm_config.model_config, vllm_config.load_config, self._config.weights_id
         )
-        none_hash = self._finder.wait(self._none_hash, 600.0)
+        none_hash = self._finder.wait(lambda: caches.none_hash(vllm_config), 600.0)
         if none_hash is None:
             return half.refuse("the seed of vLLM's block hashes is not known")
-        facts = identity.facts(vllm_config, self._kv_dtype(), self._config.tenant, weights, none_hash)
+        facts = identity.facts(vllm_config, caches.kv_dtype(vllm_config, self._kv_cache_config), self._config.tenant, weights, none_hash)
         half.set_facts(facts, str(uuid.uuid4()))
-
-    def _none_hash(self) -> bytes | None:
-        """The hash that begins every chain, once vLLM has chosen it, or before if it is no secret."""
-        from vllm.v1.core import kv_cache_utils
-
-        if (found := getattr(kv_cache_utils, "NONE_HASH", None)) is not None:
-            return bytes(found)
-        resolve = getattr(kv_cache_utils, "resolve_none_hash_seed", None)
-        algorithm = str(self._vllm_config.cache_config.prefix_caching_hash_algo)
-        if resolve is None or not algorithm.startswith("sha256"):
-            return None
-        from vllm.utils.hashing import get_hash_fn_by_name
-
-        function = get_hash_fn_by_name(algorithm)
-        return bytes(function(resolve(function)))
-
-    def _kv_dtype(self) -> str:
-        specs = [one for group in self._kv_cache_config.kv_cache_groups for one in caches.inner_specs(group.kv_cache_spec)]
-        stored = next((str(one.dtype) for one in specs if hasattr(one, "dtype")), "-").removeprefix("torch.")
-        chosen = str(self._vllm_config.cache_config.cache_dtype)
-        return stored if chosen == "auto" else f"{chosen}/{stored}"
 
     def _hashes(self, request: Request, group: int, first: int, last: int) -> bytes:
         """Hashes of a group's blocks from `first` up to before `last`, 32 bytes each."""
