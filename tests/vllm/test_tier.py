@@ -15,10 +15,10 @@ from typing import Any
 import models
 import numpy as np
 import pytest
-from checks import attached, differences, full_blocks, loads, wait_stored
+from checks import differences, full_blocks, loads
 from conftest import Engines
 from daemon import Daemon
-from engine import wait_until
+from engine import Engine, wait_until
 
 pytestmark = [pytest.mark.plugin]
 Model = Callable[[models.Recipe], pathlib.Path]
@@ -237,8 +237,14 @@ def test_options(bench: Callable[..., Bench], daemon: Daemon) -> None:
 
 
 # Real engines -----------------------------------------------------------------------------------------------------
-PROMPT = models.prompt(1, 700)
-LENGTH = full_blocks(700) * 32
+PROMPT = models.prompt(1, 670)
+LENGTH = full_blocks(670) * 32  # a whole number of chunks of two blocks, too
+
+# Model, options, blocks in a chunk, and how many chunks PROMPT leaves.
+KINDS: dict[str, tuple[Callable[[], models.Recipe], dict[str, Any], int, int]] = {
+    "two ranks, two blocks a chunk": (models.gqa, {"tensor_parallel_size": 2, "threads": 1}, 2, LENGTH // 64),
+    "windows": (models.gemma, {}, 1, 3 * LENGTH // 32),  # three KV-cache groups
+}
 
 
 class Tiered:
@@ -247,15 +253,28 @@ class Tiered:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def __call__(self, socket: object, **options: Any) -> dict[str, Any]:
+    def __call__(self, socket: object, blocks_per_chunk: int = 1, **options: Any) -> dict[str, Any]:
         self.names.append(f"kvd-test-{uuid.uuid4()}")
         tier = {"type": "KvdSecondaryTier", "module_path": "kvdaemon.vllm_tier", "socket": str(socket)} | PATIENT | options
         return {
             "kv_connector": "OffloadingConnector", "kv_role": "kv_both", "engine_id": self.names[-1],
             "kv_connector_extra_config": {
-                "spec_name": "FakeCopyWorkerSpec", "spec_module_path": "fake_copy_worker", "cpu_bytes_to_use": 32 << 20, "secondary_tiers": [tier],
+                "spec_name": "FakeCopyWorkerSpec", "spec_module_path": "fake_copy_worker", "cpu_bytes_to_use": 64 << 20,
+                "blocks_per_chunk": blocks_per_chunk, "secondary_tiers": [tier],
             },
         }
+
+
+def stores(engine: Engine, daemon: Daemon, per_chunk: int = 1) -> None:
+    """Until the engine's chunks come to the daemon."""
+    before = daemon.resident()
+
+    def shows() -> bool:
+        engine.ask(models.prompt(1_000_000 + next(SERIALS) + engine.facts["pid"] * 1000, 32 * per_chunk + 1), max_tokens=1)
+        return daemon.resident() > before
+
+    wait_until("the engine's tier stores", shows, 60.0, every_s=0.2)
+    engine.reset_local()
 
 
 @pytest.fixture
@@ -268,35 +287,43 @@ def tiered() -> Iterator[Tiered]:
 
 
 @pytest.mark.engine
-def test_an_engine_started_anew_loads_what_the_former_stored(engines: Engines, daemon: Daemon, model: Model, tiered: Tiered) -> None:
-    first = engines.start(model(models.gqa()), connector=tiered(daemon.socket))
-    attached(first, daemon)
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_engine_started_anew_loads_what_the_former_stored(kind: str, engines: Engines, daemon: Daemon, model: Model, tiered: Tiered) -> None:
+    recipe, options, per_chunk, chunks = KINDS[kind]
+
+    def start() -> Any:
+        one = engines.start(model(recipe()), connector=tiered(daemon.socket, per_chunk), **options)
+        stores(one, daemon, per_chunk)
+        return one
+
+    first = start()
     base = daemon.resident()
     assert first.ask(PROMPT).cached == 0
-    wait_stored(daemon, base + LENGTH // 32)  # vLLM offloads prompts only, unless told otherwise
+    wait_until("the prompt is stored", lambda: daemon.resident() >= base + chunks)
     hit = first.ask(PROMPT)
     assert hit.cached == LENGTH
     first.exit()
-    second = engines.start(model(models.gqa()), connector=tiered(daemon.socket))
-    attached(second, daemon)
+    second = start()
     before = loads(daemon)["hit"]
     batch = second.batch([PROMPT])
     assert (batch.external, batch.answers[0].cached) == (LENGTH, LENGTH)
     assert batch.answers[0].bits == hit.bits
-    assert loads(daemon)["hit"] - before == LENGTH // 32
+    loaded = loads(daemon)["hit"] - before
+    print(f"\n{kind}: {daemon.resident() - base} chunks stored, {loaded} loaded")
+    assert LENGTH // 32 // per_chunk <= loaded <= chunks
     second.reset_local()
     assert second.batch([PROMPT]).external == LENGTH
-    assert loads(daemon)["hit"] - before == LENGTH // 32, "the second time it is in vLLM's own CPU tier"
+    assert loads(daemon)["hit"] - before == loaded, "the second time it is in vLLM's own CPU tier"
 
 
 @pytest.mark.engine
-def test_an_engine_goes_on_when_the_daemon_is_killed(engines: Engines, daemon: Daemon, model: Model, tiered: Tiered) -> None:
+def test_an_engine_goes_on_when_the_daemon_is_killed_or_hangs(engines: Engines, daemon: Daemon, model: Model, tiered: Tiered) -> None:
     prompts = [models.prompt(20 + i, 300) for i in range(3)]
     alone = engines.start(model(models.gqa()), in_process=True, dtype="float32")
     right = [alone.ask(p, max_tokens=100).tokens for p in prompts]
     alone.exit()
     engine = engines.start(model(models.gqa()), connector=tiered(daemon.socket, lookup_deadline_ms=20, load_deadline_ms=2000), dtype="float32")
-    attached(engine, daemon)
+    stores(engine, daemon)
     engine.begin(prompts[:2], max_tokens=100, progress=True)
     engine.wait_tokens(20)
     daemon.kill()
@@ -304,4 +331,11 @@ def test_an_engine_goes_on_when_the_daemon_is_killed(engines: Engines, daemon: D
     engine.reset_local()
     assert engine.ask(prompts[2], max_tokens=100).tokens == right[2]
     daemon.start()
-    attached(engine, daemon)
+    stores(engine, daemon)
+    daemon.pause()
+    try:
+        engine.reset_local()
+        assert [a.tokens for a in engine.batch(prompts[::-1], max_tokens=100).answers] == right[::-1]
+    finally:
+        daemon.resume()
+    stores(engine, daemon)

@@ -24,7 +24,7 @@ class _State:
 
 
 class Lookups:
-    """Belongs to the scheduler's thread; other threads call `answer` only."""
+    """Called under vLLM's lock of its tiers; other threads call `answer` only."""
 
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s

@@ -24,7 +24,7 @@ class Options:
     lookup_deadline_ms: int = 20
     """How long a lookup may be answered "ask again" before it counts as a miss."""
     load_deadline_ms: int = 2000
-    """How long a load or a store may wait for its turn, and each of its calls for the daemon, before the rest of it fails."""
+    """How long a load or a store may wait for its turn, and each of its calls for the daemon, before what is left of it fails."""
     threads: int = 2
     """Threads that copy, each over a session of its own."""
 

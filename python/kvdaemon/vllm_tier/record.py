@@ -98,7 +98,7 @@ def _ranks(spec: OffloadingSpec) -> str:
     models; nothing here could prove it."""
     parallel = spec.config.parallel
     sizes = ":".join(f"{name}={getattr(parallel, name + '_size')}" for name in ("tp", "pp", "pcp", "dcp", "world"))
-    return f"{sizes}:replicated={'yes' if spec.replicated_layout else 'no'}"
+    return f"{sizes}:replicated={'yes' if getattr(spec, 'replicated_layout', False) else 'no'}"
 
 
 def _layers(spec: OffloadingSpec, kv_cache_config: Any) -> str:

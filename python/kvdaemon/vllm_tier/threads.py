@@ -33,6 +33,7 @@ class Job:
     keys: list[bytes]
     rows: list[int]
     deadline: float
+    """When it must have begun."""
     good: list[bytes] = field(default_factory=list)
     """Chunks of which the copy succeeded."""
     seconds: float = 0.0
@@ -261,11 +262,13 @@ class Threads:
         Raises:
             KvdError: the session is over.
         """
+        if time.monotonic() >= job.deadline:
+            return True
         most = max(_WINDOW_BYTES // self._row_bytes, 1)
         for group, places in by_group(job.keys).items():
             space = line.space(group)
             for at in range(0, len(places), most):
-                if self._stopped or not self.alive or line.turn != self._turn or time.monotonic() >= job.deadline:
+                if self._stopped or not self.alive or line.turn != self._turn:
                     return True
                 keys = [job.keys[i] for i in places[at : at + most]]
                 rows = [self._row(job.rows[i]) for i in places[at : at + most]]

@@ -39,10 +39,13 @@ class KvdSecondaryTier(SecondaryTierManager):
         backpressure_detector: BackpressureDetector | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        # 0.30 knows no back-pressure.
+        pressure = {} if backpressure_detector is None else {"backpressure_detector": backpressure_detector}
+        super().__init__(offloading_spec, primary_kv_view, tier_type, **pressure)
         self._options = chosen = Options.parse(options)
         self.locality = Locality.LOCAL
         self._rows = primary_kv_view.cast("B")
+        self._row_bytes = len(self._rows) // max(len(primary_kv_view), 1)
         self._record: dict[str, str] = {}
         self._requests: set[str] = set()
         self._outdated: set[str] = set()
@@ -55,7 +58,7 @@ class KvdSecondaryTier(SecondaryTierManager):
             self._job_deadline_s,
             chosen.threads,
             self._rows,
-            self.block_size_bytes,
+            self._row_bytes,
             self._lookups.answer,
             _notice,
         )
@@ -71,7 +74,7 @@ class KvdSecondaryTier(SecondaryTierManager):
         vllm_config, kv_cache_config = record.engine_config()
         refusal = None if vllm_config is None else record.refusal(vllm_config)
         try:
-            opaque_block(self.block_size_bytes)
+            opaque_block(self._row_bytes)
         except KvdError as error:
             refusal = str(error)
         if refusal is not None:
@@ -92,7 +95,7 @@ class KvdSecondaryTier(SecondaryTierManager):
             if none_hash is None:
                 logger.warning("kvd tier: nothing is stored or loaded: the seed of vLLM's block hashes is not known")
                 return
-        found = record.fields(spec, self.block_size_bytes, vllm_config, kv_cache_config, options.tenant, weights, none_hash)
+        found = record.fields(spec, self._row_bytes, vllm_config, kv_cache_config, options.tenant, weights, none_hash)
         self._serve(record=found)
 
     def _serve(self, **changed: Any) -> None:
@@ -153,7 +156,7 @@ class KvdSecondaryTier(SecondaryTierManager):
             success=sound,
             successful_keys=good,
             transfer_time=job.seconds,
-            transfer_bytes=len(job.good) * self.block_size_bytes,
+            transfer_bytes=len(job.good) * self._row_bytes,
         )
 
     def drain_jobs(self) -> None:
