@@ -1,4 +1,4 @@
-"""kvd below vLLM's own CPU tier (0.30 or newer): class ``KvdSecondaryTier``, for those who keep ``TieringOffloadingSpec``.
+"""kvd below vLLM's own CPU tier (0.31 or newer): class ``KvdSecondaryTier``, for those who keep ``TieringOffloadingSpec``.
 
 ``--kv-transfer-config``::
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvdaemon")
 
+if "transfer_bytes" not in JobResult.__dataclass_fields__:
+    raise ImportError("kvdaemon.vllm_tier needs vLLM 0.31 or newer; KvdConnector (kvdaemon.vllm) works with 0.30")
+
 
 class KvdSecondaryTier(SecondaryTierManager):
     """Chunks kept by the node's kvd daemon, below vLLM's CPU tier: see the package's documentation."""
@@ -39,9 +42,7 @@ class KvdSecondaryTier(SecondaryTierManager):
         backpressure_detector: BackpressureDetector | None = None,
         **options: Any,
     ) -> None:
-        # 0.30 knows no back-pressure.
-        pressure = {} if backpressure_detector is None else {"backpressure_detector": backpressure_detector}
-        super().__init__(offloading_spec, primary_kv_view, tier_type, **pressure)
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self._options = chosen = Options.parse(options)
         self.locality = Locality.LOCAL
         self._rows = primary_kv_view.cast("B")
