@@ -95,6 +95,14 @@ def inner_specs(spec: Any) -> list[Any]:
     return list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
 
 
+def kv_dtype(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """How the KV cache keeps numbers: what was chosen, and what is stored."""
+    specs = [one for group in kv_cache_config.kv_cache_groups for one in inner_specs(group.kv_cache_spec)]
+    stored = next((str(one.dtype) for one in specs if hasattr(one, "dtype")), "-").removeprefix("torch.")
+    chosen = str(vllm_config.cache_config.cache_dtype)
+    return stored if chosen == "auto" else f"{chosen}/{stored}"
+
+
 def rules(kv_cache_config: KVCacheConfig) -> list[Rule]:
     """What a hit needs of each group.
 

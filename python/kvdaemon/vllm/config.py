@@ -49,25 +49,7 @@ class Config:
         Raises:
             ValueError: a key or a value is not right; the text says what would be.
         """
-        known = {field.name: type(getattr(Config, field.name)) for field in fields(Config)}
-        values: dict[str, Any] = {}
-        for name, value in extra.items():
-            if name not in known:
-                raise ValueError(
-                    f"kv_connector_extra_config has the unknown key {name!r}; "
-                    f"KvdConnector knows {', '.join(sorted(known))}"
-                )
-            wanted = known[name]
-            if wanted is str and isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            if type(value) is not wanted:
-                raise ValueError(
-                    f"kv_connector_extra_config[{name!r}] must be a {wanted.__name__}, not {value!r}"
-                )
-            if wanted is int and value <= 0:
-                raise ValueError(f"kv_connector_extra_config[{name!r}] must be positive, not {value}")
-            values[name] = value
-        config = Config(**values)
+        config = Config(**checked(Config, extra, "kv_connector_extra_config", "KvdConnector"))
         if config.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {config.layout!r}")
         return config
@@ -76,3 +58,25 @@ class Config:
     def socket_path(self) -> str:
         """The socket to use."""
         return self.socket or default_socket()
+
+
+def checked(kind: type, given: dict[str, Any], where: str, who: str) -> dict[str, Any]:
+    """Values for the fields of the dataclass `kind`, all of which have defaults: texts and positive numbers.
+
+    Raises:
+        ValueError: a key or a value is not right; the text says what would be.
+    """
+    known = {field.name: type(field.default) for field in fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{where} has the unknown key {name!r}; {who} knows {', '.join(sorted(known))}")
+        wanted = known[name]
+        if wanted is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if type(value) is not wanted:
+            raise ValueError(f"{where}[{name!r}] must be a {wanted.__name__}, not {value!r}")
+        if wanted is int and value <= 0:
+            raise ValueError(f"{where}[{name!r}] must be positive, not {value}")
+        values[name] = value
+    return values

@@ -164,14 +164,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         none_hash = self._finder.wait(lambda: capabilities.none_hash(vllm_config), 600.0)
         if none_hash is None:
             return half.refuse("the seed of vLLM's block hashes is not known")
-        facts = identity.facts(vllm_config, self._kv_dtype(), self._config.tenant, weights, none_hash)
+        facts = identity.facts(vllm_config, caches.kv_dtype(vllm_config, self._kv_cache_config), self._config.tenant, weights, none_hash)
         half.set_facts(facts, str(uuid.uuid4()))
-
-    def _kv_dtype(self) -> str:
-        specs = [one for group in self._kv_cache_config.kv_cache_groups for one in caches.inner_specs(group.kv_cache_spec)]
-        stored = next((str(one.dtype) for one in specs if hasattr(one, "dtype")), "-").removeprefix("torch.")
-        chosen = str(self._vllm_config.cache_config.cache_dtype)
-        return stored if chosen == "auto" else f"{chosen}/{stored}"
 
     def _hashes(self, request: Request, group: int, first: int, last: int) -> bytes:
         """Hashes of a group's blocks from `first` up to before `last`, 32 bytes each."""
