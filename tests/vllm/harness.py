@@ -1,17 +1,12 @@
-"""vLLM's real Scheduler or AsyncScheduler, driven without a model.
+"""vLLM's real Scheduler or AsyncScheduler, driven without a model: `ScriptedModel` stands where the model runner stands.
 
-`ScriptedModel` stands where the model runner stands. It "computes" KV that is a function of the whole prefix, writes it
-through block tables into real tensors, and before each step reads back everything the step would attend to: a block that was
-loaded wrongly, overwritten while it was copied, or stored before its tokens were verified is noticed the moment it is used. Tokens
-are a function of the prefix too, so the right answer of every request is known beforehand (`continuation`).
-
-What is deliberately absent: tensor parallelism (one rank), more than one KV-cache group, and time: a step is a call.
+`Watch` keeps account of the blocks that the connector keeps and of those that are loaded, so that a step that writes one of them is noticed at
+once, whatever becomes of the bytes.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import pathlib
 import pickle
 import time
@@ -19,219 +14,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
+from scripted import BLOCK, FULL, SHAPES, ScriptedModel, Shape, WrongCache, continuation, make_kv
 from vllm.config import VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
-from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
-from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-LAYERS, HEADS, HEAD_SIZE, BLOCK = 4, 2, 64, 32
-CELL_WORDS = 2 * HEAD_SIZE * 2 // 8
-VOCABULARY = 512
-MASK = (1 << 64) - 1
-
-
-# What the scripted model computes ---------------------------------------------------------------------------------
-def fold(state: int, token: int) -> int:
-    """State of a prefix one token longer."""
-    x = (state ^ (token + 0x9E3779B97F4A7C15)) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
-
-
-def states(tokens: list[int]) -> list[int]:
-    out, state = [], 1
-    for token in tokens:
-        state = fold(state, token)
-        out.append(state)
-    return out
-
-
-def next_token(state: int) -> int:
-    return 2 + (state >> 17) % (VOCABULARY - 2)
-
-
-def continuation(prompt: list[int], count: int) -> list[int]:
-    """The only right answer to `prompt`."""
-    state = states(prompt)[-1]
-    out = []
-    for _ in range(count):
-        out.append(next_token(state))
-        state = fold(state, out[-1])
-    return out
-
-
-_KEYS = np.random.Generator(np.random.PCG64(7)).integers(1, MASK, (LAYERS, 1, HEADS, CELL_WORDS), dtype=np.uint64, endpoint=True) | np.uint64(1)
-
-
-def cells(prefix_states: list[int]) -> np.ndarray:
-    """KV of the given positions: [layer, position, head, word]."""
-    return np.array(prefix_states, dtype=np.uint64)[None, :, None, None] * _KEYS
-
-
-class WrongCache(AssertionError):
-    """The model would have attended to something that is not the KV of its tokens."""
-
-
-@dataclasses.dataclass
-class _Known:
-    """What a model runner remembers of a request."""
-
-    prompt: int
-    tokens: list[int]
-    blocks: list[int]
-    states: list[int]
-    drafts: list[int]
-
-
-class ScriptedModel:
-    """The worker's side of an engine: KV memory, the worker half of the connector, and steps."""
-
-    def __init__(self, config: VllmConfig, kv: KVCacheConfig, spec_tokens: int) -> None:
-        self.config, self.kv, self.spec_tokens = config, kv, spec_tokens
-        tensor = kv.kv_cache_tensors[0]
-        self.raw = torch.zeros(tensor.size, dtype=torch.uint8)
-        whole = self.raw.view(torch.bfloat16).view(LAYERS, kv.num_blocks, HEADS, BLOCK, 2 * HEAD_SIZE)
-        self.caches = {name: whole[i] for i, name in enumerate(tensor.layers)}
-        self.words = self.raw.numpy().view(np.uint64).reshape(LAYERS, kv.num_blocks, HEADS, BLOCK, CELL_WORDS)
-        self.words[:] = 0xDEADBEEF
-        self.connector: Any = None
-        if config.kv_transfer_config is not None:
-            self.connector = KVConnectorFactory.create_connector(config=config, role=KVConnectorRole.WORKER, kv_cache_config=kv)
-            self.connector.register_kv_caches(self.caches)
-        self.known: dict[str, _Known] = {}
-        self.computed_tokens = 0
-        # Whether a step without a forward pass ends without `wait_for_save`, as before 0.31.
-        self.quiet = False
-        self.before_execute: list[Callable[[Any], None]] = []
-
-    # KV memory: positions of a request <-> cells.
-    def _where(self, blocks: list[int], first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.arange(first, first + count)
-        return np.array(blocks)[positions // BLOCK], positions % BLOCK
-
-    def _write(self, r: _Known, first: int, values: list[int]) -> None:
-        block, offset = self._where(r.blocks, first, len(values))
-        self.words[:, block, :, offset, :] = cells(values).transpose(1, 0, 2, 3)
-
-    def _check(self, name: str, r: _Known, count: int) -> None:
-        if count == 0:
-            return
-        block, offset = self._where(r.blocks, 0, count)
-        have = self.words[:, block, :, offset, :].transpose(1, 0, 2, 3)
-        bad = np.argwhere((have != cells(r.states[:count])).any(axis=(0, 2, 3))).ravel()
-        if len(bad):
-            raise WrongCache(
-                f"{name}: {len(bad)} of {count} positions hold other bytes, first {bad[0]} (block {r.blocks[bad[0] // BLOCK]}, index {bad[0] // BLOCK})"
-            )
-
-    # One step.
-    def execute(self, out: Any) -> tuple[ModelRunnerOutput, DraftTokenIds | None]:
-        meta = pickle.loads(pickle.dumps(out.kv_connector_metadata))  # it travels between processes
-        for act in self.before_execute:
-            act(out)
-        if self.connector is not None:
-            self.connector.handle_preemptions(meta)
-        self._update(out)
-        if self.connector is None:
-            return self._forward(out)
-        self.connector.bind_connector_metadata(meta)
-        if out.has_sync_kv_loads:
-            self.connector.start_load_kv(None)
-            for layer in self.caches:
-                self.connector.wait_for_layer_load(layer)
-        result, drafts = self._forward(out)
-        for layer, cache in self.caches.items() if out.total_num_scheduled_tokens else ():
-            self.connector.save_kv_layer(layer, cache, None)
-        if not out.has_sync_kv_loads:
-            self.connector.start_load_kv(None)
-        if out.total_num_scheduled_tokens or not self.quiet:
-            self.connector.wait_for_save()
-        transfers = self.connector.get_transfer_results(out.finished_req_ids)
-        result.kv_connector_output = KVConnectorOutput(
-            finished_sending=transfers.finished_sending, finished_recving=transfers.finished_recving,
-            failed_recving=transfers.failed_recving, invalid_block_ids=self.connector.get_block_ids_with_load_errors(),
-            kv_connector_stats=self.connector.get_kv_connector_stats(),
-            kv_connector_worker_meta=pickle.loads(pickle.dumps(self.connector.build_connector_worker_meta())),
-        )
-        self.connector.clear_connector_metadata()
-        return result, drafts
-
-    def _update(self, out: Any) -> None:
-        for name in out.finished_req_ids:
-            self.known.pop(name, None)
-        for new in out.scheduled_new_reqs:
-            tokens = list(new.prompt_token_ids)
-            self.known[new.req_id] = _Known(len(tokens), tokens, list(new.block_ids[0]), states(tokens), [])
-        cached = out.scheduled_cached_reqs
-        for i, name in enumerate(cached.req_ids):
-            r = self.known[name]
-            if name in cached.resumed_req_ids:
-                r.blocks, r.drafts = [], []
-                if name in cached.all_token_ids:
-                    r.tokens = list(cached.all_token_ids[name])
-                    r.states = states(r.tokens)
-            if cached.new_block_ids[i] is not None:
-                r.blocks += cached.new_block_ids[i][0]
-
-    def _forward(self, out: Any) -> tuple[ModelRunnerOutput, DraftTokenIds | None]:
-        first = {new.req_id: new.num_computed_tokens for new in out.scheduled_new_reqs}
-        first |= dict(zip(out.scheduled_cached_reqs.req_ids, out.scheduled_cached_reqs.num_computed_tokens))
-        names = list(out.num_scheduled_tokens)
-        sampled, drafts = [], []
-        for name in names:
-            given, proposed = self._one(name, first[name], out.num_scheduled_tokens[name], out.scheduled_spec_decode_tokens.get(name, []))
-            sampled.append(given)
-            drafts.append(proposed)
-        result = ModelRunnerOutput(req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled)
-        return result, DraftTokenIds(names, drafts) if self.spec_tokens and names else None
-
-    def _one(self, name: str, first: int, count: int, scheduled_drafts: list[int]) -> tuple[list[int], list[int]]:
-        r = self.known[name]
-        first = min(first, len(r.tokens) - 1)  # with async scheduling the scheduler counts drafts before they are verified
-        if scheduled_drafts and scheduled_drafts[0] == -1:
-            scheduled_drafts = (r.drafts + [0] * len(scheduled_drafts))[: len(scheduled_drafts)]
-        self._check(name, r, first)
-        tokens = (r.tokens + scheduled_drafts)[first : first + count]
-        if len(tokens) != count:
-            raise AssertionError(f"{name}: {count} tokens scheduled from {first}, {len(r.tokens)} known")
-        state = r.states[first - 1] if first else 1
-        values = []
-        for token in tokens:
-            state = fold(state, token)
-            values.append(state)
-        self._write(r, first, values)
-        self.computed_tokens += count
-        if first + count < len(r.tokens):
-            return [], []
-        # Verify drafts as greedy sampling would; one more token comes for free.
-        given, state = [], r.states[-1]
-        for draft in [*scheduled_drafts, None]:
-            given.append(next_token(state))
-            state = fold(state, given[-1])
-            r.tokens.append(given[-1])
-            r.states.append(state)
-            if draft != given[-1]:
-                break
-        proposed = []
-        right = state % (self.spec_tokens + 1) if self.spec_tokens else 0
-        for i in range(self.spec_tokens):
-            token = next_token(state) if i < right else (next_token(state) + 1) % VOCABULARY
-            proposed.append(token)
-            state = fold(state, token)
-        r.drafts = proposed
-        return given, proposed
+__all__ = ["BLOCK", "FULL", "SHAPES", "HookTimes", "ScriptedEngine", "Shape", "Watch", "WrongCache", "continuation", "make_config"]
 
 
 # The engine ---------------------------------------------------------------------------------------------------
@@ -248,13 +43,9 @@ class _Layer:
         return CPUAttentionBackend
 
 
-def layer_names() -> list[str]:
-    return [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
-
-
 def make_config(
     model: pathlib.Path, connector: dict[str, Any] | None, *, async_scheduling: bool, blocks: int = 64, spec_tokens: int = 0,
-    budget: int = 512, max_seqs: int = 8, **args: Any,
+    budget: int = 512, max_seqs: int = 8, shape: Shape = FULL, **args: Any,
 ) -> VllmConfig:
     if spec_tokens:
         args["speculative_config"] = {"method": "ngram", "num_speculative_tokens": spec_tokens, "prompt_lookup_max": 2}
@@ -263,27 +54,17 @@ def make_config(
 
         args["kv_transfer_config"] = KVTransferConfig(**connector)
     config = EngineArgs(
-        model=str(model), skip_tokenizer_init=True, enforce_eager=True, max_model_len=4096, block_size=BLOCK, num_gpu_blocks_override=blocks,
+        model=str(model), skip_tokenizer_init=True, enforce_eager=True, max_model_len=4096, block_size=shape.block, num_gpu_blocks_override=blocks,
         max_num_batched_tokens=budget, max_num_seqs=max_seqs, prefix_caching_hash_algo="sha256_cbor", generation_config="vllm",
-        kv_cache_memory_bytes=64 << 20, **args,
+        kv_cache_memory_bytes=64 << 20, **dict(shape.args), **args,
     ).create_engine_config()
     config.scheduler_config.async_scheduling = async_scheduling
-    config.cache_config.num_gpu_blocks = blocks
-    config.compilation_config.static_forward_context.update((name, _Layer()) for name in layer_names())
+    cache = config.cache_config
+    cache.num_gpu_blocks, cache.kv_cache_layout = blocks, "LBHNC"
+    if shape.states:
+        cache.mamba_cache_mode = "align"
+    config.compilation_config.static_forward_context.update((name, _Layer()) for name in shape.layers())
     return config
-
-
-def make_kv(blocks: int) -> KVCacheConfig:
-    page = HEADS * BLOCK * CELL_WORDS * 8
-    names = layer_names()
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.bfloat16)
-    assert spec.page_size_bytes == page
-    tensor = KVCacheTensor(size=page * blocks * LAYERS, layers=names, layer_stride=page * blocks, block_stride=page)
-    # 0.32 and newer say how many tokens a hash covers.
-    hashes = {"hash_block_size": BLOCK} if "hash_block_size" in KVCacheConfig.__dataclass_fields__ else {}
-    return KVCacheConfig(
-        num_blocks=blocks, kv_cache_tensors=[tensor], kv_cache_groups=[KVCacheGroupSpec(names, spec)], kv_cache_layout="LBHNC", **hashes,
-    )
 
 
 class HookTimes:
@@ -315,26 +96,83 @@ class HookTimes:
         return float(np.percentile([n for one in self.ns.values() for n in one], q)) / 1000
 
 
+class Watch:
+    """What blocks the connector keeps, and which are loaded: nobody may write them meanwhile.
+
+    A block that is kept may be written by the step in which it was taken: that is the step that computes it.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.kept: dict[int, list[int]] = {}
+        """Steps in which each block was taken."""
+        self.loads: dict[str, list[int]] = {}
+        self.most_kept = 0
+        self._pool: Any = None
+
+    def over(self, connector: Any, pool: Any) -> None:
+        self._pool = pool
+        connector.bind_gpu_block_pool(self)
+        usual = connector.update_state_after_alloc
+
+        def noted(request: Any, blocks: Any, tokens: int) -> None:
+            if tokens:
+                self.loads[request.request_id] = [one for group in blocks.get_unhashed_block_ids_all_groups() for one in group]
+            usual(request, blocks, tokens)
+
+        connector.update_state_after_alloc = noted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def touch(self, blocks: Any) -> None:
+        for one in blocks:
+            assert one.block_id and one.ref_cnt > 0, "the connector keeps a block that nobody has"
+            self.kept.setdefault(one.block_id, []).append(self.step)
+        self.most_kept = max(self.most_kept, len(self.kept))
+        self._pool.touch(blocks)
+
+    def free_blocks(self, blocks: Any) -> None:
+        for one in blocks:
+            taken = self.kept[one.block_id]
+            taken.pop(0)
+            if not taken:
+                del self.kept[one.block_id]
+        self._pool.free_blocks(blocks)
+
+    def loaded(self, output: Any) -> None:
+        for name in output.finished_recving or () if output is not None else ():
+            self.loads.pop(name, None)
+
+    def busy(self) -> dict[int, str]:
+        """What the step that has just been scheduled must not write."""
+        busy = {block: "the connector keeps it" for block, taken in self.kept.items() if min(taken) < self.step}
+        return busy | {block: f"it is loaded for {name}" for name, blocks in self.loads.items() for block in blocks}
+
+
 class ScriptedEngine:
     """A scheduler, its connector and a scripted model, stepped as vLLM's engine core steps them."""
 
-    def __init__(self, config: VllmConfig, *, spec_tokens: int = 0) -> None:
-        self.config = config
-        blocks = config.cache_config.num_gpu_blocks
-        self.model = ScriptedModel(config, make_kv(blocks), spec_tokens)
+    def __init__(self, config: VllmConfig, *, spec_tokens: int = 0, shape: Shape = FULL) -> None:
+        self.config, self.shape = config, shape
+        kv = make_kv(config, shape)
+        assert kv.hash_block_size is not None
+        self.model = ScriptedModel(config, kv, spec_tokens)
         algorithm = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(algorithm)
-        self.hasher = get_request_block_hasher(BLOCK, algorithm)
+        self.hasher = get_request_block_hasher(kv.hash_block_size, algorithm)
         self.is_async = config.scheduler_config.async_scheduling
         kind = AsyncScheduler if self.is_async else Scheduler
         self.scheduler = kind(
-            vllm_config=config, kv_cache_config=make_kv(blocks), structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK, hash_block_size=BLOCK, log_stats=True,
+            vllm_config=config, kv_cache_config=make_kv(config, shape), structured_output_manager=StructuredOutputManager(config),
+            block_size=shape.unit, hash_block_size=kv.hash_block_size, log_stats=True,
         )
         self.connector = self.scheduler.connector
         self.times: HookTimes | None = None
+        self.watch = Watch()
         self.aggregator: KVOutputAggregator | None = None
         if self.connector is not None:
+            self.watch.over(self.connector, self.scheduler.kv_cache_manager.block_pool)
             self.times = HookTimes(self.connector)
             self.aggregator = KVOutputAggregator.from_connector(self.connector, 1)
             hello = self.model.connector.get_handshake_metadata()
@@ -373,10 +211,11 @@ class ScriptedEngine:
     def _settle(self) -> None:
         """Runs the oldest scheduled step and gives its output to the scheduler. A real worker runs while the scheduler goes on; here
         it runs as late as it may."""
-        out = self.queue.pop()
+        out, self.model.busy = self.queue.pop()
         result, drafts = self.model.execute(out)
         if self.aggregator is not None:
             result = self.aggregator.aggregate([result])
+            self.watch.loaded(result.kv_connector_output)
         for core in self.scheduler.update_from_output(out, result).values():
             if core.scheduler_stats and core.scheduler_stats.connector_prefix_cache_stats:
                 self.external_hits += core.scheduler_stats.connector_prefix_cache_stats.hits
@@ -398,8 +237,9 @@ class ScriptedEngine:
         """One turn of the engine core's loop. False: nothing to do."""
         if self.scheduler.has_requests():
             self.steps += 1
+            self.watch.step += 1
             out = self.scheduler.schedule()
-            self.queue.appendleft(out)
+            self.queue.appendleft((out, self.watch.busy()))
             if self.is_async and len(self.queue) < self.depth and (out.total_num_scheduled_tokens or self.scheduler.has_requests()):
                 return True
         elif not self.queue:

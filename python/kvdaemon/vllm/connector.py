@@ -306,7 +306,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         request = self._requests.get(name)
         if request is None:
             return
-        final = self._full(request, request.num_tokens)
+        # The last token counts here: vLLM offers a state with the step that computes it, and never again.
+        final = min(request.num_tokens, len(request.block_hashes) * self._hash_tokens)
         for group, block, tokens in states:
             span = self._rules[group].block_tokens
             if tokens % span == 0 and 0 < tokens <= final:
