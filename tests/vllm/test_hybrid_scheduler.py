@@ -186,7 +186,7 @@ def test_what_was_generated_is_hit(rig: Rig) -> None:
 # Preemption, abort ----------------------------------------------------------------------------------------------------
 @plugin
 def test_preempted_requests_come_back(rig: Rig) -> None:
-    blocks = {"windows-long-full": 34, "windows-long": 34}.get(rig.shape.name, 40)
+    blocks = {"windows-long-full": 34, "windows-long": 34, "states-fine": 24}.get(rig.shape.name, 40)
     engine = rig.engine(blocks=blocks, budget=128)
     prompts = [rig.prompt(90) for _ in range(4)]
     for p in prompts:
@@ -249,7 +249,7 @@ def test_a_block_that_does_not_load_is_recomputed(own_rig: Rig) -> None:
     engine.ask(prompt, 4)
     own_rig.settle(engine)
     failures = 0
-    for skip in range(1, 120, 17):
+    for skip in range(1, 120, 7):
         daemon.flip_byte(skip)
         engine.reset()
         engine.ask(prompt, 4)
@@ -317,7 +317,7 @@ def test_evicted_blocks_make_hits_shorter(model: Callable[[models.Recipe], pathl
             engine.ask(prompt, 2)
             engine.reset()
             rig.settle(engine)
-            engine.ask(models.prompt(50 + i, 200 + 150 * i), 2)
+            engine.ask(models.prompt(50 + i, 400 + 400 * i), 2)
             engine.reset()
             rig.settle(engine)
             lengths.add(engine.ask(prompt, 2)[1])
@@ -366,7 +366,7 @@ def reset_running(engine: ScriptedEngine, **options: Any) -> bool:
         engine.scheduler.reset_prefix_cache(reset_running_requests=True, **options)
     except RuntimeError:
         waits = [one for one in engine.scheduler.requests.values() if one.is_finished() or one.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
-        assert engine.watch.kept or waits or engine.scheduler.deferred_frees
+        assert engine.watch.kept or waits or engine.scheduler.deferred_frees or len(engine.scheduler.kv_holding_waiting)
         return False
     return True
 
@@ -467,7 +467,7 @@ def test_harness_notices(name: str, is_async: bool, model: Callable[[models.Reci
         engine.watch._pool = Careless(engine.scheduler.kv_cache_manager.block_pool)
         prompts = [models.prompt(70 + i, 100) for i in range(4)]
         with pytest.raises(WrongCache):
-            for round in range(5):
+            for round in range(10):
                 daemon.pause()
                 for p in prompts:
                     engine.add(p + models.prompt(round, 3), 120)
@@ -475,6 +475,12 @@ def test_harness_notices(name: str, is_async: bool, model: Callable[[models.Reci
                     engine.step()
                 daemon.resume()
                 engine.drain()
+                for p in prompts:
+                    whole = p + models.prompt(round, 3)
+                    whole += continuation(whole, 120)
+                    for length in range(40, 220, 30):
+                        engine.scheduler.reset_prefix_cache()
+                        engine.ask(whole[:length], 1)
 
 
 class Careless:
