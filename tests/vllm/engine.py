@@ -88,6 +88,7 @@ class Batch:
     external: int
     delta: dict[str, float]
     seconds: float
+    preempted_at: int = 0
 
 
 def _answer(raw: dict[str, Any]) -> Answer:
@@ -253,7 +254,7 @@ class Engine:
 
     def finish(self, deadline_s: float = CALL_S) -> Batch:
         raw = self._reply(deadline_s)
-        return Batch([_answer(o) for o in raw["outputs"]], raw["dumps"], raw["external"], raw["delta"], raw["seconds"])
+        return Batch([_answer(o) for o in raw["outputs"]], raw["dumps"], raw["external"], raw["delta"], raw["seconds"], raw["preempted_at"])
 
     def batch(self, prompts: Iterable[list[int]], **fields: Any) -> Batch:
         self.begin(prompts, **fields)

@@ -154,17 +154,6 @@ class Child:
         self.settle()
         return self.llm.reset_prefix_cache(reset_running_requests=command.get("running", False), reset_connector=command.get("connector", False))
 
-    def preempt_all(self) -> None:
-        """Copies out of blocks that requests outgrew may still be under way; vLLM refuses to forget those."""
-        end = time.monotonic() + 10.0
-        while True:
-            try:
-                self.llm.reset_prefix_cache(reset_running_requests=True)
-                return
-            except RuntimeError:
-                if time.monotonic() > end:
-                    raise
-
     def counters(self) -> dict[str, float]:
         """All counters and gauges of vLLM's Prometheus registry, and how much its histograms have seen; labels other than the model's and
         engine's are kept."""
@@ -226,13 +215,14 @@ class Child:
     def generate(self, command: dict[str, Any]) -> dict[str, Any]:
         """Runs all prompts at once. With `progress`, sends a line for every new token. `dump` = blocks of each to digest after
         its first token. `stop_after` aborts a request that has that many tokens. `preempt_after`: once the first request has that many
-        tokens, all requests lose their blocks, and vLLM its prefix cache."""
+        tokens and the connector keeps no blocks (vLLM could not forget those), all requests lose their blocks, and vLLM its prefix cache."""
         before = self.counters()
         begin = time.monotonic()
         names = [self.submit(one) for one in command["prompts"]]
         first: dict[str, float] = {}
         done: dict[str, dict[str, Any]] = {}
         dumps: dict[str, Any] = {}
+        preempted_at = 0
         while len(done) < len(names):
             for output in self.engine.step():
                 index = names.index(output.request_id)
@@ -244,8 +234,10 @@ class Child:
                 if command.get("progress") and tokens:
                     self.pipe.send({"event": "token", "request": index, "count": tokens})
                 stop = command.get("stop_after")
-                if tokens and tokens == command.get("preempt_after") and index == 0:
-                    self.preempt_all()
+                wanted = command.get("preempt_after") if index == 0 and not preempted_at else None
+                if wanted and tokens >= wanted and self.stats()["blocks_held"] == 0:
+                    preempted_at = tokens
+                    self.llm.reset_prefix_cache(reset_running_requests=True)
                 if not output.finished and stop and tokens >= stop:
                     self.engine.abort_request([output.request_id])
                     output.finished = True
@@ -257,7 +249,7 @@ class Child:
         delta = {k: v - before.get(k, 0.0) for k, v in after.items() if v != before.get(k, 0.0)}
         return {
             "outputs": [done[n] for n in names], "dumps": [dumps.get(n) for n in names], "delta": delta,
-            "external": int(delta.get("vllm:external_prefix_cache_hits", 0)), "seconds": seconds,
+            "external": int(delta.get("vllm:external_prefix_cache_hits", 0)), "seconds": seconds, "preempted_at": preempted_at,
         }
 
     def run(self) -> None:

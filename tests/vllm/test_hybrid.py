@@ -143,16 +143,18 @@ def test_a_preempted_request_goes_on_from_what_was_stored(kind: str, engines: En
     attached(engine, daemon)
     batch = engine.batch([LONG], max_tokens=60, preempt_after=40)
     (tokens,) = (answer.tokens for answer in batch.answers)
+    at = batch.preempted_at
     came_back = engine.call("stats")["loaded_tokens"]
-    print(f"{kind}: {came_back} tokens came back")
+    print(f"{kind}: preempted after {at} tokens, {came_back} tokens came back")
+    assert at > 0
     assert came_back > 900
     alone = engines.start(path, in_process=True, **options)
     # Token by token, as the first engine came to them: a prompt of the same tokens would be computed in another order of rounding.
-    assert alone.ask(LONG, max_tokens=60).tokens[:40] == tokens[:40]
-    own = alone.ask(LONG + tokens[:40], max_tokens=20)
+    assert alone.ask(LONG, max_tokens=60).tokens[:at] == tokens[:at]
+    own = alone.ask(LONG + tokens[:at], max_tokens=60 - at)
     assert own.cached == came_back
-    assert own.samples[0].tokens == tokens[40:]
-    assert own.samples[0].logprobs == batch.answers[0].samples[0].logprobs[40:]
+    assert own.samples[0].tokens == tokens[at:]
+    assert own.samples[0].logprobs == batch.answers[0].samples[0].logprobs[at:]
 
 
 def test_tensor_parallel_ranks_of_a_hybrid_model(engines: Engines, daemon: Daemon, model: Model) -> None:

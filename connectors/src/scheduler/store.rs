@@ -52,17 +52,21 @@ impl<P: Port> Scheduler<P> {
             return Vec::new();
         };
         let alone = rule.stands_alone();
-        let room = self.settings.max_in_flight.saturating_sub(self.in_flight);
-        let room = match alone {
-            true => room.min(self.settings.max_held.saturating_sub(self.held)),
-            false => room,
-        };
+        let mut room = self.settings.max_in_flight.saturating_sub(self.in_flight);
+        room = room.min(self.settings.batch);
         let mut all = Blocks::new(hashes, blocks);
-        let mut taken = all.split_front(self.settings.batch.min(room) as usize);
-        let count = taken.len() as u32;
-        if alone {
-            taken = taken.without_gaps();
-        }
+        let (taken, count) = if alone {
+            // What does not fit is left out for good: these blocks go with their step. Hits end at the end of it rather than before.
+            room = room.min(self.room_to_hold());
+            let count = all.len() as u32;
+            let mut taken = all.without_gaps();
+            taken.split_front(taken.len().saturating_sub(room as usize));
+            (taken, count)
+        } else {
+            let taken = all.split_front(room as usize);
+            let count = taken.len() as u32;
+            (taken, count)
+        };
         let held = match alone {
             true => taken.blocks.clone(),
             false => Vec::new(),
@@ -98,6 +102,18 @@ impl<P: Port> Scheduler<P> {
             Ok(()) => held,
             Err(_) => Vec::new(),
         }
+    }
+
+    /// How many more blocks of one group the engine may keep for us: every group that outgrows its blocks has a share.
+    fn room_to_hold(&self) -> u32 {
+        let groups = self
+            .settings
+            .groups
+            .iter()
+            .filter(|rule| rule.stands_alone());
+        let share = self.settings.max_held / groups.count().max(1) as u32;
+        let left = self.settings.max_held.saturating_sub(self.held);
+        left.min(share.max(1))
     }
 
     fn capturable(&self, id: &str) -> bool {

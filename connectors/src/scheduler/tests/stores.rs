@@ -216,3 +216,52 @@ fn reservations_in_flight_are_bounded() {
         "the tail follows when there is room"
     );
 }
+
+/// What a running request outgrows is kept until it is copied, and of more than may be kept the end.
+#[test]
+fn blocks_of_a_window_are_kept_until_they_are_copied() {
+    let fake = Fake::default();
+    fake.connected.set(true);
+    fake.registered.set(true);
+    let window = GroupRule::new(GroupKind::SlidingWindow, TOKENS, Some(9)).unwrap();
+    let settings = Settings {
+        groups: vec![window],
+        max_held: 3,
+        ..Settings::default()
+    };
+    let mut half = Scheduler::new(settings, fake);
+    let mut rank = hello(0, 1, 0, 0, 2, (0, 1, 1));
+    (rank.groups[0].kind, rank.groups[0].window) = ("sliding_window".to_owned(), 9);
+    half.on_hello(rank);
+    half.set_facts(facts(), "instance");
+    report(&mut half, 1, &[0], &[]);
+    half.on_new_request(0, "a", Adapter::Base, &[], false);
+    // Wanted in the step that computes them; the first of them is gone already.
+    assert_eq!(half.begin_step(1, &[], &["a"], &[0], &[20]), [(0, 0, 0)]);
+    let kept = half.capture(1, "a", 0, &hashes(1, 0..5), &[0, 5, 6, 7, 8]);
+    assert_eq!(kept, [6, 7, 8]);
+    assert_eq!(half.begin_step(2, &[], &["a"], &[20], &[1]), []);
+    half.port().answer(
+        half.port().last(),
+        reserved(&[
+            ReserveState::Present,
+            ReserveState::Reserved,
+            ReserveState::NoSpace,
+        ]),
+    );
+    let order = step(&mut half, 2).stores.remove(0);
+    assert_eq!(order.blocks, [7]);
+    assert_eq!(half.released(), [6, 8], "what gets no slot is let go");
+    report(&mut half, 1, &[0], &[order.order]);
+    assert_eq!((half.released(), half.held()), (vec![7], 0));
+    // Nor are they kept for a daemon that takes its time, or a request that loses its blocks.
+    assert_eq!(half.capture(200_000, "a", 0, &hashes(1, 5..6), &[9]), [9]);
+    step(&mut half, 200_001);
+    assert_eq!(half.released(), []);
+    step(&mut half, 1_200_001);
+    assert_eq!(half.released(), [9]);
+    assert_eq!(half.capture(1_200_002, "a", 0, &hashes(1, 6..7), &[4]), [4]);
+    half.begin_step(1_200_003, &["a"], &[], &[], &[]);
+    assert_eq!((half.released(), half.held()), (vec![4], 0));
+    assert_eq!(half.load_and_hold().1, 0);
+}
