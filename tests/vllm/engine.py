@@ -106,8 +106,8 @@ def kv_transfer(socket: str | os.PathLike[str], **extra: Any) -> dict[str, Any]:
 
 def patient(socket: str | os.PathLike[str], **extra: Any) -> dict[str, Any]:
     """The same where a hit or a store is expected: on a busy machine of two cores 20 ms may not be enough for the daemon's answer to a lookup,
-    and one second not for the end of a finished request's stores."""
-    return kv_transfer(socket, lookup_deadline_ms=5000, hold_deadline_ms=30_000, **extra)
+    two seconds not for a load, and one second not for the end of a finished request's stores."""
+    return kv_transfer(socket, **{"lookup_deadline_ms": 5000, "load_deadline_ms": 30_000, "hold_deadline_ms": 30_000} | extra)
 
 
 class Nursery:
