@@ -23,7 +23,7 @@ import models  # noqa: E402
 from conftest import Engines  # noqa: E402
 from daemon import Daemon  # noqa: E402
 from engine import patient  # noqa: E402
-from harness import BLOCK, ScriptedEngine, make_config, make_kv  # noqa: E402
+from harness import BLOCK, FULL, ScriptedEngine, make_config, make_kv  # noqa: E402
 
 pytestmark = pytest.mark.plugin
 Model = Callable[[models.Recipe], pathlib.Path]
@@ -152,7 +152,7 @@ def test_an_unknown_kind_of_cache_is_refused(anew: Callable[[], Any], daemon: Da
         pass
 
     config = make_config(model(models.gqa()), patient(daemon.socket), async_scheduling=False)
-    plain = make_kv(64)
+    plain = make_kv(config, FULL)
     assert caches.refuse_config(config, plain) is None
     spec = plain.kv_cache_groups[0].kv_cache_spec
     odd = ForgetfulAttentionSpec(block_size=BLOCK, num_kv_heads=spec.num_kv_heads, head_size=spec.head_size, dtype=spec.dtype)
