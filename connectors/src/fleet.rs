@@ -127,7 +127,7 @@ fn group(hellos: &[RankHello], at: usize) -> Result<FleetGroup, String> {
     let geometry = GroupGeometry {
         layers,
         heads: first.heads_total,
-        ..geometry(first).map_err(|error| error.to_string())?
+        ..geometry(first)?
     };
     geometry.validate().map_err(|error| error.to_string())?;
     let rule = GroupRule::new(geometry.kind, first.block_tokens, geometry.window)
@@ -169,11 +169,7 @@ pub(crate) fn geometry(share: &RankGroup) -> Result<GroupGeometry, String> {
         kind,
         layers: share.layers,
         heads: share.heads,
-        // A state is one cell, whatever its block spans.
-        block_tokens: match kind {
-            GroupKind::State => 1,
-            _ => share.block_tokens,
-        },
+        block_tokens: kind.cells(share.block_tokens),
         cell_bytes: share.cell_bytes,
         window: (share.window > 0).then_some(share.window),
     })

@@ -136,12 +136,18 @@ def test_stored_rows_come_back_in_another_instance(bench: Callable[..., Bench], 
     assert not two.rows[:6].any() and not two.rows[12:].any(), "other rows are left alone"
 
 
-def test_a_missing_chunk_fails_alone_and_is_not_tried_again(bench: Callable[..., Bench], daemon: Daemon) -> None:
-    one = bench(daemon.socket).attached()
-    wanted = keys(2, 3)
+def asked_and_found(one: Bench, wanted: list[bytes]) -> Any:
+    """A request that has found these three, which are stored now."""
     one.job("store", wanted, [0, 1, 2])
     context = one.request()
     wait_until("all are found", lambda: one.look(wanted, context) == "HHH", every_s=0.002)
+    return context
+
+
+def test_a_missing_chunk_fails_alone_and_is_not_tried_again(bench: Callable[..., Bench], daemon: Daemon) -> None:
+    one = bench(daemon.socket).attached()
+    wanted = keys(2, 3)
+    context = asked_and_found(one, wanted)
     gone = keys(3, 1)
     done = one.job("load", [wanted[0], *gone, wanted[2]], [3, 4, 5], context)
     assert (done.success, done.successful_keys) == (False, (wanted[0], wanted[2]))
@@ -152,9 +158,7 @@ def test_a_missing_chunk_fails_alone_and_is_not_tried_again(bench: Callable[...,
 def test_a_flipped_byte_is_a_failed_load_and_the_daemon_is_told(bench: Callable[..., Bench], daemon: Daemon) -> None:
     one = bench(daemon.socket).attached()
     wanted = keys(4, 3)
-    one.job("store", wanted, [0, 1, 2])
-    context = one.request()
-    wait_until("all are found", lambda: one.look(wanted, context) == "HHH", every_s=0.002)
+    context = asked_and_found(one, wanted)
     daemon.flip_byte(skip=2 * ROW // 4096)  # one row came before, from `attached`
     done = one.job("load", wanted, [3, 4, 5], context)
     assert not done.success and len(done.successful_keys) == 2

@@ -1,14 +1,13 @@
 //! What can be loaded for a request: asked when it comes, polled when the engine wants to know, believed only for so long.
 
 use kvd_core::hit::{self, GroupRule, Run};
-use kvd_wire::session::{
-    Chain, Lookup as LookupBody, Presence, Release, Where, reply, request::Body,
-};
+use kvd_wire::session::{Chain, Lookup as LookupBody, Presence, Release, reply, request::Body};
 
 use super::Scheduler;
 use super::namespaces::Standing;
 use super::port::{Fault, Port};
 use super::request::Lookup;
+use super::watch::tier;
 use crate::HASH_BYTES;
 use crate::observed;
 
@@ -354,10 +353,7 @@ fn loadable(presence: &Presence) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     let all = presence.start.iter().zip(&presence.length);
     for ((start, length), place) in all.zip(&presence.r#where) {
-        let loadable = matches!(
-            Where::try_from(*place),
-            Ok(Where::Host | Where::Nvme | Where::Object | Where::Fetching)
-        );
+        let loadable = tier(*place).is_some();
         let end = start.saturating_add(*length);
         match runs.last_mut() {
             // Runs that overlap or go back make no sense.
@@ -372,16 +368,10 @@ fn loadable(presence: &Presence) -> Vec<Run> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::presence;
     use super::*;
     use kvd_core::GroupKind;
-
-    fn presence(runs: &[(u32, u32, Where)]) -> Presence {
-        Presence {
-            start: runs.iter().map(|run| run.0).collect(),
-            length: runs.iter().map(|run| run.1).collect(),
-            r#where: runs.iter().map(|run| run.2 as i32).collect(),
-        }
-    }
+    use kvd_wire::session::Where;
 
     #[test]
     fn only_what_can_be_loaded_counts() {

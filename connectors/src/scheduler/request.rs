@@ -108,7 +108,7 @@ pub(crate) enum Lookup<T> {
 }
 
 /// Last blocks of a finished request, of one KV-cache group.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug)]
 pub(crate) struct Tail {
     pub(crate) group: u32,
     pub(crate) blocks: Blocks,

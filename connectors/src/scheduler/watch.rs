@@ -105,7 +105,7 @@ impl super::Settings {
 }
 
 /// Number of a tier from which blocks can be loaded.
-fn tier(place: i32) -> Option<u8> {
+pub(super) fn tier(place: i32) -> Option<u8> {
     match Where::try_from(place) {
         Ok(Where::Host) => Some(0),
         Ok(Where::Fetching) => Some(1),
@@ -117,16 +117,9 @@ fn tier(place: i32) -> Option<u8> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::presence;
     use super::*;
     use kvd_core::{GroupKind, GroupRule};
-
-    fn presence(runs: &[(u32, u32, Where)]) -> Presence {
-        Presence {
-            start: runs.iter().map(|run| run.0).collect(),
-            length: runs.iter().map(|run| run.1).collect(),
-            r#where: runs.iter().map(|run| run.2 as i32).collect(),
-        }
-    }
 
     fn settings(groups: &[(GroupKind, u32, Option<u32>)]) -> super::super::Settings {
         let rule = |(kind, tokens, window): &(_, _, _)| GroupRule::new(*kind, *tokens, *window);

@@ -78,6 +78,14 @@ impl GroupKind {
         }
     }
 
+    /// Cells that a head keeps of a block spanning so many tokens: one each, but a state is a single cell whatever led to it.
+    pub fn cells(self, span: u32) -> u32 {
+        match self {
+            GroupKind::State => 1,
+            _ => span,
+        }
+    }
+
     /// The kind that `word` names.
     pub fn from_word(word: &str) -> Option<Self> {
         Some(match word {

@@ -228,8 +228,7 @@ impl NamespaceRecord {
             kind,
             layers: self.number(&name("layers"), u32::MAX)?,
             heads: self.number(&name("heads"), u32::MAX)?,
-            // A state has no tokens of its own: it is one cell, whatever its block spans.
-            block_tokens: if kind == GroupKind::State { 1 } else { span },
+            block_tokens: kind.cells(span),
             cell_bytes: self.number(&name("cell_bytes"), u32::MAX)?,
             window,
         };

@@ -92,6 +92,10 @@ fn store(world: &mut World, group: u32, list: &[[u8; 32]]) -> Vec<ReserveState> 
 
 /// Looks a prompt of so many blocks of 16 tokens up.
 fn hit(world: &mut World, blocks: u64, lease_ms: u32) -> LookupReply {
+    lookup(world, blocks, lease_ms, Scope::Hit)
+}
+
+fn lookup(world: &mut World, blocks: u64, lease_ms: u32, scope: Scope) -> LookupReply {
     let (all, states) = (hashes(0..blocks), states(blocks));
     let chains = [(0, &all), (1, &all), (2, &states)].map(|(group, hashes)| Chain {
         group,
@@ -102,7 +106,7 @@ fn hit(world: &mut World, blocks: u64, lease_ms: u32) -> LookupReply {
         namespace: 0,
         chains: &chains,
         lease_ms,
-        scope: Scope::Hit,
+        scope,
     };
     match world.ask(1, body) {
         Reply::Lookup(reply) => reply,
@@ -193,21 +197,7 @@ fn what_a_window_left_behind_is_evicted_before_what_hits_need() {
 
 /// What is there of each group, block by block, as a lookup of all says.
 fn there(world: &mut World, blocks: u64) -> Vec<Vec<Run>> {
-    let (all, states) = (hashes(0..blocks), states(blocks));
-    let chains = [(0, &all), (1, &all), (2, &states)].map(|(group, hashes)| Chain {
-        group,
-        hashes,
-        parent: None,
-    });
-    let body = Request::Lookup {
-        namespace: 0,
-        chains: &chains,
-        lease_ms: 0,
-        scope: Scope::All,
-    };
-    let Reply::Lookup(reply) = world.ask(1, body) else {
-        panic!("no answer")
-    };
+    let reply = lookup(world, blocks, 0, Scope::All);
     let runs = |presence: &Presence| {
         let runs = presence.start.iter().zip(&presence.length);
         runs.map(|(start, length)| (*start, start + length))

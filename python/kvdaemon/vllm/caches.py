@@ -41,6 +41,11 @@ class Rule:
     offered: bool = False
     """vLLM offers the blocks one by one: their place in a request's list says nothing."""
 
+    @property
+    def outgrown(self) -> bool:
+        """Whether a running request gives up blocks that it needs no more."""
+        return self.kind != "full"
+
 
 @dataclass
 class Share:
@@ -85,6 +90,11 @@ def refuse_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
         return "models with several KV-cache groups are supported only with vLLM's prefix caching"
     if getattr(vllm_config.model_config, "enable_sleep_mode", False) and not capabilities.found().sleep_hooks:
         return "sleep mode is not supported with this vLLM: it does not say when the KV cache goes (0.33 does)"
+    return refuse_scales(vllm_config)
+
+
+def refuse_scales(vllm_config: VllmConfig) -> str | None:
+    """Why the KV of a configuration must not be kept, however it is laid out."""
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         return "KV scales that are computed while serving (calculate_kv_scales) are not supported"
     return None

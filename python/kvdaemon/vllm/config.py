@@ -12,8 +12,8 @@ LAYOUTS = ("LBHNC", "BLHNC")
 
 
 @dataclass(frozen=True)
-class Config:
-    """What can be chosen. Times in milliseconds."""
+class Place:
+    """Where the daemon is, and who asks: of everything that attaches for an engine."""
 
     socket: str = ""
     """Path of the daemon's socket for this tenant; empty: where ``kvd serve`` puts it by default."""
@@ -23,6 +23,17 @@ class Config:
     """Names the weights, where kvd can't find out what they are (dummy, streamed, unknown loaders)."""
     label: str = ""
     """Shown by ``kvd status``."""
+
+    @property
+    def socket_path(self) -> str:
+        """The socket to use."""
+        return self.socket or default_socket()
+
+
+@dataclass(frozen=True)
+class Config(Place):
+    """What can be chosen. Times in milliseconds."""
+
     layout: str = "LBHNC"
     """KV-cache layout to ask vLLM for; ``BLHNC`` makes a block one piece where the attention backend can."""
     lookup_deadline_ms: int = 20
@@ -53,11 +64,6 @@ class Config:
         if config.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {config.layout!r}")
         return config
-
-    @property
-    def socket_path(self) -> str:
-        """The socket to use."""
-        return self.socket or default_socket()
 
 
 def checked(kind: type, given: dict[str, Any], where: str, who: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self._unit, grain = half.unit_and_grain()
         self._grain = grain // self._hash_tokens
         self._offers = any(rule.offered for rule in self._rules)
-        self._outgrows = any(rule.kind != "full" for rule in self._rules)
+        self._outgrows = any(rule.outgrown for rule in self._rules)
         if any(span % self._hash_tokens for span in spans):
             half.refuse(f"blocks of {spans} tokens are no multiples of the {self._hash_tokens} tokens that a hash covers")
         self._finder.start("kvd-identity", self._find_facts)
@@ -251,7 +251,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         wanted, orders, notices = half.step(list(preempted) if preempted else [], ids, computed, ahead, bool(offers))
         if orders is None:
             for at, group, first in wanted:
-                soon = ahead[at] if self._rules[group].kind != "full" else 0
+                soon = ahead[at] if self._rules[group].outgrown else 0
                 self._capture(half, scheduler_output, ids[at], group, first, computed[at] + soon)
             for name, states in offers.items():
                 self._capture_states(half, name, states)
@@ -275,12 +275,15 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         request = self._requests.get(name)
         if request is None:
             return
-        full = self._full(request, computed) // self._rules[group].block_tokens
-        if full > first:
+        tokens = self._full(request, computed)
+        if tokens // self._rules[group].block_tokens > first:
             ids = self._block_ids(output, name, group)
-            full = min(full, len(ids))
-            hashes = self._hashes(request, group, max(first - 1, 0), full)
-            self._keep(half.capture(name, group, hashes, ids[first:full]))
+            self._keep(half.capture(name, group, *self._blocks(request, group, first, tokens, ids)))
+
+    def _blocks(self, request: Request, group: int, first: int, tokens: int, ids: list[int]) -> tuple[bytes, list[int]]:
+        """Hashes and numbers of a group's blocks from `first` on that lie within so many tokens; in front the hash of the block before."""
+        last = min(tokens // self._rules[group].block_tokens, len(ids))
+        return self._hashes(request, group, max(first - 1, 0), last), ids[first:last]
 
     def _full(self, request: Request, computed: int) -> int:
         """Tokens whose KV is computed and final, and hashed. The last token does not count: its KV may not be computed (async
@@ -359,10 +362,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             self._requests.pop(name, None)
             tokens = self._full(request, request.num_computed_tokens)
             for group, first in half.finish_from(name, tokens) if block_ids else ():
-                ids = block_ids[group]
-                full = min(tokens // self._rules[group].block_tokens, len(ids))
-                if full > first:
-                    half.last_blocks(name, group, self._hashes(request, group, max(first - 1, 0), full), ids[first:full])
+                half.last_blocks(name, group, *self._blocks(request, group, first, tokens, block_ids[group]))
             hold = half.finished(name)
         self._took("request_finished", began)
         return hold, None

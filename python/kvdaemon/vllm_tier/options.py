@@ -5,22 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvdaemon._paths import default_socket
-from kvdaemon.vllm.config import checked
+from kvdaemon.vllm.config import Place, checked
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Place):
     """What can be chosen. Times in milliseconds."""
 
-    socket: str = ""
-    """Path of the daemon's socket for this tenant; empty: where ``kvd serve`` puts it by default."""
-    tenant: str = "default"
-    """Name of the tenant that the socket belongs to."""
-    weights_id: str = ""
-    """Names the weights, where kvd can't find out what they are (dummy, streamed, unknown loaders)."""
-    label: str = ""
-    """Shown by ``kvd status``."""
     lookup_deadline_ms: int = 20
     """How long a lookup may be answered "ask again" before it counts as a miss."""
     load_deadline_ms: int = 2000
@@ -36,8 +27,3 @@ class Options:
             ValueError: a key or a value is not right; the text says what would be.
         """
         return Options(**checked(Options, given, "the configuration of the secondary tier", "KvdSecondaryTier"))
-
-    @property
-    def socket_path(self) -> str:
-        """The socket to use."""
-        return self.socket or default_socket()

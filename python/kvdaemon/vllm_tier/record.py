@@ -42,13 +42,6 @@ def engine_config() -> tuple[VllmConfig | None, Any]:
     return get_current_vllm_config_or_none(), None
 
 
-def refusal(vllm_config: VllmConfig) -> str | None:
-    """Why rows of this engine must not be kept."""
-    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
-        return "KV scales that are computed while serving (calculate_kv_scales) are not supported"
-    return None
-
-
 def private_because(vllm_config: VllmConfig | None) -> str | None:
     """Why rows may be shared with no other start of an engine, whatever `weights_id` says."""
     if vllm_config is None:

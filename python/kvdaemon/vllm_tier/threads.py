@@ -74,7 +74,7 @@ class Threads:
     # --- for the scheduler's thread ---------------------------------------------------------------------------------------
 
     def start(self, record: dict[str, str]) -> None:
-        """Begins to serve the namespaces of this record; what another start or `renew` said before is over."""
+        """Begins to serve the namespaces of this record; what another start said before is over."""
         with self._changed:
             self._record = record
             self._turn += 1

@@ -15,7 +15,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from kvdaemon import identity
 from kvdaemon._native import KvdError, opaque_block
-from kvdaemon.vllm import capabilities
+from kvdaemon.vllm import caches, capabilities
 from kvdaemon.vllm_tier import record
 from kvdaemon.vllm_tier.lookups import Lookups
 from kvdaemon.vllm_tier.options import Options
@@ -73,7 +73,7 @@ class KvdSecondaryTier(SecondaryTierManager):
     def _begin(self, spec: OffloadingSpec) -> None:
         """Finds out on the side what the rows are; until that is known the tier holds nothing."""
         vllm_config, kv_cache_config = record.engine_config()
-        refusal = None if vllm_config is None else record.refusal(vllm_config)
+        refusal = None if vllm_config is None else caches.refuse_scales(vllm_config)
         try:
             opaque_block(self._row_bytes)
         except KvdError as error:

@@ -165,13 +165,18 @@ fn report(half: &mut Scheduler<Fake>, world: u32, registered: &[u32], done: &[u6
     }
 }
 
+/// Runs of blocks: first, how many, and where they are.
+pub(super) fn presence(runs: &[(u32, u32, Where)]) -> Presence {
+    Presence {
+        start: runs.iter().map(|run| run.0).collect(),
+        length: runs.iter().map(|run| run.1).collect(),
+        r#where: runs.iter().map(|run| run.2 as i32).collect(),
+    }
+}
+
 fn present(count: u32, lease: u64) -> reply::Body {
     reply::Body::Lookup(LookupReply {
-        chains: vec![Presence {
-            start: vec![0],
-            length: vec![count],
-            r#where: vec![Where::Host as i32],
-        }],
+        chains: vec![presence(&[(0, count, Where::Host)])],
         lease,
         ..LookupReply::default()
     })

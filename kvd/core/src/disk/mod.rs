@@ -201,14 +201,10 @@ impl Disks {
 
     /// Whether a block could come up from a store, which counts as a touch.
     pub(crate) fn look(&mut self, id: NamespaceId, group: u8, hash: &[u8; 32], stamp: u32) -> bool {
-        let Some(store) = self.store_of(hash) else {
+        let Some((store, entry)) = self.find(id, group, hash) else {
             return false;
         };
         let disk = &mut self.all[store];
-        let found = disk.space(id).filter(|_| disk.on);
-        let Some(entry) = found.and_then(|space| disk.readable(space, group, hash)) else {
-            return false;
-        };
         let slot = disk.index.entries.hot[entry].slot;
         disk.places.touch(slot, stamp);
         let stride = disk.places.place(slot).stride;
@@ -220,12 +216,15 @@ impl Disks {
 
     /// Whether a store has the block; looking at it so does not count as a use.
     pub(crate) fn has(&self, id: NamespaceId, group: u8, hash: &[u8; 32]) -> bool {
-        let store = self.store_of(hash);
-        store.is_some_and(|store| {
-            let disk = &self.all[store];
-            let found = disk.space(id).filter(|_| disk.on);
-            found.is_some_and(|space| disk.readable(space, group, hash).is_some())
-        })
+        self.find(id, group, hash).is_some()
+    }
+
+    /// The store that has the block, and its entry there.
+    fn find(&self, id: NamespaceId, group: u8, hash: &[u8; 32]) -> Option<(usize, u32)> {
+        let store = self.store_of(hash)?;
+        let disk = &self.all[store];
+        let space = disk.space(id).filter(|_| disk.on)?;
+        Some((store, disk.readable(space, group, hash)?))
     }
 
     /// What came back with a read is kept for another, if there were ever as many reads at once.

@@ -4,7 +4,6 @@
 use super::{Hits, Manner};
 use crate::api::{Chain, Failure, NIL, Presence, Where};
 use crate::disk::AHEAD_A_LOOKUP;
-use crate::evict::chain;
 use crate::hit::{self, GroupRule, Run};
 use crate::index::{BATCH, EntryState};
 use crate::state::Core;
@@ -147,24 +146,19 @@ impl Core {
         (seen, (first, end)): (&Seen, Run),
         hits: &mut Hits,
     ) {
-        let (group, stamp) = (chain.group as u8, self.stamp);
+        let group = chain.group as u8;
         let space = self.spaces.get(manner.space);
         let (class, slot_bytes) = {
             let group = &space.groups[usize::from(group)];
             (group.class, group.slot_bytes)
         };
         let below = space.id;
-        let Some(pool) = &mut self.tenants[caller.tenant].pool else {
-            return;
-        };
-        let (extents, policy) = pool.recency(class);
         for at in first as usize..end as usize {
             let (id, place) = seen.blocks[at];
             hits.hit += 1;
             match place {
                 Where::Host => {
-                    extents.touch(self.index.entries.hot[id].slot, stamp);
-                    chain::touch(policy, &mut self.index.entries, id, stamp, false);
+                    self.touch(caller.tenant, class, id, false);
                     hits.bytes += slot_bytes;
                     if manner.lease {
                         hits.blocks.push(id);
@@ -172,7 +166,7 @@ impl Core {
                 }
                 Where::Nvme => {
                     hits.below += slot_bytes;
-                    self.disks.look(below, group, &chain.hashes[at], stamp);
+                    self.disks.look(below, group, &chain.hashes[at], self.stamp);
                     if manner.ahead && hits.ahead.len() < AHEAD_A_LOOKUP {
                         hits.ahead.push((group, chain.hashes[at]));
                     }
