@@ -73,6 +73,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("reset of the prefix cache under running requests", (rf"test_scheduler::test_prefix_cache_reset_while_running{OURS}",)),
         Row("speculative decoding", (rf"test_scheduler::test_speculative_rejection{OURS}",)),
         Row("random mixtures of all that", (rf"test_scheduler::test_scrambled{OURS}",)),
+        Row("all that with several KV-cache groups", (r"test_hybrid_scheduler::(?!test_the_model_is|test_harness)\w+",)),
     ),
     "What breaks is recomputed": (
         Row("load failure recovery", (r"test_failures::test_a_\w+", rf"test_scheduler::test_failed_load_is_recomputed{OURS}")),
@@ -89,6 +90,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "Beside others, and out of the way": (
         Row("beside NixlConnector in a MultiConnector", ("test_beside::test_multi_connector_with_nixl",)),
         Row("a renamed or unknown hook, class, field or kind of cache: one line in the log, no crash", ("test_capabilities::",)),
+        Row("below vLLM's own CPU tier", ("test_tier::",)),
+        Row("counters in vLLM's own log and metrics", ("test_metrics::",)),
         Row("what can't be kept is served all the same, and the log says so once", ("test_identity::test_states_without_prefix_caching_store_nothing\\w+",)),
         Row("sleep mode", unshown="vLLM has none on a CPU"),
         Row("KV cache on a GPU, CUDA graphs, model runner V2", unshown="needs a GPU"),
@@ -96,7 +99,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
 }
 """Plain words for tests. Each test named here is run; a row whose tests are not found is an error."""
 
-YARDSTICK = Row("", (r"test_oracle::", r"test_scheduler::\w+\[.*memory.*\]", r"test_scheduler::test_harness_notices"))
+YARDSTICK = Row("", (r"test_oracle::", r"test_scheduler::\w+\[.*memory.*\]", r"test_scheduler::test_harness_notices", r"test_hybrid_scheduler::(test_the_model_is|test_harness)"))
 """Run as well: where they fail, it is the tests that do not fit that vLLM, not kvd."""
 
 WORDS = {

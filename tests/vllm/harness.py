@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scripted import BLOCK, FULL, SHAPES, ScriptedModel, Shape, WrongCache, continuation, make_kv
+from scripted import BLOCK, FULL, SHAPES, ScriptedModel, Shape, WrongCache, continuation, hash_tokens, make_kv
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.engine.arg_utils import EngineArgs
@@ -156,16 +156,16 @@ class ScriptedEngine:
     def __init__(self, config: VllmConfig, *, spec_tokens: int = 0, shape: Shape = FULL) -> None:
         self.config, self.shape = config, shape
         kv = make_kv(config, shape)
-        assert kv.hash_block_size is not None
+        hashes = hash_tokens(config, kv)
         self.model = ScriptedModel(config, kv, spec_tokens)
         algorithm = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(algorithm)
-        self.hasher = get_request_block_hasher(kv.hash_block_size, algorithm)
+        self.hasher = get_request_block_hasher(hashes, algorithm)
         self.is_async = config.scheduler_config.async_scheduling
         kind = AsyncScheduler if self.is_async else Scheduler
         self.scheduler = kind(
             vllm_config=config, kv_cache_config=make_kv(config, shape), structured_output_manager=StructuredOutputManager(config),
-            block_size=shape.unit, hash_block_size=kv.hash_block_size, log_stats=True,
+            block_size=shape.unit, hash_block_size=hashes, log_stats=True,
         )
         self.connector = self.scheduler.connector
         self.times: HookTimes | None = None

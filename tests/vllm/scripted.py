@@ -128,10 +128,17 @@ def make_kv(config: VllmConfig, shape: Shape) -> KVCacheConfig:
     groups = kv_cache_utils.get_kv_cache_groups(config, shape.layers())
     kv = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, 1 << 30)
     kv.kv_cache_layout = config.cache_config.kv_cache_layout
-    unit, kv.hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(kv, config)
+    unit, hashes = kv_cache_utils.resolve_kv_cache_block_sizes(kv, config)
     assert unit == shape.unit, (unit, shape)
-    kv.cache_hit_alignment_tokens = kv_cache_utils.resolve_cache_hit_alignment_tokens(kv, config, unit, kv.hash_block_size)
+    if hasattr(kv, "hash_block_size"):  # 0.32 and newer: before, a connector has to ask
+        kv.hash_block_size = hashes
+        kv.cache_hit_alignment_tokens = kv_cache_utils.resolve_cache_hit_alignment_tokens(kv, config, unit, hashes)
     return kv
+
+
+def hash_tokens(config: VllmConfig, kv: KVCacheConfig) -> int:
+    """How many tokens a block hash covers."""
+    return int(kv_cache_utils.resolve_kv_cache_block_sizes(kv, config)[1])
 
 
 @functools.cache

@@ -28,6 +28,16 @@ PATIENT = {"lookup_deadline_ms": 5000, "load_deadline_ms": 30_000}
 SERIALS = iter(range(1, 1 << 30))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def tiers_of_this_vllm() -> None:
+    try:
+        import kvdaemon.vllm_tier  # noqa: F401
+    except ImportError as error:
+        if "needs vLLM" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
 # The manager alone ------------------------------------------------------------------------------------------------
 def keys(seed: int, count: int, group: int = 0) -> list[bytes]:
     from vllm.v1.kv_offload.base import make_offload_key
