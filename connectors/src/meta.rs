@@ -53,6 +53,10 @@ pub struct StepMeta {
     /// Report your connection, whether or not it has changed: the scheduler half has another one.
     #[prost(bool, tag = "8")]
     pub report: bool,
+    /// The scheduler half has failed, and these are its last orders: begin no store any more, and wait for those under way before
+    /// anything is overwritten.
+    #[prost(bool, tag = "9")]
+    pub stop: bool,
 }
 
 /// A namespace, and how this engine instance cuts its blocks.
@@ -296,6 +300,7 @@ impl StepMeta {
             && self.preempted.is_empty()
             && self.retired.is_empty()
             && !self.report
+            && !self.stop
     }
 }
 

@@ -19,7 +19,7 @@ use blocks::{Buffers, hashes};
 use common::{FakeDaemon, LOAD, LONG, RESERVE, Script};
 use kvd_client::{Identity, Link, LinkConfig, Role, request};
 use kvd_connectors::meta::{
-    GroupIntro, NamespaceIntro, RankGroup, RankHello, StepMeta, StoreOrder, VERSION,
+    GroupIntro, LoadOrder, NamespaceIntro, RankGroup, RankHello, StepMeta, StoreOrder, VERSION,
 };
 use kvd_connectors::scheduler::{Adapter, Match, Scheduler, Settings};
 use kvd_connectors::worker::{Results, Settings as WorkerSettings, Worker};
@@ -382,6 +382,53 @@ fn copies_wait_for_what_the_engine_computes() {
     assert_eq!(stream.work().early, 0);
 }
 
+/// The scheduler half has failed: what follows may overwrite any block, so that nothing may be under way any more.
+#[test]
+fn last_orders_are_taken_when_no_store_is_under_way() {
+    let (_dir, path, _daemon) = daemon(Script::default());
+    let stream = FakeStream::default();
+    let mut engine = Engine::start_on(Arc::new(stream.clone()), &path, 42, LONG);
+    engine.connect();
+    engine
+        .scheduler
+        .on_new_request(0, "a", Adapter::Base, &[], true);
+    engine.step(&["a"], &[0]);
+    engine.scheduler.finish_from(0, "a", 16);
+    engine.scheduler.last_blocks("a", 0, &hashes(0..1), &[0]);
+    assert!(engine.scheduler.finished(0, "a"));
+    engine.until("a store waits", |_| stream.work().waits == 1);
+    let last = StepMeta {
+        version: VERSION,
+        stop: true,
+        loads: vec![lost("b", &[3])],
+        finish: vec!["c".into()],
+        ..StepMeta::default()
+    };
+    std::thread::scope(|threads| {
+        threads.spawn(|| stream.set(true));
+        engine.worker.begin(&last.encode_to_vec()).expect("orders");
+    });
+    engine.worker.start_loads(StreamHandle::DEFAULT);
+    let results = engine.worker.results();
+    assert_eq!(results.sent, ["a", "c"]);
+    assert_eq!(
+        (results.received, results.invalid),
+        (vec!["b".into()], vec![3])
+    );
+    assert_eq!(engine.worker.counters().copied_blocks, 1);
+}
+
+/// An order to load that no namespace can serve.
+fn lost(request: &str, blocks: &[u32]) -> LoadOrder {
+    LoadOrder {
+        request: request.into(),
+        namespace: u32::MAX,
+        group: 0,
+        hashes: Vec::new(),
+        blocks: blocks.to_vec(),
+    }
+}
+
 #[test]
 fn nothing_is_copied_while_the_cache_may_be_unmapped_or_the_device_is_broken() {
     let (_dir, path, _daemon) = daemon(Script::default());
@@ -535,13 +582,7 @@ fn what_can_not_be_loaded_is_still_over() {
     .expect("threads");
     let meta = StepMeta {
         version: VERSION,
-        loads: vec![kvd_connectors::meta::LoadOrder {
-            request: "a".into(),
-            namespace: 1,
-            group: 0,
-            hashes: hashes(0..2),
-            blocks: vec![4, 5],
-        }],
+        loads: vec![lost("a", &[4, 5])],
         ..StepMeta::default()
     };
     worker.begin(&meta.encode_to_vec()).expect("orders");

@@ -1,16 +1,14 @@
 //! The scheduler half as a Python class. Every method is short and non-blocking: it is called on the engine's scheduler
 //! thread, so the GIL is kept.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvd_client::{Identity, Link, LinkConfig, Role};
 use kvd_connectors::meta::{self, RankHello};
 use kvd_connectors::notice::Level;
-use kvd_connectors::scheduler::{Adapter, ByTier, Match, Scheduler, Settings};
+use kvd_connectors::scheduler::{Adapter, ByTier, Guarded, Match, Scheduler, Settings};
 use kvd_connectors::worker::Counters;
 use kvd_core::{GroupKind, GroupRule};
 use parking_lot::Mutex;
@@ -25,9 +23,7 @@ use crate::observed::dict;
 /// See `kvdaemon/_native.pyi`.
 #[pyclass(frozen, module = "kvdaemon._native")]
 pub(crate) struct SchedulerHalf {
-    inner: Mutex<Option<Scheduler<Link>>>,
-    /// It has failed by a bug, and nobody has been told yet.
-    failed: AtomicBool,
+    inner: Mutex<Guarded<Link>>,
 }
 
 /// 16 bytes that are the same for all processes of an engine instance, and for no others.
@@ -47,16 +43,7 @@ fn strings(list: &[PyBackedStr]) -> Vec<&str> {
 impl SchedulerHalf {
     /// Runs with the half, if it is still there. Should it panic, the engine goes on without it.
     fn with<R>(&self, run: impl FnOnce(&mut Scheduler<Link>) -> R) -> Option<R> {
-        let mut inner = self.inner.lock();
-        let half = inner.as_mut()?;
-        match catch_unwind(AssertUnwindSafe(|| run(half))) {
-            Ok(result) => Some(result),
-            Err(_) => {
-                *inner = None;
-                self.failed.store(true, Ordering::Relaxed);
-                None
-            }
-        }
+        self.inner.lock().with(run)
     }
 }
 
@@ -114,8 +101,7 @@ impl SchedulerHalf {
         };
         let link = start_link(socket, identity).map_err(|failure| from_client(py, &failure))?;
         Ok(SchedulerHalf {
-            inner: Mutex::new(Some(Scheduler::new(settings, link))),
-            failed: AtomicBool::new(false),
+            inner: Mutex::new(Guarded::new(Scheduler::new(settings, link))),
         })
     }
 
@@ -172,7 +158,7 @@ impl SchedulerHalf {
     }
 
     fn allocated(&self, id: &str, external: u32, blocks: Vec<Vec<u32>>) {
-        self.with(|half| half.allocated(id, external, &blocks));
+        self.inner.lock().allocated(id, external, &blocks);
     }
 
     /// Begins a step, and ends it at once if no blocks are wanted, unless it is to stay open: (wanted, orders, whether there are
@@ -187,15 +173,15 @@ impl SchedulerHalf {
         open: bool,
     ) -> PyResult<Step<'py>> {
         let ids: Vec<PyBackedStr> = ids.extract()?;
-        let done = self.with(|half| {
-            let now = now_us();
-            let (preempted, ids) = (strings(&preempted), strings(&ids));
-            let wanted = half.begin_step(now, &preempted, &ids, &computed, &ahead);
-            let orders = (wanted.is_empty() && !open).then(|| half.end_step(now));
-            (wanted, orders, half.has_notices())
-        });
-        let failed = self.failed.load(Ordering::Relaxed);
-        let (wanted, orders, notices) = done.unwrap_or((Vec::new(), Some(Vec::new()), failed));
+        let (preempted, ids) = (strings(&preempted), strings(&ids));
+        let now = now_us();
+        let mut guard = self.inner.lock();
+        let wanted = guard
+            .with(|half| half.begin_step(now, &preempted, &ids, &computed, &ahead))
+            .unwrap_or_default();
+        let orders = (wanted.is_empty() && !open).then(|| guard.end_step(now));
+        let half = guard.half();
+        let notices = half.map_or(guard.has_failure(), Scheduler::has_notices);
         Ok((
             wanted,
             orders.map(|bytes| PyBytes::new(py, &bytes)),
@@ -204,13 +190,13 @@ impl SchedulerHalf {
     }
 
     fn capture(&self, id: &str, group: u32, hashes: &[u8], blocks: Vec<u32>) -> Vec<u32> {
-        self.with(|half| half.capture(now_us(), id, group, hashes, &blocks))
-            .unwrap_or_default()
+        let mut guard = self.inner.lock();
+        guard.capture(now_us(), id, group, hashes, &blocks)
     }
 
     fn capture_state(&self, id: &str, group: u32, hash: &[u8], block: u32) -> Vec<u32> {
-        self.with(|half| half.capture_state(now_us(), id, group, hash, block))
-            .unwrap_or_default()
+        let mut guard = self.inner.lock();
+        guard.capture_state(now_us(), id, group, hash, block)
     }
 
     fn limit_held(&self, most: u32) {
@@ -222,12 +208,11 @@ impl SchedulerHalf {
     }
 
     fn released(&self) -> Vec<u32> {
-        self.with(Scheduler::released).unwrap_or_default()
+        self.inner.lock().released()
     }
 
     fn end_step<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        let orders = self.with(|half| half.end_step(now_us()));
-        PyBytes::new(py, &orders.unwrap_or_default())
+        PyBytes::new(py, &self.inner.lock().end_step(now_us()))
     }
 
     fn on_output(
@@ -264,8 +249,7 @@ impl SchedulerHalf {
     }
 
     fn finished(&self, id: &str) -> bool {
-        self.with(|half| half.finished(now_us(), id))
-            .unwrap_or(false)
+        self.inner.lock().finished(now_us(), id)
     }
 
     fn reset_cache(&self, clean: bool) {
@@ -273,12 +257,12 @@ impl SchedulerHalf {
     }
 
     fn has_pending_work(&self) -> bool {
-        self.with(|half| half.has_pending_work()).unwrap_or(false)
+        self.inner.lock().has_pending_work()
     }
 
     /// What people should read: (is it a warning, text).
     fn notices(&self) -> Vec<(bool, String)> {
-        if self.failed.swap(false, Ordering::Relaxed) {
+        if self.inner.lock().take_failure() {
             let text = "the connector has failed by a bug; the engine goes on without it";
             return vec![(true, text.to_owned())];
         }
@@ -306,7 +290,7 @@ impl SchedulerHalf {
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = PyDict::new(py);
         let inner = self.inner.lock();
-        let Some(half) = inner.as_ref() else {
+        let Some(half) = inner.half() else {
             return Ok(stats);
         };
         for (name, value) in half.counters().list() {
@@ -339,7 +323,7 @@ impl SchedulerHalf {
 
     /// Ends the session. Everything after this does nothing.
     fn close(&self, py: Python<'_>) {
-        let half = self.inner.lock().take();
+        let half = self.inner.lock().close();
         py.detach(|| drop(half));
     }
 }

@@ -127,7 +127,8 @@ class Watch:
 
     def touch(self, blocks: Any) -> None:
         for one in blocks:
-            assert one.block_id and one.ref_cnt > 0, "the connector keeps a block that nobody has"
+            # What is findable by its hash is as it was, though its request has given it up.
+            assert one.block_id and (one.ref_cnt > 0 or one.block_hash is not None), "the connector keeps a block that nobody has"
             self.kept.setdefault(one.block_id, []).append(self.step)
         self.most_kept = max(self.most_kept, len(self.kept))
         self._pool.touch(blocks)

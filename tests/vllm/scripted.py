@@ -7,9 +7,10 @@ is noticed the moment it is used. Tokens are a function of the prefix too, so th
 
 A `Shape` says which layers there are. vLLM's own functions make the KV-cache groups and the tensors of them, so that groups alias the same memory as
 in an engine. Recurrent layers do what vLLM's runner does in mamba mode "align": the state goes from block to block, and is in a block of its own
-wherever a step ended at a block's end.
+wherever a step ended at a block's end. With drafts the states after each of them are in blocks of their own, and that at a block's end is moved to
+its place once the tokens are accepted.
 
-What is deliberately absent: tensor parallelism (one rank), drafts beside recurrent states, and time: a step is a call.
+What is deliberately absent: tensor parallelism (one rank), and time: a step is a call.
 """
 
 from __future__ import annotations
@@ -90,12 +91,12 @@ class Shape:
     """Tokens of which every hit of all groups is a multiple."""
     args: tuple[tuple[str, Any], ...] = ()
 
-    def layers(self) -> dict[str, KVCacheSpec]:
+    def layers(self, spec_tokens: int = 0) -> dict[str, KVCacheSpec]:
         kinds = [("full", self.full), ("window", self.windows), ("state", self.states)]
         names = [kind for kind, count in kinds for _ in range(count)]
-        return {f"model.layers.{i}.{'mixer' if kind == 'state' else 'self_attn.attn'}": self._spec(kind) for i, kind in enumerate(names)}
+        return {f"model.layers.{i}.{'mixer' if kind == 'state' else 'self_attn.attn'}": self._spec(kind, spec_tokens) for i, kind in enumerate(names)}
 
-    def _spec(self, kind: str) -> KVCacheSpec:
+    def _spec(self, kind: str, spec_tokens: int = 0) -> KVCacheSpec:
         common: dict[str, Any] = {"block_size": self.block, "head_size": HEAD_SIZE, "dtype": torch.bfloat16}
         if kind == "full":
             return FullAttentionSpec(num_kv_heads=self.full_heads, **common)
@@ -103,7 +104,9 @@ class Shape:
             return SlidingWindowSpec(num_kv_heads=self.window_heads, sliding_window=self.window, **common)
         shapes, dtypes = ((self.state_bytes // 8,), (self.state_bytes // 4,)), (torch.float32, torch.bfloat16)
         page = self._spec("full").page_size_bytes
-        return MambaSpec(block_size=self.block, shapes=shapes, dtypes=dtypes, mamba_cache_mode="align", page_size_padded=page)
+        return MambaSpec(
+            block_size=self.block, shapes=shapes, dtypes=dtypes, mamba_cache_mode="align", page_size_padded=page, num_speculative_blocks=spec_tokens
+        )
 
 
 FULL = Shape("full", full=4)
@@ -125,7 +128,8 @@ SHAPES = {
 def make_kv(config: VllmConfig, shape: Shape) -> KVCacheConfig:
     """The KV-cache groups that vLLM makes of these layers."""
     register_all_kvcache_specs(config)
-    groups = kv_cache_utils.get_kv_cache_groups(config, shape.layers())
+    drafts = config.speculative_config.num_speculative_tokens if config.speculative_config else 0
+    groups = kv_cache_utils.get_kv_cache_groups(config, shape.layers(drafts))
     kv = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, 1 << 30)
     kv.kv_cache_layout = config.cache_config.kv_cache_layout
     unit, hashes = kv_cache_utils.resolve_kv_cache_block_sizes(kv, config)
@@ -199,7 +203,9 @@ class _Known:
     states: list[int]
     drafts: list[int]
     state_at: int | None = None
-    """Index of the block with the running state."""
+    """Index of the block with the running state, or the one after the last step's first token that could be a draft's guess."""
+    accepted: int = 0
+    """Drafts of the last step that were right: so many blocks further is the state after them."""
 
 
 class ScriptedModel:
@@ -216,7 +222,6 @@ class ScriptedModel:
         self.groups = [
             _Group(group.kv_cache_spec, [_Layer(numbers[name], self.caches[name]) for name in group.layer_names]) for group in kv.kv_cache_groups
         ]
-        assert not (spec_tokens and kv.has_mamba_layers)
         self.connector: Any = None
         if config.kv_transfer_config is not None:
             self.connector = KVConnectorFactory.create_connector(config=config, role=KVConnectorRole.WORKER, kv_cache_config=kv)
@@ -261,13 +266,37 @@ class ScriptedModel:
             before = r.state_at if r.state_at is not None else (first - 1) // group.block
             now = (first + count - 1) // group.block
             blocks = r.blocks[number]
-            self._writes(f"{name}: group {number}", [blocks[now]])
+            source = blocks[before + r.accepted]
             if first:
-                came += [(number, blocks[before]), (number, blocks[now])]
+                came.append((number, source))
+            if first and before != now:
+                self._writes(f"{name}: group {number}", [blocks[now]])
+                came.append((number, blocks[now]))
                 for layer in group.layers:
-                    layer.words[blocks[now]] = layer.words[blocks[before]]
+                    layer.words[blocks[now]] = layer.words[source]
         r.state_at = next(((first + count - 1) // one.block for one in self.groups if one.is_state), None)
         return came
+
+    def _move_states(self, name: str, r: _Known, first: int, count: int, drafts: int, right: int) -> None:
+        """After a step: the state at a block's end comes to its block, if so many drafts were right that it was passed. The scheduler
+        knows nothing of it before the step's output."""
+        r.accepted = right
+        for number, group in enumerate(self.groups):
+            if not group.is_state:
+                continue
+            assert r.state_at is not None
+            known = first + count - drafts
+            end = (known + right) // group.block * group.block
+            if end < known:
+                continue
+            source, place = r.state_at + end - known, end // group.block - 1
+            if source != place:
+                blocks = r.blocks[number]
+                self._writes(f"{name}: group {number}", [blocks[place]])
+                for layer in group.layers:
+                    layer.words[blocks[place]] = layer.words[blocks[source]]
+            if place == r.state_at:
+                r.accepted = 0
 
     def _check_states(self, name: str, r: _Known, first: int, came: list[tuple[int, int]]) -> None:
         """All states of a step are brought at once, so that none may come from a block that another goes to."""
@@ -276,13 +305,15 @@ class ScriptedModel:
                 if (layer.words[block, :, 0] != layer.value([r.states[first - 1]])[0]).any():
                     raise WrongCache(f"{name}: group {number}: block {block} does not hold the state after {first} tokens")
 
-    def _write(self, name: str, r: _Known, first: int, values: list[int]) -> None:
+    def _write(self, name: str, r: _Known, first: int, values: list[int], drafts: int) -> None:
         for number, group in enumerate(self.groups):
             blocks = r.blocks[number]
             if group.is_state:
                 assert r.state_at is not None
+                own = blocks[r.state_at : r.state_at + drafts + 1]
+                self._writes(f"{name}: group {number}", own)
                 for layer in group.layers:
-                    layer.words[blocks[r.state_at], :, 0] = layer.value(values[-1:])[0]
+                    layer.words[own, :, 0] = layer.value(values[len(values) - drafts - 1 :])
             else:
                 self._writes(f"{name}: group {number}", group.where(blocks, first, len(values))[0])
                 group.write(blocks, first, values)
@@ -338,7 +369,7 @@ class ScriptedModel:
         for i, name in enumerate(cached.req_ids):
             r = self.known[name]
             if name in cached.resumed_req_ids:
-                r.blocks, r.drafts, r.state_at = [[] for _ in self.groups], [], None
+                r.blocks, r.drafts, r.state_at, r.accepted = [[] for _ in self.groups], [], None, 0
                 if name in cached.all_token_ids:
                     r.tokens = list(cached.all_token_ids[name])
                     r.states = states(r.tokens)
@@ -358,14 +389,15 @@ class ScriptedModel:
         for name, r, start, _, _, came in steps:
             self._check_states(name, r, start, came)
         # As in every layer of a model: first all tokens' KV is written, then it is read.
-        for name, r, start, tokens, _, _ in steps:
-            self._write(name, r, start, self._values(r, start, tokens))
+        for name, r, start, tokens, guesses, _ in steps:
+            self._write(name, r, start, self._values(r, start, tokens), len(guesses))
         for name, r, start, _, _, _ in steps:
             self._check(name, r, start)
         sampled, drafts = [], []
-        for _, r, start, tokens, guesses, _ in steps:
+        for name, r, start, tokens, guesses, _ in steps:
             self.computed_tokens += len(tokens)
             given, proposed = self._sample(r, guesses) if start + len(tokens) >= len(r.tokens) else ([], [])
+            self._move_states(name, r, start, len(tokens), len(guesses), max(len(given) - 1, 0))
             sampled.append(given)
             drafts.append(proposed)
         result = ModelRunnerOutput(req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled)

@@ -160,6 +160,20 @@ def test_an_unknown_kind_of_cache_is_refused(anew: Callable[[], Any], daemon: Da
     assert "ForgetfulAttentionSpec" in (caches.refuse_config(config, plain) or "")
 
 
+def test_blocks_that_hashes_do_not_divide_are_refused(
+    anew: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, said: list[str], daemon: Daemon, model: Model
+) -> None:
+    anew()
+    from kvdaemon.vllm import capabilities
+
+    monkeypatch.setattr(capabilities, "hash_tokens", lambda *_: 24)
+    engine = serves(model(models.gqa()), daemon)
+    assert "no multiples of the 24 tokens" in engine.connector.debug_stats()["config_refusal"]
+    engine.close()
+    assert daemon.resident() == 0
+    assert len([line for line in said if "neither stored nor loaded" in line]) == 1, said
+
+
 @pytest.mark.engine
 def test_a_real_engine_serves_without_kvd(engines: Engines, daemon: Daemon, model: Model) -> None:
     """In processes of its own, so that what the scheduler's half says reaches the worker's."""

@@ -93,11 +93,14 @@ class Bench:
         """Submits a job and waits for its result."""
         from vllm.v1.kv_offload.tiering.base import TransferJob
 
-        job = TransferJob(next(SERIALS), wanted, np.array(rows, dtype=np.int32), verb == "load", context or self.request())
+        of = context or self.request()
+        job = TransferJob(next(SERIALS), wanted, np.array(rows, dtype=np.int32), verb == "load", of)
         (self.tier.submit_load if verb == "load" else self.tier.submit_store)(job)
         done: list[Any] = []
         wait_until("the job is over", lambda: done.extend(self.tier.get_finished_jobs()) or done, 60.0, every_s=0.002)
         assert [one.job_id for one in done] == [job.job_id]
+        if context is None:
+            self.tier.on_request_finished(of)
         return done[0]
 
     def attached(self) -> Bench:
@@ -188,12 +191,15 @@ def test_a_hung_daemon_costs_misses_only(bench: Callable[..., Bench], daemon: Da
         context = one.request()
         wait_until("it is a miss after the deadline", lambda: one.look(wanted, context) == "MM", 5.0, every_s=0.002)
         waited = time.monotonic() - begin
-        assert one.look(keys(6, 2), one.request()) == "MM", "nobody waits for what does not answer"
+        later = one.request()
+        assert one.look(keys(6, 2), later) == "MM", "nobody waits for what does not answer"
         for verb in ("load", "store", "load"):
             began = time.monotonic()
             done = one.job(verb, wanted, [2, 3])
             slowest = max(slowest, time.monotonic() - began)
             assert (done.success, done.successful_keys) == (False, None)
+        for asked in (context, later):
+            one.tier.on_request_finished(asked)
         print(f"\nhung daemon: a miss after {waited * 1000:.0f} ms, a failed job after at most {slowest * 1000:.0f} ms")
         one.tier.drain_jobs()
     finally:
@@ -227,6 +233,9 @@ def test_a_reset_begins_a_new_epoch(bench: Callable[..., Bench], daemon: Daemon)
     assert one.job("store", wanted, [0, 1], running).success
     one.tier.drain_jobs()
     assert not one.job("store", keys(9, 1), [2], running).success, "it has KV of before"
+    one.tier.on_request_finished(running)
+    assert not one.job("store", keys(9, 1), [2]).success, "vLLM's own caches may have, too"
+    one.tier.drain_jobs()
     one.attached()
     assert one.found(wanted) == "MM"
     assert bench(daemon.socket).attached().found(wanted) == "HH", "nobody's blocks are deleted"

@@ -60,6 +60,7 @@ impl<P: Port> Scheduler<P> {
             leading: true,
             hit: self.settings.groups.len() > 1
                 || self.settings.groups.iter().any(GroupRule::stands_alone),
+            drop_last: self.settings.drop_last,
         });
         match self.port.submit_on(&name, body) {
             Ok(ticket) => {
@@ -145,11 +146,15 @@ impl<P: Port> Scheduler<P> {
     }
 
     fn wait_for_standing(&mut self, now: u64, wanted_at: u64, id: &str) -> Match {
-        let deadline = match self.namespaces.known() {
-            true => self.settings.lookup_deadline,
-            false => self.settings.startup_deadline,
+        let (since, deadline) = match self.namespaces.known() {
+            true => (wanted_at, self.settings.lookup_deadline),
+            // Once for all requests: a worker that says nothing for so long may never do.
+            false => (
+                *self.waited_for_workers.get_or_insert(now),
+                self.settings.startup_deadline,
+            ),
         };
-        match now.saturating_sub(wanted_at) < deadline {
+        match now.saturating_sub(since) < deadline {
             true => Match::Wait,
             false => self.settle(id),
         }

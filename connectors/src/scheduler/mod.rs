@@ -8,6 +8,7 @@
 //! kept by the engine for as long as this half says. Deliberately absent: copies, threads, clocks, sockets, Python.
 
 mod counters;
+mod guard;
 mod load;
 mod lookup;
 mod namespaces;
@@ -22,6 +23,7 @@ mod watch;
 use std::collections::{BTreeMap, HashMap};
 
 pub use counters::Counters;
+pub use guard::Guarded;
 pub use lookup::Match;
 pub use namespaces::Standing;
 pub(crate) use namespaces::layouts;
@@ -123,6 +125,8 @@ pub struct Scheduler<P: Port> {
     /// Orders that not all ranks have reported, by number.
     orders: BTreeMap<u64, OpenOrder>,
     next_order: u64,
+    /// Counts the engine's steps.
+    steps: u64,
     /// Blocks reserved (or asked for) and not yet reported as copied.
     in_flight: u32,
     /// Of those: blocks that the engine keeps for us.
@@ -134,6 +138,8 @@ pub struct Scheduler<P: Port> {
     silence: Silence<P::Ticket>,
     /// Answers to lookups that were sent while this was another number are not believed any more.
     belief: u64,
+    /// When (us) a request first waited for the workers to say what they hold.
+    waited_for_workers: Option<u64>,
     was_connected: Option<bool>,
     port_epoch: u64,
     meta: StepMeta,
@@ -156,12 +162,14 @@ impl<P: Port> Scheduler<P> {
             loads: Vec::new(),
             orders: BTreeMap::new(),
             next_order: 1,
+            steps: 0,
             in_flight: 0,
             held: 0,
             released: Vec::new(),
             no_room_until: 0,
             silence: Silence::new(),
             belief: 0,
+            waited_for_workers: None,
             was_connected: None,
             port_epoch: port.epoch(),
             meta: StepMeta::default(),
@@ -242,6 +250,7 @@ impl<P: Port> Scheduler<P> {
         computed: &[u32],
         ahead: &[u32],
     ) -> Vec<(usize, u32, u32)> {
+        self.steps += 1;
         self.note_connection();
         for id in preempted {
             self.preempt(id);
@@ -273,18 +282,22 @@ impl<P: Port> Scheduler<P> {
 
     /// Ends a step: what the workers shall do; empty when they shall do nothing.
     pub fn end_step(&mut self, now: u64) -> Vec<u8> {
+        self.orders(now)
+            .map(|orders| orders.encode_to_vec())
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn orders(&mut self, now: u64) -> Option<StepMeta> {
         self.collect_reservations(now);
         self.push_tails(now);
         self.tell_finished(now);
         self.meta.loads.append(&mut self.pending_loads);
         self.meta.namespaces = self.namespaces.introduce();
         if self.meta.is_empty() {
-            return Vec::new();
+            return None;
         }
         self.meta.version = VERSION;
-        let bytes = self.meta.encode_to_vec();
-        self.meta = StepMeta::default();
-        bytes
+        Some(std::mem::take(&mut self.meta))
     }
 
     /// What came back from the workers with a step's output: requests whose blocks are free of copies, requests whose loads
@@ -325,10 +338,13 @@ impl<P: Port> Scheduler<P> {
 
     /// Whether the engine should keep stepping although it has nothing to compute.
     pub fn has_pending_work(&self) -> bool {
-        self.listed
-            .iter()
-            .filter_map(|id| self.requests.get(id))
-            .any(|request| request.leaving != Leaving::No)
+        // What is held is let go in a step, and a pause or a reset of the engine waits for it.
+        self.held > 0
+            || self
+                .listed
+                .iter()
+                .filter_map(|id| self.requests.get(id))
+                .any(|request| request.leaving != Leaving::No)
     }
 
     /// Counters since the start.

@@ -125,6 +125,8 @@ pub(crate) struct Reservation<T> {
     pub(crate) held: bool,
     /// When (us) it was asked for.
     pub(crate) since: u64,
+    /// The engine's step in which it was asked for.
+    pub(crate) step: u64,
     /// Connections of the ranks when it was asked for.
     pub(crate) epochs: Vec<u64>,
     /// The start of the daemon that it was asked of.

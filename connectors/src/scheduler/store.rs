@@ -167,6 +167,7 @@ impl<P: Port> Scheduler<P> {
                 blocks,
                 held,
                 since: now,
+                step: self.steps,
                 epochs,
                 incarnation: name.incarnation,
             });
@@ -212,6 +213,11 @@ impl<P: Port> Scheduler<P> {
             let Some(first) = request.reservations.front_mut() else {
                 return;
             };
+            // What the engine keeps for us is right when its step is wholly over: with drafts, states move once tokens are accepted,
+            // which may be after this step's stores begin.
+            if first.held && first.step == self.steps {
+                return;
+            }
             let answer = self.port.poll(&mut first.ticket);
             // The engine's blocks are not kept for a daemon that takes its time. Of a finished request see `tell_finished`.
             let late = first.held

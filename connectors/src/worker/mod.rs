@@ -128,6 +128,12 @@ impl Worker {
         for request in &meta.preempted {
             self.shared.wait_for_stores(request);
         }
+        if meta.stop {
+            for order in self.stores.drain(..) {
+                self.shared.store_over(&order.request, order.order);
+            }
+            self.shared.wait_for_all_stores();
+        }
         for intro in &meta.namespaces {
             if let Err(error) = self.join(intro) {
                 // Its loads will fail and its stores will be given up.

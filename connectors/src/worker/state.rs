@@ -157,6 +157,14 @@ impl Shared {
         }
     }
 
+    /// The same of all requests.
+    pub(crate) fn wait_for_all_stores(&self) {
+        let mut inner = self.inner.lock();
+        while !inner.open.is_empty() {
+            self.closed_one.wait(&mut inner);
+        }
+    }
+
     /// These requests are to be reported once, when their stores are over.
     pub(crate) fn finish(&self, requests: Vec<String>) {
         self.inner.lock().finishing.extend(requests);

@@ -195,7 +195,10 @@ pub enum Scope {
     Leading,
     /// Those that the longest hit needs: there is one chain for each KV-cache group, and together they are one prompt from its
     /// first block on. See [`crate::hit`].
-    Hit,
+    Hit {
+        /// The last unit of what is there of full attention can't be used: the hit ends before it.
+        drop_last: bool,
+    },
 }
 
 /// What a session asks. `namespace` is the short name from [`Reply::Registered`], valid in that session only.

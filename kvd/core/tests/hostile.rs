@@ -234,7 +234,13 @@ fn ask(world: &mut World, wild: &Wild) {
                 parent: None,
             }; 2];
             let (namespace, lease_ms) = (*namespace, *lease_ms);
-            let scope = [Scope::All, Scope::Leading, Scope::Hit][usize::from(scope % 3)];
+            let scope = match scope % 4 {
+                0 => Scope::All,
+                1 => Scope::Leading,
+                other => Scope::Hit {
+                    drop_last: other == 3,
+                },
+            };
             world.ask(
                 *session,
                 Request::Lookup {

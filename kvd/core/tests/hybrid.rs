@@ -92,8 +92,10 @@ fn store(world: &mut World, group: u32, list: &[[u8; 32]]) -> Vec<ReserveState> 
 
 /// Looks a prompt of so many blocks of 16 tokens up.
 fn hit(world: &mut World, blocks: u64, lease_ms: u32) -> LookupReply {
-    lookup(world, blocks, lease_ms, Scope::Hit)
+    lookup(world, blocks, lease_ms, HIT)
 }
+
+const HIT: Scope = Scope::Hit { drop_last: false };
 
 fn lookup(world: &mut World, blocks: u64, lease_ms: u32, scope: Scope) -> LookupReply {
     let (all, states) = (hashes(0..blocks), states(blocks));
@@ -152,6 +154,23 @@ fn a_lease_covers_what_the_hit_needs_and_no_more() {
     assert_eq!(world.status().pinned_bytes, 11 * 4096);
 }
 
+/// A drafter that reads ahead can't use the last unit: what counts is the hit before it, with its own window and state.
+#[test]
+fn of_a_hit_whose_last_unit_is_dropped_the_one_before_is_leased() {
+    let mut world = World::new(Settings::default(), 8);
+    attached(&mut world);
+    let dropped = Scope::Hit { drop_last: true };
+    assert_eq!(lookup(&mut world, 8, 0, dropped).hit_tokens, 0);
+    store(&mut world, 0, &hashes(0..8));
+    store(&mut world, 1, &hashes(0..8));
+    store(&mut world, 2, &states(8));
+    let found = lookup(&mut world, 8, 60_000, dropped);
+    assert_eq!(found.hit_tokens, 96);
+    // Six of full attention, two of the window before the end, one state.
+    assert_eq!(world.status().pinned_bytes, 9 * 4096);
+    assert_eq!(lookup(&mut world, 2, 0, dropped).hit_tokens, 0);
+}
+
 #[test]
 fn every_group_must_be_asked_once() {
     let mut world = World::new(Settings::default(), 8);
@@ -172,7 +191,7 @@ fn every_group_must_be_asked_once() {
             namespace: 0,
             chains,
             lease_ms: 0,
-            scope: Scope::Hit,
+            scope: HIT,
         };
         assert_eq!(kind(&world.ask(1, body)), Some(ErrorKind::Invalid));
     }

@@ -41,7 +41,9 @@ pub(crate) fn with_request<R>(
                 chains: &chains,
                 lease_ms: m.lease_ms,
                 scope: match (m.hit, m.leading) {
-                    (true, _) => core::Scope::Hit,
+                    (true, _) => core::Scope::Hit {
+                        drop_last: m.drop_last,
+                    },
                     (false, true) => core::Scope::Leading,
                     (false, false) => core::Scope::All,
                 },

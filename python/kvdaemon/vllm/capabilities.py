@@ -29,6 +29,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "SupportsHMA",
     ),
     SPECS: ("FullAttentionSpec", "KVCacheConfig"),
+    "vllm.v1.core.kv_cache_utils": ("make_block_hash_with_group_id",),
 }
 """Modules, and names in them, that the connector is built from."""
 
@@ -49,6 +50,7 @@ FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     SPECS: {"KVCacheConfig": ("num_blocks", "kv_cache_groups"), "KVCacheGroupSpec": ("layer_names", "kv_cache_spec")},
     "vllm.v1.core.block_pool": {"BlockPool": ("blocks", "num_gpu_blocks", "touch", "free_blocks")},
+    "vllm.v1.core.kv_cache_utils": {"KVCacheBlock": ("block_hash",)},
     "vllm.v1.request": {
         "Request": ("request_id", "block_hashes", "num_tokens", "num_computed_tokens", "lora_request"),
     },
@@ -64,6 +66,7 @@ HOOKS = (
     "request_finished",
     "reset_cache",
     "has_pending_push_work",
+    "bind_gpu_block_pool",
     "register_kv_caches",
     "handle_preemptions",
     "bind_connector_metadata",

@@ -3,9 +3,6 @@
 Scheduler side: `SchedulerHalf`, never waiting. Worker side: `WorkerHalf`, copying on threads of its own. Orders and reports
 travel as opaque bytes inside vLLM's own metadata objects. Whatever can't be served leaves both halves out: the engine runs as
 if the connector were not there, and one line in its log says why.
-
-A running request outgrows blocks of sliding windows and recurrent states, and vLLM gives them to others at once. Those that are to be
-stored are kept by a reference in vLLM's block pool, from the step that computes them until they are copied.
 """
 
 from __future__ import annotations
@@ -34,6 +31,7 @@ from kvdaemon import identity
 from kvdaemon._calm import calm_threads
 from kvdaemon._native import KvCache, SchedulerHalf, WorkerHalf, digest
 from kvdaemon.vllm import caches, canary, capabilities, stats
+from kvdaemon.vllm.capture import Capture, hashes
 from kvdaemon.vllm.config import Config
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvdaemon")
 
-HASH_BYTES = 32
 _KEPT_TIMES = 16384
 
 
@@ -101,11 +98,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._stream: Callable[[], int] | None = None
-        self._requests: dict[str, Request] = {}
         self._adapters: set[str] = set()
         self._inplace = 0
         self._begun: KVConnectorMetadata | None = None
-        self._block_pool: Any = None
         self._finder = identity.Finder(logger.warning)
         self._refusal = caches.refuse_config(vllm_config, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
@@ -114,27 +109,28 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
                     "kvd: kv_load_failure_policy is 'fail', so a request whose blocks can't be loaded ends with an error; set it "
                     "to 'recompute' (with a MultiConnector: on the MultiConnector)"
                 )
+            if self._refusal is None:
+                self._refusal = self._start_scheduler()
             if self._refusal is not None:
                 logger.warning("kvd: KV blocks are neither stored nor loaded: %s", self._refusal)
-            else:
-                self._start_scheduler()
 
     # --- scheduler side -------------------------------------------------------------------------------------------------
 
-    def _start_scheduler(self) -> None:
+    def _start_scheduler(self) -> str | None:
+        """Starts the scheduler half, unless there is a reason not to."""
         config, vllm_config = self._config, self._vllm_config
         self._rules = caches.rules(self._kv_cache_config)
         spans = [rule.block_tokens for rule in self._rules]
         self._hash_tokens = capabilities.hash_tokens(vllm_config, self._kv_cache_config) or math.gcd(*spans)
+        if any(span % self._hash_tokens for span in spans):
+            return f"blocks of {spans} tokens are no multiples of the {self._hash_tokens} tokens that a hash covers"
         with calm_threads():
             half = self._scheduler = self._scheduler_half(config, vllm_config)
         self._unit, grain = half.unit_and_grain()
         self._grain = grain // self._hash_tokens
-        self._offers = any(rule.offered for rule in self._rules)
-        self._outgrows = any(rule.outgrown for rule in self._rules)
-        if any(span % self._hash_tokens for span in spans):
-            half.refuse(f"blocks of {spans} tokens are no multiples of the {self._hash_tokens} tokens that a hash covers")
+        self._capture = Capture(half, self._rules, self._hash_tokens)
         self._finder.start("kvd-identity", self._find_facts)
+        return None
 
     def _scheduler_half(self, config: Config, vllm_config: VllmConfig) -> SchedulerHalf:
         return SchedulerHalf(
@@ -167,21 +163,10 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         facts = identity.facts(vllm_config, caches.kv_dtype(vllm_config, self._kv_cache_config), self._config.tenant, weights, none_hash)
         half.set_facts(facts, str(uuid.uuid4()))
 
-    def _hashes(self, request: Request, group: int, first: int, last: int) -> bytes:
-        """Hashes of a group's blocks from `first` up to before `last`, 32 bytes each."""
-        return self._every(request, self._rules[group].block_tokens // self._hash_tokens, first, last)
-
-    @staticmethod
-    def _every(request: Request, ratio: int, first: int, last: int) -> bytes:
-        every = request.block_hashes[first * ratio + ratio - 1 : last * ratio : ratio]
-        if every and len(every[0]) != HASH_BYTES:
-            return b"".join(one.rjust(HASH_BYTES, b"\0") for one in every)
-        return b"".join(every)
-
     def _loadable(self, request: Request) -> bytes:
         """Hashes of what may be loaded: never of the block with the last token, which is always computed."""
         tokens = min(request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens)
-        return self._every(request, self._grain, 0, tokens // self._unit * self._unit // (self._grain * self._hash_tokens))
+        return hashes(request, self._grain, 0, tokens // self._unit * self._unit // (self._grain * self._hash_tokens))
 
     def _adapter(self, request: Request) -> str | None:
         """A name for the adapter that computes this request's KV; its digest is found out on the side."""
@@ -202,10 +187,10 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         began = time.perf_counter_ns()
         half = self._scheduler
         if half is not None:
-            self._requests[request.request_id] = request
+            self._capture.requests[request.request_id] = request
             skip = bool(getattr(request, "skip_reading_prefix_cache", False))
-            hashes = b"" if skip else self._loadable(request)
-            half.on_new_request(request.request_id, self._adapter(request), hashes, skip)
+            wanted = b"" if skip else self._loadable(request)
+            half.on_new_request(request.request_id, self._adapter(request), wanted, skip)
         self._took("on_new_request", began)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -237,27 +222,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         half = self._scheduler
         if half is None:
             return KvdMetadata(b"")
-        cached = scheduler_output.scheduled_cached_reqs
-        ids, computed = cached.req_ids, cached.num_computed_tokens
-        if new := scheduler_output.scheduled_new_reqs:
-            ids = [one.req_id for one in new] + ids
-            computed = [one.num_computed_tokens for one in new] + computed
-        preempted = scheduler_output.preempted_req_ids
-        ahead: list[int] = []
-        offers: dict[str, list[tuple[int, int, int]]] = {}
-        if self._outgrows:
-            ahead = [scheduler_output.num_scheduled_tokens.get(one, 0) for one in ids]
-            offers = self._offered(scheduler_output)
-        wanted, orders, notices = half.step(list(preempted) if preempted else [], ids, computed, ahead, bool(offers))
-        if orders is None:
-            for at, group, first in wanted:
-                soon = ahead[at] if self._rules[group].outgrown else 0
-                self._capture(half, scheduler_output, ids[at], group, first, computed[at] + soon)
-            for name, states in offers.items():
-                self._capture_states(half, name, states)
-            orders = half.end_step()
-        if self._outgrows:
-            self._let_go(half)
+        orders, notices = self._capture.step(scheduler_output)
         if notices:
             self._log(half.notices())
         self._took("build_connector_meta", began)
@@ -267,67 +232,6 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
     def _log(notices: list[tuple[bool, str]]) -> None:
         for warning, text in notices:
             (logger.warning if warning else logger.info)("kvd: %s", text)
-
-    def _capture(
-        self, half: SchedulerHalf, output: SchedulerOutput, name: str, group: int, first: int, computed: int
-    ) -> None:
-        """Gives the half the blocks of a running request's group that are full by now, or with this step."""
-        request = self._requests.get(name)
-        if request is None:
-            return
-        tokens = self._full(request, computed)
-        if tokens // self._rules[group].block_tokens > first:
-            ids = self._block_ids(output, name, group)
-            self._keep(half.capture(name, group, *self._blocks(request, group, first, tokens, ids)))
-
-    def _blocks(self, request: Request, group: int, first: int, tokens: int, ids: list[int]) -> tuple[bytes, list[int]]:
-        """Hashes and numbers of a group's blocks from `first` on that lie within so many tokens; in front the hash of the block before."""
-        last = min(tokens // self._rules[group].block_tokens, len(ids))
-        return self._hashes(request, group, max(first - 1, 0), last), ids[first:last]
-
-    def _full(self, request: Request, computed: int) -> int:
-        """Tokens whose KV is computed and final, and hashed. The last token does not count: its KV may not be computed (async
-        scheduling), and in a streaming session the token may still be replaced."""
-        return int(min(computed, request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens))
-
-    def _block_ids(self, output: SchedulerOutput, name: str, group: int) -> list[int]:
-        state = getattr(output, "kv_connector_block_state", None)
-        manager = getattr(self, "_kv_cache_manager", None)
-        ids: list[int] = []
-        if state is not None:
-            ids = state.resolve_block_ids(name)[group]
-        elif manager is not None:
-            ids = manager.get_block_ids(name)[group]
-        return ids
-
-    def _offered(self, output: SchedulerOutput) -> dict[str, list[tuple[int, int, int]]]:
-        """Recurrent states that this step leaves in blocks of their own: per request (group, block, tokens that led to it)."""
-        state = getattr(output, "kv_connector_block_state", None) if self._offers else None
-        return dict(getattr(state, "boundary_state_offloads", None) or {})
-
-    def _capture_states(self, half: SchedulerHalf, name: str, states: list[tuple[int, int, int]]) -> None:
-        request = self._requests.get(name)
-        if request is None:
-            return
-        # The last token counts here: vLLM offers a state with the step that computes it, and never again.
-        final = min(request.num_tokens, len(request.block_hashes) * self._hash_tokens)
-        for group, block, tokens in states:
-            span = self._rules[group].block_tokens
-            if tokens % span == 0 and 0 < tokens <= final:
-                at = tokens // span
-                self._keep(half.capture_state(name, group, self._hashes(request, group, at - 1, at), block))
-
-    def _keep(self, ids: list[int]) -> None:
-        """Keeps blocks from being given to others until they are copied."""
-        if ids:
-            pool = self._block_pool
-            pool.touch([pool.blocks[one] for one in ids])
-
-    def _let_go(self, half: SchedulerHalf) -> None:
-        """Should the half have failed, it names none: what it had ordered may still be copied."""
-        if ids := half.released():
-            pool = self._block_pool
-            pool.free_blocks([pool.blocks[one] for one in ids])
 
     def has_pending_block_frees(self) -> bool:
         return self._scheduler is not None and self._scheduler.lets_go_soon()
@@ -344,8 +248,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             failed = getattr(connector_output, "failed_recving", None)
             if reports or sent or received or invalid or failed:
                 half.on_output(list(sent or ()), list(received or ()), list(invalid or ()), list(failed or ()), reports)
-                if self._outgrows:
-                    self._let_go(half)
+                self._capture.let_go()
         self._took("update_connector_output", began)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -355,15 +258,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         began = time.perf_counter_ns()
-        half = self._scheduler
-        hold = False
-        if half is not None:
-            name = request.request_id
-            self._requests.pop(name, None)
-            tokens = self._full(request, request.num_computed_tokens)
-            for group, first in half.finish_from(name, tokens) if block_ids else ():
-                half.last_blocks(name, group, *self._blocks(request, group, first, tokens, block_ids[group]))
-            hold = half.finished(name)
+        hold = self._scheduler is not None and self._capture.finished(request, block_ids)
         self._took("request_finished", began)
         return hold, None
 
@@ -373,21 +268,16 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
     def reset_cache(self) -> bool:
         """Begins a new weights epoch. What is stored stays, under its old name."""
         if self._scheduler is not None:
-            self._scheduler.reset_cache(self._prefix_cache_is_empty())
+            self._scheduler.reset_cache(self._capture.pool_is_empty())
         return True
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
-        self._block_pool = gpu_block_pool
         if self._scheduler is not None:
-            # A share of the pool that requests don't miss.
-            self._scheduler.limit_held(max(int(gpu_block_pool.num_gpu_blocks) // 8, 1))
+            self._capture.bind_pool(gpu_block_pool)
 
-    def _prefix_cache_is_empty(self) -> bool:
-        pool = self._block_pool
-        try:
-            return pool.num_gpu_blocks - pool.get_num_free_blocks() == 1 and not len(pool.cached_block_hash_to_block)
-        except (AttributeError, TypeError):
-            return False
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        if self._scheduler is not None:
+            self._capture.manager = kv_cache_manager
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -563,7 +453,6 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             if half is not None:
                 half.close()
         self._scheduler = self._worker = None
-        self._requests.clear()
 
     def _took(self, hook: str, began: int) -> None:
         times = self._times.get(hook)

@@ -50,6 +50,7 @@ class KvdSecondaryTier(SecondaryTierManager):
         self._record: dict[str, str] = {}
         self._requests: set[str] = set()
         self._outdated: set[str] = set()
+        self._mixed = False
         self._lookup_deadline_s = chosen.lookup_deadline_ms / 1000
         self._job_deadline_s = chosen.load_deadline_ms / 1000
         self._lookups = Lookups(self._lookup_deadline_s)
@@ -131,7 +132,7 @@ class KvdSecondaryTier(SecondaryTierManager):
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         job = self._job(job_metadata, is_load=False)
-        if job_metadata.req_context.req_id in self._outdated:
+        if self._mixed or job_metadata.req_context.req_id in self._outdated:
             self._threads.refuse(job)
         else:
             self._threads.submit(job)
@@ -162,10 +163,16 @@ class KvdSecondaryTier(SecondaryTierManager):
 
     def drain_jobs(self) -> None:
         """vLLM drops its caches, perhaps because weights were replaced in place: what was stored before is not loaded by this engine
-        again, and requests that have KV of before store nothing more. Nobody's blocks are deleted."""
+        again, and requests that have KV of before store nothing more. Nobody's blocks are deleted.
+
+        While requests run, vLLM can't drop what they have, and later requests may find KV of before in its own caches. Nothing more is
+        stored then, until it drops them with no request there."""
         self._threads.drain()
         self._lookups.forget()
         self._outdated |= self._requests
+        self._mixed = bool(self._requests)
+        if self._mixed:
+            logger.warning("kvd tier: vLLM dropped its caches while requests ran; nothing more is stored until it does so without any")
         self._serve(epoch=str(uuid.uuid4()))
 
     def shutdown(self) -> None:

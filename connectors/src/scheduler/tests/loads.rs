@@ -56,6 +56,33 @@ fn no_answer_in_time_is_absent_and_a_silent_daemon_is_not_waited_for() {
     assert_eq!(half.counters().lookup_timeouts, 1);
 }
 
+/// A worker that is served by no connector says nothing, ever.
+#[test]
+fn requests_wait_once_for_workers_that_say_nothing() {
+    let fake = Fake::default();
+    fake.connected.set(true);
+    let settings = Settings {
+        world: 2,
+        groups: vec![full(TOKENS)],
+        ..Settings::default()
+    };
+    let mut half = Scheduler::new(settings, fake);
+    half.set_facts(facts(), "instance");
+    half.on_hello(hello(0, 2, 0, 0, 2, (0, 1, 2)));
+    for (now, id, found) in [
+        (5, "a", Match::Wait),
+        (900_000, "b", Match::Wait),
+        (1_000_005, "a", Match::Blocks(0)),
+        (1_000_006, "b", Match::Blocks(0)),
+        (1_000_007, "c", Match::Blocks(0)),
+    ] {
+        if !half.requests.contains_key(id) {
+            half.on_new_request(now, id, Adapter::Base, &hashes(1, 0..2), false);
+        }
+        assert_eq!(half.matched(now, id, 0), found, "{id} at {now}");
+    }
+}
+
 #[test]
 fn a_daemon_that_never_answers_is_pinged() {
     let mut half = ready(1);

@@ -24,6 +24,7 @@ impl Core {
         caller: Caller,
         manner: Manner,
         chains: &[Chain<'_>],
+        drop_last: bool,
         hits: &mut Hits,
     ) -> Result<(Vec<Presence>, u32), Failure> {
         let rules = self.rules_of(manner.space, chains)?;
@@ -50,6 +51,9 @@ impl Core {
                 if !alone {
                     most = most.min(tokens(rule, end.map_or(0, |run| run.1 as usize)));
                 }
+            }
+            if !alone && drop_last {
+                most = most.saturating_sub(unit);
             }
         }
         let groups: Vec<(GroupRule, &[Run])> = rules

@@ -91,8 +91,8 @@ impl Core {
         };
         let mut hits = Hits::default();
         let mut reply = LookupReply::default();
-        if scope == Scope::Hit {
-            let (found, tokens) = self.lookup_hit(caller, manner, chains, &mut hits)?;
+        if let Scope::Hit { drop_last } = scope {
+            let (found, tokens) = self.lookup_hit(caller, manner, chains, drop_last, &mut hits)?;
             (reply.chains, reply.hit_tokens) = (found, tokens);
         } else {
             let looked = chains

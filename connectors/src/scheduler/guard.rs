@@ -1,0 +1,210 @@
+//! A scheduler half that may fail by a bug without harm to the engine. What the engine was promised is written down here, outside of
+//! the half: should the half panic, the engine's next step carries last orders that settle it, and from then on nothing is done.
+
+use std::collections::{HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use prost::Message;
+
+use super::{Port, Scheduler};
+use crate::meta::{LoadOrder, StepMeta, VERSION};
+
+/// No namespace: a load from it fails.
+const NOWHERE: u32 = u32::MAX;
+
+/// What the engine waits for.
+#[derive(Default)]
+struct Promises {
+    /// Blocks that it keeps for us, and how often it was asked to.
+    kept: HashMap<u32, u32>,
+    /// Finished requests whose blocks it holds until the workers, who have not been told yet, report them.
+    leaving: HashSet<String>,
+    /// Requests that wait for loads which the workers have not heard of yet, and all blocks of theirs by KV-cache group.
+    loading: Vec<(String, Vec<Vec<u32>>)>,
+}
+
+/// Where the half is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Health {
+    Well,
+    /// It has panicked, and the workers have not been told.
+    Failed,
+    /// The workers have been told to finish what is under way, or the half was closed.
+    Over,
+}
+
+/// A scheduler half, and what is owed to the engine should it fail. See the module.
+pub struct Guarded<P: Port> {
+    half: Option<Scheduler<P>>,
+    promises: Promises,
+    health: Health,
+    /// Nobody has been told of the failure.
+    untold: bool,
+}
+
+impl<P: Port> Guarded<P> {
+    /// Guards this half.
+    pub fn new(half: Scheduler<P>) -> Self {
+        Guarded {
+            half: Some(half),
+            promises: Promises::default(),
+            health: Health::Well,
+            untold: false,
+        }
+    }
+
+    /// The half, if it is still there.
+    pub fn half(&self) -> Option<&Scheduler<P>> {
+        self.half.as_ref()
+    }
+
+    /// Runs with the half, if it is still there; for what promises the engine nothing.
+    pub fn with<R>(&mut self, run: impl FnOnce(&mut Scheduler<P>) -> R) -> Option<R> {
+        let half = self.half.as_mut()?;
+        match catch_unwind(AssertUnwindSafe(|| run(half))) {
+            Ok(result) => Some(result),
+            Err(_) => {
+                self.half = None;
+                self.health = Health::Failed;
+                self.untold = true;
+                None
+            }
+        }
+    }
+
+    /// Whether the half has failed; true once.
+    pub fn take_failure(&mut self) -> bool {
+        std::mem::take(&mut self.untold)
+    }
+
+    /// Whether [`Guarded::take_failure`] would say so.
+    pub fn has_failure(&self) -> bool {
+        self.untold
+    }
+
+    /// [`Scheduler::allocated`].
+    pub fn allocated(&mut self, id: &str, external: u32, blocks: &[Vec<u32>]) {
+        if self.half.is_some() && external > 0 {
+            self.promises.loading.push((id.to_owned(), blocks.to_vec()));
+        }
+        self.with(|half| half.allocated(id, external, blocks));
+    }
+
+    /// [`Scheduler::capture`].
+    pub fn capture(
+        &mut self,
+        now: u64,
+        id: &str,
+        group: u32,
+        hashes: &[u8],
+        blocks: &[u32],
+    ) -> Vec<u32> {
+        let kept = self.with(|half| half.capture(now, id, group, hashes, blocks));
+        self.keep(kept)
+    }
+
+    /// [`Scheduler::capture_state`].
+    pub fn capture_state(
+        &mut self,
+        now: u64,
+        id: &str,
+        group: u32,
+        hash: &[u8],
+        block: u32,
+    ) -> Vec<u32> {
+        let kept = self.with(|half| half.capture_state(now, id, group, hash, block));
+        self.keep(kept)
+    }
+
+    fn keep(&mut self, kept: Option<Vec<u32>>) -> Vec<u32> {
+        let kept = kept.unwrap_or_default();
+        for block in &kept {
+            *self.promises.kept.entry(*block).or_default() += 1;
+        }
+        kept
+    }
+
+    /// [`Scheduler::released`]; of a half that has failed all that the engine keeps, as soon as the workers are told to stop: whoever
+    /// gets these blocks then writes them in a later step.
+    pub fn released(&mut self) -> Vec<u32> {
+        if self.health == Health::Over {
+            let kept = self.promises.kept.drain();
+            return kept
+                .flat_map(|(block, times)| std::iter::repeat_n(block, times as usize))
+                .collect();
+        }
+        let released = self.with(Scheduler::released).unwrap_or_default();
+        for block in &released {
+            if let Some(times) = self.promises.kept.get_mut(block) {
+                *times -= 1;
+                if *times == 0 {
+                    self.promises.kept.remove(block);
+                }
+            }
+        }
+        released
+    }
+
+    /// [`Scheduler::finished`].
+    pub fn finished(&mut self, now: u64, id: &str) -> bool {
+        let hold = self.with(|half| half.finished(now, id)).unwrap_or(false);
+        if hold {
+            self.promises.leaving.insert(id.to_owned());
+        }
+        hold
+    }
+
+    /// [`Scheduler::end_step`]; once after a failure: the last orders.
+    pub fn end_step(&mut self, now: u64) -> Vec<u8> {
+        let orders = match self.with(|half| half.orders(now)) {
+            Some(orders) => orders,
+            None if self.health == Health::Failed => {
+                self.health = Health::Over;
+                Some(self.last_orders())
+            }
+            None => None,
+        };
+        let Some(orders) = orders else {
+            return Vec::new();
+        };
+        for id in &orders.finish {
+            self.promises.leaving.remove(id);
+        }
+        self.promises.loading.clear();
+        orders.encode_to_vec()
+    }
+
+    /// Copies end, finished requests are reported, and loads that nobody has begun fail.
+    fn last_orders(&mut self) -> StepMeta {
+        let lost = self.promises.loading.drain(..);
+        let loads = lost.flat_map(|(request, blocks)| {
+            let groups = (0..).zip(blocks);
+            groups.map(move |(group, blocks)| LoadOrder {
+                request: request.clone(),
+                namespace: NOWHERE,
+                group,
+                hashes: Vec::new(),
+                blocks,
+            })
+        });
+        StepMeta {
+            version: VERSION,
+            stop: true,
+            loads: loads.collect(),
+            finish: self.promises.leaving.iter().cloned().collect(),
+            ..StepMeta::default()
+        }
+    }
+
+    /// [`Scheduler::has_pending_work`]; of a half that has failed: until the last orders are out.
+    pub fn has_pending_work(&mut self) -> bool {
+        let pending = self.with(|half| half.has_pending_work()).unwrap_or(false);
+        pending || self.health == Health::Failed
+    }
+
+    /// Takes the half out. Everything after this does nothing.
+    pub fn close(&mut self) -> Option<Scheduler<P>> {
+        self.health = Health::Over;
+        self.half.take()
+    }
+}

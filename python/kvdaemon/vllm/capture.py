@@ -1,0 +1,164 @@
+"""Which blocks of vLLM's requests may be stored: those that are full, computed, final, and still what they were when vLLM named them.
+
+A running request outgrows blocks of sliding windows and recurrent states, and vLLM gives them to others at once. Those that are to be
+stored are kept by a reference in vLLM's block pool, from the step that computes them until they are copied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from kvdaemon._native import SchedulerHalf
+    from kvdaemon.vllm.caches import Rule
+
+HASH_BYTES = 32
+
+
+def hashes(request: Request, ratio: int, first: int, last: int) -> bytes:
+    """Hashes of the blocks from `first` up to before `last`, 32 bytes each, where a block has `ratio` of vLLM's hashes: that at its end
+    covers all before it."""
+    every = request.block_hashes[first * ratio + ratio - 1 : last * ratio : ratio]
+    if every and len(every[0]) != HASH_BYTES:
+        return b"".join(one.rjust(HASH_BYTES, b"\0") for one in every)
+    return b"".join(every)
+
+
+class Capture:
+    """The scheduler half's eyes on vLLM's requests."""
+
+    def __init__(self, half: SchedulerHalf, rules: list[Rule], hash_tokens: int) -> None:
+        self._half, self._rules, self._hash_tokens = half, rules, hash_tokens
+        self.requests: dict[str, Request] = {}
+        self.manager: Any = None
+        """Tells the blocks of requests where a step's output does not (before 0.32)."""
+        self._pool: Any = None
+        self._offers = any(rule.offered for rule in rules)
+        self._outgrows = any(rule.outgrown for rule in rules)
+
+    def bind_pool(self, pool: Any) -> None:
+        self._pool = pool
+        # A share of the pool that requests don't miss.
+        self._half.limit_held(max(int(pool.num_gpu_blocks) // 8, 1))
+
+    def pool_is_empty(self) -> bool:
+        """Whether no block is in use or findable by its hash."""
+        pool = self._pool
+        try:
+            return pool.num_gpu_blocks - pool.get_num_free_blocks() == 1 and not len(pool.cached_block_hash_to_block)
+        except (AttributeError, TypeError):
+            return False
+
+    # --- one step -------------------------------------------------------------------------------------------------------
+
+    def step(self, output: SchedulerOutput) -> tuple[bytes, bool]:
+        """A step's orders, and whether there are notices."""
+        half, cached = self._half, output.scheduled_cached_reqs
+        ids, computed = cached.req_ids, cached.num_computed_tokens
+        if new := output.scheduled_new_reqs:
+            ids = [one.req_id for one in new] + ids
+            computed = [one.num_computed_tokens for one in new] + computed
+        preempted = output.preempted_req_ids
+        ahead: list[int] = []
+        offers: dict[str, list[tuple[int, int, int]]] = {}
+        if self._outgrows:
+            if self._pool is None:
+                half.refuse("vLLM has not said where its blocks are kept (bind_gpu_block_pool)")
+            ahead = [output.num_scheduled_tokens.get(one, 0) for one in ids]
+            offers = self._offered(output)
+        wanted, orders, notices = half.step(list(preempted) if preempted else [], ids, computed, ahead, bool(offers))
+        if orders is None:
+            for at, group, first in wanted:
+                soon = ahead[at] if self._rules[group].outgrown else 0
+                self._running(output, ids[at], group, first, computed[at] + soon)
+            for name, states in offers.items():
+                self._states(name, states)
+            orders = half.end_step()
+        self.let_go()
+        return orders, notices
+
+    def _running(self, output: SchedulerOutput, name: str, group: int, first: int, computed: int) -> None:
+        """Gives the half the blocks of a running request's group that are full by now, or with this step."""
+        request = self.requests.get(name)
+        if request is None:
+            return
+        tokens = self._full(request, computed)
+        if tokens // self._rules[group].block_tokens > first:
+            ids = self._block_ids(output, name, group)
+            self._keep(self._half.capture(name, group, *self._blocks(request, group, first, tokens, ids)))
+
+    def _blocks(self, request: Request, group: int, first: int, tokens: int, ids: list[int]) -> tuple[bytes, list[int]]:
+        """Hashes and numbers of a group's blocks from `first` on that lie within so many tokens; in front the hash of the block before."""
+        span = self._rules[group].block_tokens
+        last = min(tokens // span, len(ids))
+        return hashes(request, span // self._hash_tokens, max(first - 1, 0), last), ids[first:last]
+
+    def _full(self, request: Request, computed: int) -> int:
+        """Tokens whose KV is computed and final, and hashed. The last token does not count: its KV may not be computed (async
+        scheduling), and in a streaming session the token may still be replaced."""
+        return int(min(computed, request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens))
+
+    def _block_ids(self, output: SchedulerOutput, name: str, group: int) -> list[int]:
+        state = getattr(output, "kv_connector_block_state", None)
+        ids: list[int] = []
+        if state is not None:
+            ids = state.resolve_block_ids(name)[group]
+        elif self.manager is not None:
+            ids = self.manager.get_block_ids(name)[group]
+        return ids
+
+    # --- recurrent states -----------------------------------------------------------------------------------------------
+
+    def _offered(self, output: SchedulerOutput) -> dict[str, list[tuple[int, int, int]]]:
+        """Recurrent states that this step leaves in blocks of their own: per request (group, block, tokens that led to it)."""
+        state = getattr(output, "kv_connector_block_state", None) if self._offers else None
+        return dict(getattr(state, "boundary_state_offloads", None) or {})
+
+    def _states(self, name: str, states: list[tuple[int, int, int]]) -> None:
+        request = self.requests.get(name)
+        if request is None:
+            return
+        # The last token counts here: vLLM offers a state with the step that computes it, and never again.
+        final = min(request.num_tokens, len(request.block_hashes) * self._hash_tokens)
+        for group, block, tokens in states:
+            span = self._rules[group].block_tokens
+            if tokens % span == 0 and 0 < tokens <= final and self._is_still(request, group, block, tokens):
+                at = tokens // span
+                hash = hashes(request, span // self._hash_tokens, at - 1, at)
+                self._keep(self._half.capture_state(name, group, hash, block))
+
+    def _is_still(self, request: Request, group: int, block: int, tokens: int) -> bool:
+        """Whether an offered block is what it was offered as. With async scheduling and drafts vLLM offers a state when a step's
+        output has come, and may give its block to another request before the next step tells us."""
+        known = self._pool.blocks[block].block_hash if self._pool is not None else None
+        return known == make_block_hash_with_group_id(request.block_hashes[tokens // self._hash_tokens - 1], group)
+
+    # --- references -----------------------------------------------------------------------------------------------------
+
+    def _keep(self, ids: list[int]) -> None:
+        """Keeps blocks from being given to others until they are copied."""
+        if ids:
+            pool = self._pool
+            pool.touch([pool.blocks[one] for one in ids])
+
+    def let_go(self) -> None:
+        """Lets go what is copied, or will not be."""
+        if self._outgrows and (ids := self._half.released()):
+            pool = self._pool
+            pool.free_blocks([pool.blocks[one] for one in ids])
+
+    # --- the end of a request ---------------------------------------------------------------------------------------------
+
+    def finished(self, request: Request, block_ids: tuple[list[int], ...]) -> bool:
+        """Whether vLLM must hold the request's blocks until they are reported as sent."""
+        half, name = self._half, request.request_id
+        self.requests.pop(name, None)
+        tokens = self._full(request, request.num_computed_tokens)
+        for group, first in half.finish_from(name, tokens) if block_ids else ():
+            half.last_blocks(name, group, *self._blocks(request, group, first, tokens, block_ids[group]))
+        return half.finished(name)
