@@ -53,7 +53,7 @@ impl SchedulerHalf {
     #[new]
     #[pyo3(signature = (socket, instance, label, *, world, groups, lookup_deadline_ms=20, startup_deadline_ms=1000,
                         share_deadline_ms=10_000, hold_deadline_ms=1000, lease_ms=10_000, max_in_flight=4096,
-                        drop_last=false))]
+                        stores=true, drop_last=false))]
     #[allow(
         clippy::too_many_arguments,
         reason = "keyword arguments of the Python class"
@@ -71,6 +71,7 @@ impl SchedulerHalf {
         hold_deadline_ms: u64,
         lease_ms: u32,
         max_in_flight: u32,
+        stores: bool,
         drop_last: bool,
     ) -> PyResult<Self> {
         let offered = (0..).zip(&groups).filter(|(_, group)| group.3);
@@ -89,6 +90,7 @@ impl SchedulerHalf {
             hold_deadline: hold_deadline_ms * 1000,
             lease_ms,
             max_in_flight,
+            stores,
             drop_last,
             ..Settings::default()
         };
@@ -145,7 +147,7 @@ impl SchedulerHalf {
 
     /// Units that can be loaded; -1: ask again later; -2: `ask` first.
     fn matched(&self, id: &str, computed: u32) -> i64 {
-        match self.with(|half| half.matched(now_us(), id, computed)) {
+        match self.inner.lock().matched(now_us(), id, computed) {
             Some(Match::Blocks(blocks)) => i64::from(blocks),
             Some(Match::Wait) => -1,
             Some(Match::NeedHashes) => -2,
@@ -197,6 +199,11 @@ impl SchedulerHalf {
     fn capture_state(&self, id: &str, group: u32, hash: &[u8], block: u32) -> Vec<u32> {
         let mut guard = self.inner.lock();
         guard.capture_state(now_us(), id, group, hash, block)
+    }
+
+    /// Fails as by a bug: for tests.
+    fn fail(&self) {
+        self.with(|_| -> () { panic!("a test asked for it") });
     }
 
     fn limit_held(&self, most: u32) {

@@ -112,6 +112,8 @@ class Watch:
 
     def over(self, connector: Any, pool: Any) -> None:
         self._pool = pool
+        if hasattr(connector, "_capture"):
+            assert connector._capture.pool is pool, "vLLM has not bound its own"
         connector.bind_gpu_block_pool(self)
         usual = connector.update_state_after_alloc
 
@@ -196,9 +198,9 @@ class ScriptedEngine:
     def add(self, prompt: list[int], max_tokens: int = 8, **params: Any) -> str:
         self.serial += 1
         name = f"r{self.serial}"
-        skip = params.pop("skip_reading_prefix_cache", None)
+        skip, priority = params.pop("skip_reading_prefix_cache", None), params.pop("priority", 0)
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0, skip_reading_prefix_cache=skip, **params)
-        request = Request(name, list(prompt), sampling, None, block_hasher=self.hasher)
+        request = Request(name, list(prompt), sampling, None, block_hasher=self.hasher, priority=priority)
         self.requests[name] = (list(prompt), max_tokens)
         self.scheduler.add_request(request)
         return name

@@ -41,9 +41,13 @@ class Rig:
     shape: Shape
     made: list[ScriptedEngine] = dataclasses.field(default_factory=list)
 
-    def engine(self, *, spec_tokens: int = 0, blocks: int = 256, connector: dict[str, Any] | None = None, **options: Any) -> ScriptedEngine:
+    def engine(
+        self, *, spec_tokens: int = 0, blocks: int = 256, connector: dict[str, Any] | None = None, wait: bool = True, **options: Any
+    ) -> ScriptedEngine:
+        """Unless told not to, waits until it stores."""
         # vLLM offers states only where the same prompt would look for one, unless it is told to keep more.
-        options.setdefault("prefix_cache_retention_interval", self.shape.unit)
+        if self.shape.windows or self.shape.states:
+            options.setdefault("prefix_cache_retention_interval", self.shape.unit)
         if connector is None and self.daemon is not None:
             connector = patient(self.daemon.socket)
         config = make_config(
@@ -51,7 +55,7 @@ class Rig:
         )
         one = ScriptedEngine(config, spec_tokens=spec_tokens, shape=self.shape)
         self.made.append(one)
-        if self.daemon is not None:
+        if self.daemon is not None and wait:
             def stores() -> bool:
                 one.ask(self.prompt(self.shape.unit + 1), 1)
                 return one.connector.debug_stats()["done_blocks"] > 0

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use prost::Message;
 
-use super::{Port, Scheduler};
+use super::{Match, Port, Scheduler, Settings};
 use crate::meta::{LoadOrder, StepMeta, VERSION};
 
 /// No namespace: a load from it fails.
@@ -19,8 +19,10 @@ struct Promises {
     kept: HashMap<u32, u32>,
     /// Finished requests whose blocks it holds until the workers, who have not been told yet, report them.
     leaving: HashSet<String>,
-    /// Requests that wait for loads which the workers have not heard of yet, and all blocks of theirs by KV-cache group.
+    /// Requests that wait for loads which the workers have not heard of yet, and by KV-cache group their blocks that nobody else has.
     loading: Vec<(String, Vec<Vec<u32>>)>,
+    /// What was last asked about: a request, and how many units of it the engine has.
+    asked: (String, u32),
 }
 
 /// Where the half is.
@@ -36,6 +38,7 @@ enum Health {
 /// A scheduler half, and what is owed to the engine should it fail. See the module.
 pub struct Guarded<P: Port> {
     half: Option<Scheduler<P>>,
+    settings: Settings,
     promises: Promises,
     health: Health,
     /// Nobody has been told of the failure.
@@ -46,6 +49,7 @@ impl<P: Port> Guarded<P> {
     /// Guards this half.
     pub fn new(half: Scheduler<P>) -> Self {
         Guarded {
+            settings: half.settings().clone(),
             half: Some(half),
             promises: Promises::default(),
             health: Health::Well,
@@ -64,7 +68,9 @@ impl<P: Port> Guarded<P> {
         match catch_unwind(AssertUnwindSafe(|| run(half))) {
             Ok(result) => Some(result),
             Err(_) => {
-                self.half = None;
+                let half = self.half.take();
+                // What a bug has left behind may well panic again.
+                let _ = catch_unwind(AssertUnwindSafe(|| drop(half)));
                 self.health = Health::Failed;
                 self.untold = true;
                 None
@@ -82,10 +88,22 @@ impl<P: Port> Guarded<P> {
         self.untold
     }
 
+    /// [`Scheduler::matched`].
+    pub fn matched(&mut self, now: u64, id: &str, computed: u32) -> Option<Match> {
+        let found = self.with(|half| half.matched(now, id, computed));
+        if let Some(Match::Blocks(1..)) = found {
+            self.promises.asked = (id.to_owned(), computed);
+        }
+        found
+    }
+
     /// [`Scheduler::allocated`].
     pub fn allocated(&mut self, id: &str, external: u32, blocks: &[Vec<u32>]) {
-        if self.half.is_some() && external > 0 {
-            self.promises.loading.push((id.to_owned(), blocks.to_vec()));
+        if external > 0 {
+            let (asked, computed) = &self.promises.asked;
+            let computed = if asked == id { *computed } else { 0 };
+            let own = self.settings.beyond(computed, blocks);
+            self.promises.loading.push((id.to_owned(), own));
         }
         self.with(|half| half.allocated(id, external, blocks));
     }
@@ -183,8 +201,8 @@ impl<P: Port> Guarded<P> {
                 request: request.clone(),
                 namespace: NOWHERE,
                 group,
-                hashes: Vec::new(),
                 blocks,
+                ..LoadOrder::default()
             })
         });
         StepMeta {

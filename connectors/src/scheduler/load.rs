@@ -85,12 +85,12 @@ impl<P: Port> Scheduler<P> {
             self.notices.warn(
                 "the engine allocated other blocks than it said; a load was given up and is reported as failed",
             );
-            let all = (0..).zip(blocks);
+            let all = (0..).zip(self.settings.beyond(computed, blocks));
             let broken = all.map(|(group, blocks)| GroupLoad {
                 group,
                 first: 0,
                 hashes: Vec::new(),
-                blocks: blocks.clone(),
+                blocks,
             });
             broken.collect()
         });

@@ -193,13 +193,16 @@ impl<P: Port> Scheduler<P> {
                 let present = self
                     .settings
                     .found(runs, hashes.len() / HASH_BYTES, computed);
-                let fresh = *namespace == index
-                    && *belief == belief_now
-                    && (present <= computed || now.saturating_sub(*at) < lease_us * 3 / 4);
-                if !fresh {
+                let believed = *namespace == index && *belief == belief_now;
+                let lasts = present <= computed || now.saturating_sub(*at) < lease_us * 3 / 4;
+                if !(believed && lasts) {
                     self.give_back_lease(id);
                     if let Some(request) = self.requests.get_mut(id) {
                         request.lookup = Lookup::None;
+                        if believed {
+                            // It waits for room in the engine, as long as that takes.
+                            request.asks = 0;
+                        }
                         if request.asks < MOST_ASKS {
                             return Match::NeedHashes;
                         }

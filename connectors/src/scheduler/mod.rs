@@ -68,6 +68,8 @@ pub struct Settings {
     pub batch: u32,
     /// Most blocks that the engine keeps for us beyond what its requests need.
     pub max_held: u32,
+    /// Whether blocks are stored at all.
+    pub stores: bool,
     /// The last unit of a hit is not used: its KV depends on the token after it (speculative drafters with KV of their own).
     pub drop_last: bool,
 }
@@ -86,6 +88,7 @@ impl Default for Settings {
             max_in_flight: 4096,
             batch: 1024,
             max_held: 4096,
+            stores: true,
             drop_last: false,
         }
     }
@@ -95,6 +98,15 @@ impl Settings {
     /// Tokens of which every hit is a multiple: what the blocks of all groups divide.
     pub fn unit(&self) -> u32 {
         hit::unit(&self.groups).unwrap_or(u32::MAX)
+    }
+
+    /// Of a request's blocks, group by group, those beyond so many units that the engine had of it: others may have the former, too.
+    pub(crate) fn beyond(&self, units: u32, blocks: &[Vec<u32>]) -> Vec<Vec<u32>> {
+        let of_group = |(rule, blocks): (&GroupRule, &Vec<u32>)| {
+            let first = units as usize * (self.unit() / rule.span()) as usize;
+            blocks.get(first..).unwrap_or_default().to_vec()
+        };
+        self.groups.iter().zip(blocks).map(of_group).collect()
     }
 
     /// Tokens from hash to hash, as this half is given them: the most that divides the blocks of all groups.
@@ -255,7 +267,7 @@ impl<P: Port> Scheduler<P> {
         for id in preempted {
             self.preempt(id);
         }
-        let can_reserve = !self.is_silent(now) && self.can_reserve(now);
+        let can_reserve = self.settings.stores && !self.is_silent(now) && self.can_reserve(now);
         let epoch = self.namespaces.epoch();
         let mut wanted = Vec::new();
         for (at, (id, computed)) in ids.iter().zip(computed).enumerate() {

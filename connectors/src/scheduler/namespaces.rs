@@ -267,7 +267,7 @@ impl<P: Port> Scheduler<P> {
 
     /// Whether blocks of this request may be stored, as far as it is concerned.
     pub(crate) fn may_store(&self, request: &Request<P::Ticket>) -> bool {
-        request.may_store(self.namespaces.epoch)
+        self.settings.stores && request.may_store(self.namespaces.epoch)
     }
 }
 

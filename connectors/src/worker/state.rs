@@ -126,12 +126,16 @@ impl Shared {
         inner.loads.entry(request.to_owned()).or_default().0 += 1;
     }
 
-    /// Waits until nothing is under way.
-    pub(crate) fn wait_idle(&self) {
+    fn wait(&self, over: impl Fn(&Inner) -> bool) {
         let mut inner = self.inner.lock();
-        while !inner.open.is_empty() || !inner.loads.is_empty() {
+        while !over(&inner) {
             self.closed_one.wait(&mut inner);
         }
+    }
+
+    /// Waits until nothing is under way.
+    pub(crate) fn wait_idle(&self) {
+        self.wait(|inner| inner.open.is_empty() && inner.loads.is_empty());
     }
 
     /// A store order is over: copied or given up.
@@ -151,18 +155,12 @@ impl Shared {
     /// Waits until no store of this request is under way. They wait for the engine's work that fills their blocks, which was asked of
     /// it before, and are short themselves.
     pub(crate) fn wait_for_stores(&self, request: &str) {
-        let mut inner = self.inner.lock();
-        while inner.open.contains_key(request) {
-            self.closed_one.wait(&mut inner);
-        }
+        self.wait(|inner| !inner.open.contains_key(request));
     }
 
     /// The same of all requests.
     pub(crate) fn wait_for_all_stores(&self) {
-        let mut inner = self.inner.lock();
-        while !inner.open.is_empty() {
-            self.closed_one.wait(&mut inner);
-        }
+        self.wait(|inner| inner.open.is_empty());
     }
 
     /// These requests are to be reported once, when their stores are over.

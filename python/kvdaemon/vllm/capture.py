@@ -37,18 +37,19 @@ class Capture:
         self.requests: dict[str, Request] = {}
         self.manager: Any = None
         """Tells the blocks of requests where a step's output does not (before 0.32)."""
-        self._pool: Any = None
+        self.pool: Any = None
+        """vLLM's block pool, once it is bound."""
         self._offers = any(rule.offered for rule in rules)
         self._outgrows = any(rule.outgrown for rule in rules)
 
     def bind_pool(self, pool: Any) -> None:
-        self._pool = pool
+        self.pool = pool
         # A share of the pool that requests don't miss.
         self._half.limit_held(max(int(pool.num_gpu_blocks) // 8, 1))
 
     def pool_is_empty(self) -> bool:
         """Whether no block is in use or findable by its hash."""
-        pool = self._pool
+        pool = self.pool
         try:
             return pool.num_gpu_blocks - pool.get_num_free_blocks() == 1 and not len(pool.cached_block_hash_to_block)
         except (AttributeError, TypeError):
@@ -67,7 +68,7 @@ class Capture:
         ahead: list[int] = []
         offers: dict[str, list[tuple[int, int, int]]] = {}
         if self._outgrows:
-            if self._pool is None:
+            if self.pool is None and half.refusal() is None:
                 half.refuse("vLLM has not said where its blocks are kept (bind_gpu_block_pool)")
             ahead = [output.num_scheduled_tokens.get(one, 0) for one in ids]
             offers = self._offered(output)
@@ -123,7 +124,7 @@ class Capture:
         request = self.requests.get(name)
         if request is None:
             return
-        # The last token counts here: vLLM offers a state with the step that computes it, and never again.
+        # The last token counts here: a state is offered once, with the step that computes it or (drafts) when its output has come.
         final = min(request.num_tokens, len(request.block_hashes) * self._hash_tokens)
         for group, block, tokens in states:
             span = self._rules[group].block_tokens
@@ -135,7 +136,7 @@ class Capture:
     def _is_still(self, request: Request, group: int, block: int, tokens: int) -> bool:
         """Whether an offered block is what it was offered as. With async scheduling and drafts vLLM offers a state when a step's
         output has come, and may give its block to another request before the next step tells us."""
-        known = self._pool.blocks[block].block_hash if self._pool is not None else None
+        known = self.pool.blocks[block].block_hash if self.pool is not None else None
         return known == make_block_hash_with_group_id(request.block_hashes[tokens // self._hash_tokens - 1], group)
 
     # --- references -----------------------------------------------------------------------------------------------------
@@ -143,13 +144,13 @@ class Capture:
     def _keep(self, ids: list[int]) -> None:
         """Keeps blocks from being given to others until they are copied."""
         if ids:
-            pool = self._pool
+            pool = self.pool
             pool.touch([pool.blocks[one] for one in ids])
 
     def let_go(self) -> None:
         """Lets go what is copied, or will not be."""
         if self._outgrows and (ids := self._half.released()):
-            pool = self._pool
+            pool = self.pool
             pool.free_blocks([pool.blocks[one] for one in ids])
 
     # --- the end of a request ---------------------------------------------------------------------------------------------

@@ -145,6 +145,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             hold_deadline_ms=config.hold_deadline_ms,
             lease_ms=config.lease_ms,
             max_in_flight=config.max_in_flight,
+            stores=self._kv_transfer_config.is_kv_producer,
             drop_last=capabilities.drops_last(vllm_config),
         )
 
@@ -188,7 +189,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         half = self._scheduler
         if half is not None:
             self._capture.requests[request.request_id] = request
-            skip = bool(getattr(request, "skip_reading_prefix_cache", False))
+            skip = bool(getattr(request, "skip_reading_prefix_cache", False)) or not self._kv_transfer_config.is_kv_consumer
             wanted = b"" if skip else self._loadable(request)
             half.on_new_request(request.request_id, self._adapter(request), wanted, skip)
         self._took("on_new_request", began)
@@ -276,6 +277,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             self._capture.bind_pool(gpu_block_pool)
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        # From this vLLM has the block pool bound, too.
+        super().bind_kv_cache_manager(kv_cache_manager)
         if self._scheduler is not None:
             self._capture.manager = kv_cache_manager
 

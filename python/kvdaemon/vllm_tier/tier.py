@@ -50,7 +50,8 @@ class KvdSecondaryTier(SecondaryTierManager):
         self._record: dict[str, str] = {}
         self._requests: set[str] = set()
         self._outdated: set[str] = set()
-        self._mixed = False
+        self._mixed: bool | None = False
+        """Whether vLLM's own caches may hold KV of before the last reset; None: not known yet."""
         self._lookup_deadline_s = chosen.lookup_deadline_ms / 1000
         self._job_deadline_s = chosen.load_deadline_ms / 1000
         self._lookups = Lookups(self._lookup_deadline_s)
@@ -111,6 +112,7 @@ class KvdSecondaryTier(SecondaryTierManager):
     # --- what vLLM asks ---------------------------------------------------------------------------------------------------
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._is_mixed()
         self._requests.add(req_context.req_id)
         return RequestOffloadingContext()
 
@@ -128,11 +130,12 @@ class KvdSecondaryTier(SecondaryTierManager):
         return LookupResult.HIT if found else LookupResult.MISS
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        self._is_mixed()
         self._lookups.send(self._threads.ask)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         job = self._job(job_metadata, is_load=False)
-        if self._mixed or job_metadata.req_context.req_id in self._outdated:
+        if self._is_mixed() or job_metadata.req_context.req_id in self._outdated:
             self._threads.refuse(job)
         else:
             self._threads.submit(job)
@@ -165,15 +168,22 @@ class KvdSecondaryTier(SecondaryTierManager):
         """vLLM drops its caches, perhaps because weights were replaced in place: what was stored before is not loaded by this engine
         again, and requests that have KV of before store nothing more. Nobody's blocks are deleted.
 
-        While requests run, vLLM can't drop what they have, and later requests may find KV of before in its own caches. Nothing more is
-        stored then, until it drops them with no request there."""
+        With requests there, it may not have dropped what they have, and later requests may find KV of before in its own caches: nothing
+        more is stored then, until it drops them with no request there. (That it preempted them all, and did drop everything, a tier
+        can't see.)"""
         self._threads.drain()
         self._lookups.forget()
         self._outdated |= self._requests
-        self._mixed = bool(self._requests)
-        if self._mixed:
-            logger.warning("kvd tier: vLLM dropped its caches while requests ran; nothing more is stored until it does so without any")
+        self._mixed = None
         self._serve(epoch=str(uuid.uuid4()))
+
+    def _is_mixed(self) -> bool:
+        """Of requests that had finished before a reset vLLM tells us after it, and before its next step."""
+        if self._mixed is None:
+            self._mixed = bool(self._outdated)
+            if self._mixed:
+                logger.warning("kvd tier: vLLM reset its caches with requests there; nothing more is stored until it does so without any")
+        return self._mixed
 
     def shutdown(self) -> None:
         self._finder.stop()

@@ -12,6 +12,19 @@ fn a_request_that_skips_the_cache_takes_no_lookup_but_is_stored() {
 }
 
 #[test]
+fn an_engine_that_only_loads_stores_nothing() {
+    let mut half = ready(1);
+    half.settings.stores = false;
+    half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..2), false);
+    assert_eq!(half.port().count(is_lookup), 1);
+    assert_eq!(half.begin_step(2, &[], &["a"], &[8], &[]), []);
+    assert_eq!(half.finish_from(3, "a", 8), []);
+    assert!(half.capture(3, "a", 0, &hashes(1, 0..1), &[3]).is_empty());
+    assert!(!half.finished(3, "a"));
+    assert_eq!(half.port().count(is_reserve), 0);
+}
+
+#[test]
 fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
     let mut half = ready(2);
     half.on_new_request(0, "a", Adapter::Base, &[], false);

@@ -1,0 +1,319 @@
+"""What vLLM's own suites demand of a connector (docs/vllm-suites.md), where no other file here has it: vLLM's real schedulers with the
+scripted model, in models of one KV-cache group and of several."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import daemon as daemon_module  # noqa: E402
+import memory_connector  # noqa: E402
+import models  # noqa: E402
+from engine import patient  # noqa: E402
+from harness import BLOCK, SHAPES, ScriptedEngine, continuation  # noqa: E402
+from test_hybrid_scheduler import Rig, closing, idle  # noqa: E402
+
+pytestmark = pytest.mark.plugin
+Model = Callable[[models.Recipe], pathlib.Path]
+
+
+@pytest.fixture(params=["sync", "async"])
+def is_async(request: pytest.FixtureRequest) -> bool:
+    return request.param == "async"
+
+
+@pytest.fixture(params=["full", "windows", "states"])
+def rig(request: pytest.FixtureRequest, is_async: bool, model: Model, daemon: daemon_module.Daemon) -> Iterator[Rig]:
+    with closing(Rig(model(models.gqa()), daemon, is_async, SHAPES[request.param])) as one:
+        yield one
+
+
+@pytest.fixture
+def full(is_async: bool, model: Model, daemon: daemon_module.Daemon) -> Iterator[Rig]:
+    with closing(Rig(model(models.gqa()), daemon, is_async, SHAPES["full"])) as one:
+        yield one
+
+
+def the_daemon(rig: Rig) -> daemon_module.Daemon:
+    assert rig.daemon is not None
+    return rig.daemon
+
+
+def stored(rig: Rig, engine: ScriptedEngine, *prompts: list[int]) -> None:
+    """These are in the daemon, and not in the engine's own cache."""
+    for prompt in prompts:
+        engine.ask(prompt, 2)
+    rig.settle(engine)
+    engine.reset()
+    engine.requests.clear()
+
+
+# Loads that fail ----------------------------------------------------------------------------------------------------
+def test_policy_fail(rig: Rig) -> None:
+    """vLLM's default: the request ends with an error. Nothing of it stays, and the next one for the prompt is right."""
+    engine = rig.engine(budget=64, connector=patient(the_daemon(rig).socket) | {"kv_load_failure_policy": "fail"})
+    prompt = rig.prompt(330)
+    stored(rig, engine, prompt)
+    the_daemon(rig).punch_hole(0, 1 << 30)
+    name = engine.add(prompt, 4)
+    other = engine.add(rig.prompt(50), 30)
+    idle(engine)
+    assert engine.finish[name] == "error" and not engine.answers[name]
+    assert engine.finish[other] == "length"
+    assert engine.ask(prompt, 4)[1] == 0
+    rig.settle(engine)
+    engine.reset()
+    assert engine.ask(prompt, 4)[1] == rig.hit(329)
+    idle(engine)
+
+
+def test_one_of_several_loads_fails(full: Rig) -> None:
+    """Whichever block it is: its request goes on from there, and the others keep all."""
+    engine = full.engine(blocks=128)
+    prompts = [full.prompt(330) for _ in range(3)]
+    stored(full, engine, *prompts)
+    lost = set()
+    for round in range(24):
+        the_daemon(full).flip_byte(skip=7 + 23 * round % 480)
+        before, failures = engine.model.computed_tokens, engine.connector.debug_stats()["load_failures"]
+        for prompt in prompts:
+            engine.add(prompt, 1)
+        idle(engine)
+        engine.check_answers()
+        failed = engine.connector.debug_stats()["load_failures"] - failures
+        again = engine.model.computed_tokens - before - sum(len(one) - 320 for one in prompts)
+        assert failed <= 1 and again % BLOCK == 0 and (again > 0) == (failed == 1), (again, failed)
+        lost.add(again // BLOCK)
+        full.settle(engine)
+        engine.reset()
+        engine.requests.clear()
+    assert len(lost - {0}) > 2, lost
+
+
+def test_two_requests_on_a_prefix_that_does_not_load(rig: Rig) -> None:
+    """The second waits for the first one's load, which fails."""
+    engine = rig.engine(blocks=512, budget=64)  # so large that an eighth of it is enough for all that is kept
+    prompt = rig.prompt(330)
+    stored(rig, engine, prompt)
+    the_daemon(rig).punch_hole(0, 1 << 30)
+    for i in range(3):
+        engine.add(prompt + models.prompt(i, 40), 4)
+    idle(engine)
+    engine.check_answers()
+    assert engine.connector.debug_stats()["load_failures"] > 0
+    rig.settle(engine)
+    engine.reset()
+    assert engine.ask(prompt, 4)[1] == rig.hit(329)
+
+
+@pytest.mark.parametrize("moment", ["asked", "allocated", "finished", 0, 1, 3, 8])
+def test_a_scheduler_half_that_fails_by_a_bug(rig: Rig, moment: str | int) -> None:
+    """Nothing that vLLM waits for stays away, nothing is reported twice, nothing is held for ever; then kvd is not there."""
+    engine = rig.engine(budget=64, blocks=96)
+    prompt = rig.prompt(330)
+    stored(rig, engine, prompt)
+    connector, failed = engine.connector, []
+
+    def fail() -> None:
+        if not failed:
+            failed.append(True)
+            connector._scheduler.fail()
+
+    def failing(hook: str, when: Callable[[Any], Any]) -> None:
+        usual = getattr(connector, hook)
+
+        def call(*args: Any) -> Any:
+            result = usual(*args)
+            if when(result):
+                fail()
+            return result
+
+        setattr(connector, hook, call)
+
+    for i in range(2):
+        engine.add(prompt[:100] + models.prompt(i, 20), 60)
+        for _ in range(3):
+            engine.step()
+    if moment == "asked":
+        failing("get_num_new_matched_tokens", lambda result: result[0])
+    elif moment == "allocated":
+        failing("update_state_after_alloc", lambda _: engine.watch.loads)
+    elif moment == "finished":
+        failing("request_finished_all_groups", lambda result: result[0])
+    last = [engine.add(prompt, 100), engine.add(prompt + models.prompt(9, 50), 40)]
+    if isinstance(moment, int):
+        for _ in range(moment):
+            engine.step()
+        fail()
+    elif moment == "finished":
+        engine.run_until("they run", lambda: all(engine.answers[one] for one in last))
+        the_daemon(rig).pause()
+    engine.drain()
+    the_daemon(rig).resume()
+    engine.check_answers()
+    assert failed and not engine.watch.kept and not engine.watch.loads
+    engine.reset()
+    assert engine.ask(prompt, 4)[1] == 0
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+
+
+# Room ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("spec", [0, 3])
+def test_hits_that_do_not_fit_together(rig: Rig, spec: int) -> None:
+    """Each needs most of the pool: one waits, with what its lookup promised, and has it."""
+    few = 20 if rig.shape.name == "full" else 48
+    engine = rig.engine(blocks=few, budget=64, spec_tokens=spec)
+    prompts = [rig.prompt(420) for _ in range(3)]
+    stored(rig, engine, *prompts)
+    for prompt in prompts:
+        engine.add(prompt, 60)
+    idle(engine)
+    engine.check_answers()
+    assert engine.connector.debug_stats()["load_failures"] == 0
+    rig.settle(engine)
+    for prompt in prompts:
+        engine.reset()
+        assert engine.ask(prompt + continuation(prompt, 60), 2)[1] > 0
+    idle(engine)
+
+
+def test_a_hit_that_waits_longer_than_its_lease(rig: Rig) -> None:
+    """It is asked for again; should the blocks be gone by then, it is computed."""
+    few = {"full": 24, "windows": 32, "states": 28}[rig.shape.name]
+    engine = rig.engine(blocks=few, budget=64, connector=patient(the_daemon(rig).socket, lease_ms=100))
+    prompt = rig.prompt(400)
+    stored(rig, engine, prompt)
+    long = engine.add(rig.prompt(350), 200)
+    engine.run_until("it runs", lambda: len(engine.answers[long]) > 2)
+    before, hits = engine.connector.debug_stats()["lookups"], engine.external_hits
+    waiting = engine.add(prompt, 4)
+    for _ in range(100):
+        engine.step()
+        time.sleep(0.008)  # of the length of an engine's: leases are over after a time
+    assert not engine.answers[waiting] and long not in engine.finish
+    idle(engine)
+    engine.check_answers()
+    assert engine.connector.debug_stats()["lookups"] - before > 4, "it was not asked again"
+    assert engine.external_hits > hits, "asked too often, it was computed"
+    assert engine.connector.debug_stats()["load_failures"] == 0
+
+
+# Resets, pauses, importance -----------------------------------------------------------------------------------------
+def test_a_reset_while_a_load_is_under_way(rig: Rig) -> None:
+    """The load ends; what came before it is neither loaded nor stored by what comes after."""
+    daemon = the_daemon(rig)
+    engine = rig.engine(budget=64)
+    prompt = rig.prompt(330)
+    stored(rig, engine, prompt)
+    held: list[bool] = []
+
+    def stop(out: Any) -> None:
+        if engine.watch.loads and not held:
+            daemon.pause()
+            held.append(True)
+
+    engine.model.before_execute.append(stop)
+    engine.add(prompt, 4)
+    engine.run_until("the load was ordered", lambda: bool(held))
+    engine.settle()
+    assert not engine.scheduler.reset_prefix_cache(reset_connector=True), "its blocks are in use"
+    daemon.resume()
+    idle(engine)
+    engine.check_answers()
+    # Its KV is of before the reset, and so may be what vLLM has cached of it.
+    engine.ask(prompt + models.prompt(1, 200), 4)
+    rig.settle(engine)
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert engine.ask(prompt, 4)[1] == 0
+    rig.settle(engine)
+    engine.reset()
+    assert engine.ask(prompt, 4)[1] == rig.hit(329)
+    idle(engine)
+
+
+def test_more_important_requests(rig: Rig) -> None:
+    """With vLLM's priority scheduling, requests that load or store lose their blocks to others, and come back."""
+    few = {"full": 24, "windows": 26, "states": 30}[rig.shape.name]
+    engine = rig.engine(blocks=few, budget=64, scheduling_policy="priority")
+    prompts = [rig.prompt(200) for _ in range(4)]
+    stored(rig, engine, *prompts)
+    preempted = 0
+    for round in range(3):
+        for i, prompt in enumerate(prompts):
+            engine.add(prompt + models.prompt(round, 20), 120, priority=10 - i)
+            for _ in range(12):
+                engine.step()
+        while engine.step():
+            preempted = max([preempted, *(one.num_preemptions for one in engine.scheduler.requests.values())])
+        idle(engine)
+        engine.check_answers()
+        engine.reset()
+    assert preempted > 0, "the pool was not small enough"
+    assert engine.external_hits > 0
+
+
+# Roles and other connectors -----------------------------------------------------------------------------------------
+def test_roles(rig: Rig) -> None:
+    """A producer stores and loads nothing; a consumer loads and stores nothing."""
+    daemon = the_daemon(rig)
+    prompt = rig.prompt(330)
+    first = rig.engine(budget=64, connector=patient(daemon.socket) | {"kv_role": "kv_producer"})
+    stored(rig, first, prompt)
+    have = daemon.resident()
+    assert first.ask(prompt, 4)[1] == 0
+    idle(first)
+    assert first.connector.debug_stats()["lookups"] == 0
+    second = rig.engine(budget=64, wait=False, connector=patient(daemon.socket) | {"kv_role": "kv_consumer"})
+    second.run_until("it has attached, and loads", lambda: second.ask(prompt, 4)[1] == rig.hit(329) or not second.reset())
+    assert second.ask(rig.prompt(200), 4)[1] == 0
+    idle(second)
+    assert second.connector.debug_stats()["reserves"] == 0
+    assert daemon.resident() == have
+
+
+def child(engine: ScriptedEngine) -> Any:
+    """Our connector in a MultiConnector."""
+    return next(one for one in engine.connector.sub_connectors if hasattr(one, "debug_stats"))
+
+
+def test_another_child_serves_the_load(full: Rig) -> None:
+    """Both have the prefix and the other one comes first: ours loads nothing, keeps nothing, and stores what it lacks."""
+    memory_connector.STORE.clear()
+    other = {"kv_connector": "MemoryConnector", "kv_connector_module_path": "memory_connector", "kv_role": "kv_both"}
+    both = {
+        "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": [other, patient(the_daemon(full).socket)]},
+    }
+    alone = full.engine()
+    prompt = full.prompt(330)
+    stored(full, alone, prompt)
+    have = the_daemon(full).resident()
+    engine = full.engine(wait=False, connector=both)
+    ours = child(engine)
+
+    def stores() -> bool:
+        engine.ask(full.prompt(40), 1)
+        return bool(ours.debug_stats()["done_blocks"])
+
+    engine.run_until("ours has attached", stores)
+    assert engine.ask(prompt, 2)[1] == 320
+    assert ours.debug_stats()["loads"] == 1, "the other one lacked it"
+    engine.run_until("the other one has it", lambda: len(memory_connector.STORE) >= 10)
+    engine.reset()
+    longer = prompt + full.prompt(100)
+    assert engine.ask(longer, 2)[1] == 320
+    engine.reset()
+    one = engine.add(longer + full.prompt(50), 60)
+    engine.run_until("it runs", lambda: len(engine.answers[one]) > 2)
+    engine.abort(one)
+    engine.drain()
+    stats = ours.debug_stats()
+    assert (stats["loads"], stats["requests_known"]) == (1, 0)
+    engine.run_until("ours has the longer one", lambda: the_daemon(full).resident() >= have + 3)
+    engine.run_until("no lease is left", lambda: the_daemon(full).status()["tiers"]["host"]["pinned_bytes"] == 0)
