@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from kvdaemon._native import SchedulerHalf
     from kvdaemon.vllm.caches import Rule
+    from kvdaemon.vllm.room import Room
 
 HASH_BYTES = 32
 
@@ -32,8 +33,8 @@ def hashes(request: Request, ratio: int, first: int, last: int) -> bytes:
 class Capture:
     """The scheduler half's eyes on vLLM's requests."""
 
-    def __init__(self, half: SchedulerHalf, rules: list[Rule], hash_tokens: int) -> None:
-        self._half, self._rules, self._hash_tokens = half, rules, hash_tokens
+    def __init__(self, half: SchedulerHalf, rules: list[Rule], hash_tokens: int, room: Room) -> None:
+        self._half, self._rules, self._hash_tokens, self._room = half, rules, hash_tokens, room
         self.requests: dict[str, Request] = {}
         self.manager: Any = None
         """Tells the blocks of requests where a step's output does not (before 0.32)."""
@@ -70,6 +71,7 @@ class Capture:
         if self._outgrows:
             if self.pool is None and half.refusal() is None:
                 half.refuse("vLLM has not said where its blocks are kept (bind_gpu_block_pool)")
+            self._room.ran(ids)
             ahead = [output.num_scheduled_tokens.get(one, 0) for one in ids]
             offers = self._offered(output)
         wanted, orders, notices = half.step(list(preempted) if preempted else [], ids, computed, ahead, bool(offers))
@@ -159,6 +161,7 @@ class Capture:
         """Whether vLLM must hold the request's blocks until they are reported as sent."""
         half, name = self._half, request.request_id
         self.requests.pop(name, None)
+        self._room.gone(name)
         tokens = self._full(request, request.num_computed_tokens)
         for group, first in half.finish_from(name, tokens) if block_ids else ():
             half.last_blocks(name, group, *self._blocks(request, group, first, tokens, block_ids[group]))

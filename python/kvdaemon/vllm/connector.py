@@ -33,6 +33,7 @@ from kvdaemon._native import KvCache, SchedulerHalf, WorkerHalf, digest
 from kvdaemon.vllm import caches, canary, capabilities, stats
 from kvdaemon.vllm.capture import Capture, hashes
 from kvdaemon.vllm.config import Config
+from kvdaemon.vllm.room import Room
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -128,7 +129,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             half = self._scheduler = self._scheduler_half(config, vllm_config)
         self._unit, grain = half.unit_and_grain()
         self._grain = grain // self._hash_tokens
-        self._capture = Capture(half, self._rules, self._hash_tokens)
+        drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
+        self._room = Room(self._rules, drafts)
+        self._capture = Capture(half, self._rules, self._hash_tokens, self._room)
         self._finder.start("kvd-identity", self._find_facts)
         return None
 
@@ -204,6 +207,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             if found == -2:
                 half.ask(request.request_id, self._loadable(request))
                 found = half.matched(request.request_id, computed)
+            if found > 0 and not self._room.fits(request, computed * self._unit, (computed + found) * self._unit, self._capture.pool):
+                found = -1
         self._took("get_num_new_matched_tokens", began)
         if found < 0:
             return None, False
@@ -215,6 +220,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         if half is not None:
             external = -(-num_external_tokens // self._unit)
             ids = [list(of_group) for of_group in blocks.get_block_ids()] if external else []
+            if external:
+                self._room.loads(request)
             half.allocated(request.request_id, external, ids)
         self._took("update_state_after_alloc", began)
 
