@@ -74,6 +74,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("speculative decoding", (rf"test_scheduler::test_speculative_rejection{OURS}",)),
         Row("random mixtures of all that", (rf"test_scheduler::test_scrambled{OURS}",)),
         Row("all that with several KV-cache groups", (r"test_hybrid_scheduler::(?!test_the_model_is|test_harness)\w+",)),
+        Row("what vLLM's own suites demand: failures, room, resets, priorities, roles, other connectors", (r"test_suites::\w+",)),
     ),
     "What breaks is recomputed": (
         Row("load failure recovery", (r"test_failures::test_a_\w+", rf"test_scheduler::test_failed_load_is_recomputed{OURS}")),

@@ -27,12 +27,15 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.sched import output
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
 HEADS, HEAD_SIZE, BLOCK = 2, 64, 32
+STATES_OFFERED = hasattr(output, "KVConnectorBlockState") and "boundary_state_offloads" in output.KVConnectorBlockState.__annotations__
+"""Whether this vLLM tells a connector of recurrent states. What the model does with drafts beside states is as in such a vLLM."""
 VOCABULARY = 512
 MASK = (1 << 64) - 1
 

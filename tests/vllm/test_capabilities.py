@@ -12,6 +12,7 @@ import logging
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +159,26 @@ def test_an_unknown_kind_of_cache_is_refused(anew: Callable[[], Any], daemon: Da
     odd = ForgetfulAttentionSpec(block_size=BLOCK, num_kv_heads=spec.num_kv_heads, head_size=spec.head_size, dtype=spec.dtype)
     plain.kv_cache_groups[0].kv_cache_spec = odd
     assert "ForgetfulAttentionSpec" in (caches.refuse_config(config, plain) or "")
+
+
+def test_settings_that_are_refused(anew: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    """Each with its reason; and what none of them is, is not."""
+    anew()
+    from kvdaemon.vllm import caches, capabilities
+
+    kv = make_kv(make_config(model(models.gqa()), None, async_scheduling=False), FULL)
+    without = dataclasses.replace(capabilities.found(), sleep_hooks=False)
+    monkeypatch.setattr(capabilities, "found", lambda: without)
+
+    def said(where: str = "", **setting: Any) -> str | None:
+        parts = {name: SimpleNamespace(**(setting if name == where else {})) for name in ("parallel_config", "cache_config", "model_config")}
+        return caches.refuse_config(SimpleNamespace(**parts), kv)  # type: ignore[arg-type]
+
+    assert said() is None
+    assert "decode_context_parallel_size" in (said("parallel_config", decode_context_parallel_size=2) or "")
+    assert "prefill_context_parallel_size" in (said("parallel_config", prefill_context_parallel_size=2) or "")
+    assert "calculate_kv_scales" in (said("cache_config", calculate_kv_scales=True) or "")
+    assert "sleep mode" in (said("model_config", enable_sleep_mode=True) or "")
 
 
 def test_blocks_that_hashes_do_not_divide_are_refused(

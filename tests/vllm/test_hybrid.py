@@ -175,6 +175,34 @@ def test_tensor_parallel_ranks_of_a_hybrid_model(engines: Engines, daemon: Daemo
     assert gap <= 0.2
 
 
+@pytest.mark.parametrize("kind", ["gqa", "gemma"])
+def test_one_rank_alone_fails_a_load(kind: str, engines: Engines, daemon: Daemon, model: Model) -> None:
+    """A byte of one rank's part is wrong: both compute anew, from that block on where blocks have names (one cache group), else all."""
+    recipe, options = KINDS.get(kind, (models.gqa, {}))
+    engine = engines.start(model(recipe()), connector=patient(daemon.socket), tensor_parallel_size=2, threads=1, **options)
+    attached(engine, daemon)
+    engine.ask(LONG)
+    hit = engine.ask(LONG)
+    engine.reset_local()
+    settled(daemon)
+    assert engine.batch([LONG]).answers[0].bits == hit.bits
+    before = loads(daemon).get("failed crc", 0)
+    for round in range(6):
+        # One byte, in one rank's part of one block: now in that of one rank, now of the other, early in blocks and late.
+        daemon.flip_byte(skip=5 + 37 * round)
+        engine.reset_local()
+        answer = engine.batch([LONG]).answers[0]
+        assert answer.tokens == hit.tokens
+        engine.reset_local()
+        settled(daemon)
+        caught = loads(daemon).get("failed crc", 0) - before
+        assert caught <= round + 1, "a byte counts once"
+    assert caught > 0
+    batch = engine.batch([LONG])
+    assert batch.external == hit.cached
+    assert batch.answers[0].bits == hit.bits, "what was computed anew was stored anew"
+
+
 def test_recurrent_states_of_two_ranks_are_theirs_alone(engines: Engines, daemon: Daemon, model: Model) -> None:
     path = model(models.qwen3next())
     options = KINDS["qwen3next"][1]
