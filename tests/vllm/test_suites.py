@@ -6,6 +6,7 @@ from __future__ import annotations
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,32 @@ def test_a_hit_that_waits_longer_than_its_lease(rig: Rig) -> None:
     assert engine.connector.debug_stats()["lookups"] - before > 4, "it was not asked again"
     assert engine.external_hits > hits, "asked too often, it was computed"
     assert engine.connector.debug_stats()["load_failures"] == 0
+
+
+def test_all_that_wait_with_loads_have_room_together() -> None:
+    from kvdaemon.vllm.caches import Rule
+    from kvdaemon.vllm.room import Room
+
+    def request(name: str, tokens: int) -> Any:
+        return SimpleNamespace(request_id=name, num_tokens=tokens)
+
+    room = Room([Rule("full", 32), Rule("sliding_window", 32, 64), Rule("state", 32, offered=True)], 64, 1)
+    pool = SimpleNamespace(num_gpu_blocks=60)
+    # Ten blocks of full attention, three that the window reaches, one state; and to go on 1 + 2, 1 + 2 and 3 + 1.
+    one, own = request("a", 330), 10 + 3 + 1 + 3 + 3 + 4
+    assert room.fits(one, 0, 320, SimpleNamespace(num_gpu_blocks=1)), "vLLM knows of one alone"
+    room.loads(one)
+    two = request("b", 330)
+    assert room.fits(two, 0, 320, SimpleNamespace(num_gpu_blocks=2 * own + 1))
+    assert not room.fits(two, 0, 320, SimpleNamespace(num_gpu_blocks=2 * own))
+    room.fits(two, 0, 320, pool)
+    room.loads(two)
+    assert room.fits(request("c", 330), 320, 320, SimpleNamespace(num_gpu_blocks=3 * own + 1)), "what is common counts once"
+    assert not room.fits(request("c", 330), 0, 320, pool)
+    room.ran(["b"])
+    assert room.fits(request("c", 330), 0, 320, pool)
+    room.gone("a")
+    assert room.fits(request("c", 330), 0, 320, SimpleNamespace(num_gpu_blocks=1))
 
 
 # Resets, pauses, importance -----------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self._unit, grain = half.unit_and_grain()
         self._grain = grain // self._hash_tokens
         drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
-        self._room = Room(self._rules, drafts)
+        self._room = Room(self._rules, vllm_config.scheduler_config.max_num_batched_tokens, drafts)
         self._capture = Capture(half, self._rules, self._hash_tokens, self._room)
         self._finder.start("kvd-identity", self._find_facts)
         return None
