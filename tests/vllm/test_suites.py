@@ -209,26 +209,47 @@ def test_all_that_wait_with_loads_have_room_together() -> None:
     from kvdaemon.vllm.caches import Rule
     from kvdaemon.vllm.room import Room
 
-    def request(name: str, tokens: int) -> Any:
-        return SimpleNamespace(request_id=name, num_tokens=tokens)
+    def anew(blocks: int, *locals: int) -> list[bool]:
+        """Whether requests of 330 tokens may load up to 320, one after the other; the same prompts where they have a multiple of 100 in common."""
+        room = Room([Rule("full", 32), Rule("sliding_window", 32, 64), Rule("state", 32, offered=True)], 32, 64, 1)
+        said = []
+        for i, local in enumerate(locals):
+            hashes = [bytes([local % 100 and i + 1, at]) for at in range(10)]
+            one = SimpleNamespace(request_id=str(i), num_tokens=330, block_hashes=hashes)
+            said.append(room.fits(one, local // 100 * 32, 320, SimpleNamespace(num_gpu_blocks=blocks)))
+            if said[-1]:
+                room.loads(one)
+        return said
 
-    room = Room([Rule("full", 32), Rule("sliding_window", 32, 64), Rule("state", 32, offered=True)], 64, 1)
-    pool = SimpleNamespace(num_gpu_blocks=60)
     # Ten blocks of full attention, three that the window reaches, one state; and to go on 1 + 2, 1 + 2 and 3 + 1.
-    one, own = request("a", 330), 10 + 3 + 1 + 3 + 3 + 4
-    assert room.fits(one, 0, 320, SimpleNamespace(num_gpu_blocks=1)), "vLLM knows of one alone"
-    room.loads(one)
-    two = request("b", 330)
-    assert room.fits(two, 0, 320, SimpleNamespace(num_gpu_blocks=2 * own + 1))
-    assert not room.fits(two, 0, 320, SimpleNamespace(num_gpu_blocks=2 * own))
-    room.fits(two, 0, 320, pool)
-    room.loads(two)
-    assert room.fits(request("c", 330), 320, 320, SimpleNamespace(num_gpu_blocks=3 * own + 1)), "what is common counts once"
-    assert not room.fits(request("c", 330), 0, 320, pool)
-    room.ran(["b"])
-    assert room.fits(request("c", 330), 0, 320, pool)
-    room.gone("a")
-    assert room.fits(request("c", 330), 0, 320, SimpleNamespace(num_gpu_blocks=1))
+    own = 10 + 3 + 1 + 3 + 3 + 4
+    assert anew(1, 0) == [True], "vLLM knows of one alone"
+    assert anew(2 * own + 1, 0, 0) == [True, True]
+    assert anew(2 * own, 0, 0) == [True, False]
+    assert anew(3 * own, 0, 0, 0, 900) == [True, True, False, False], "nobody overtakes"
+    # Nine blocks that both have count once, where they are the same.
+    assert anew(2 * (own - 9) + 9 + 1, 900, 900) == [True, True]
+    assert anew(2 * (own - 9) + 9, 900, 900) == [True, False]
+    assert anew(2 * own, 901, 901) == [True, False]
+    assert anew(2 * own + 1, 901, 901) == [True, True]
+    room = Room([Rule("full", 32), Rule("sliding_window", 32, 64)], 32, 64, 0)
+    waits = [SimpleNamespace(request_id=name, num_tokens=330, block_hashes=[]) for name in "abc"]
+    pool = SimpleNamespace(num_gpu_blocks=40)
+    for end in ("runs", "is preempted", "is gone"):
+        for one in waits[:2]:
+            assert room.fits(one, 0, 320, SimpleNamespace(num_gpu_blocks=100))
+            room.loads(one)
+        assert not room.fits(waits[2], 0, 320, pool)
+        if end == "runs":
+            room.step(["a", "b"], [320, 320], [5, 10], [])
+        elif end == "is preempted":
+            room.step([], [], [], ["b"])
+        else:
+            room.step([], [], [], [])
+            room.gone("b")
+        assert room.fits(waits[2], 0, 320, pool)
+        room.gone("a")
+        assert not room._own and not room._waiting and not room._common
 
 
 # Resets, pauses, importance -----------------------------------------------------------------------------------------
@@ -276,10 +297,14 @@ def test_more_important_requests(rig: Rig) -> None:
             engine.add(prompt + models.prompt(round, 20), 200, priority=10 - i)
             for _ in range(12):
                 engine.step()
-        begun = engine.steps
-        while engine.step():
+                preempted = max([preempted, *(one.num_preemptions for one in engine.scheduler.requests.values())])
+
+        def over() -> bool:
+            nonlocal preempted
             preempted = max([preempted, *(one.num_preemptions for one in engine.scheduler.requests.values())])
-            assert engine.steps - begun < 10_000, "what has loaded holds all blocks, and nobody can go on"
+            return not engine.scheduler.requests
+
+        engine.run_until("all have had their blocks", over)
         idle(engine)
         engine.check_answers()
         engine.reset()
@@ -299,7 +324,8 @@ def test_roles(rig: Rig) -> None:
     idle(first)
     assert first.connector.debug_stats()["lookups"] == 0
     second = rig.engine(budget=64, wait=False, connector=patient(daemon.socket) | {"kv_role": "kv_consumer"})
-    second.run_until("it has attached, and loads", lambda: second.ask(prompt, 4)[1] == rig.hit(329) or not second.reset())
+    second.run_until("it has attached, and loads", lambda: second.ask(prompt, 4)[1] == rig.hit(329) or second.reset())
+    assert second.connector.debug_stats()["loads"] > 0
     assert second.ask(rig.prompt(200), 4)[1] == 0
     idle(second)
     assert second.connector.debug_stats()["reserves"] == 0

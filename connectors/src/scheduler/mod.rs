@@ -106,7 +106,12 @@ impl Settings {
             let first = units as usize * (self.unit() / rule.span()) as usize;
             blocks.get(first..).unwrap_or_default().to_vec()
         };
-        self.groups.iter().zip(blocks).map(of_group).collect()
+        let beyond: Vec<Vec<u32>> = self.groups.iter().zip(blocks).map(of_group).collect();
+        // A load of nothing could not fail.
+        match beyond.iter().all(Vec::is_empty) {
+            true => blocks.to_vec(),
+            false => beyond,
+        }
     }
 
     /// Tokens from hash to hash, as this half is given them: the most that divides the blocks of all groups.

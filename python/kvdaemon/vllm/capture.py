@@ -65,16 +65,16 @@ class Capture:
         if new := output.scheduled_new_reqs:
             ids = [one.req_id for one in new] + ids
             computed = [one.num_computed_tokens for one in new] + computed
-        preempted = output.preempted_req_ids
+        preempted = list(output.preempted_req_ids or ())
         ahead: list[int] = []
         offers: dict[str, list[tuple[int, int, int]]] = {}
         if self._outgrows:
             if self.pool is None and half.refusal() is None:
                 half.refuse("vLLM has not said where its blocks are kept (bind_gpu_block_pool)")
-            self._room.ran(ids)
             ahead = [output.num_scheduled_tokens.get(one, 0) for one in ids]
             offers = self._offered(output)
-        wanted, orders, notices = half.step(list(preempted) if preempted else [], ids, computed, ahead, bool(offers))
+            self._room.step(ids, computed, ahead, preempted)
+        wanted, orders, notices = half.step(preempted, ids, computed, ahead, bool(offers))
         if orders is None:
             for at, group, first in wanted:
                 soon = ahead[at] if self._rules[group].outgrown else 0

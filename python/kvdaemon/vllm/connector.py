@@ -130,7 +130,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self._unit, grain = half.unit_and_grain()
         self._grain = grain // self._hash_tokens
         drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
-        self._room = Room(self._rules, vllm_config.scheduler_config.max_num_batched_tokens, drafts)
+        at_a_time = getattr(vllm_config, "max_in_flight_tokens", None) or 2 * vllm_config.scheduler_config.max_num_batched_tokens
+        self._room = Room(self._rules, self._hash_tokens, at_a_time, drafts)
         self._capture = Capture(half, self._rules, self._hash_tokens, self._room)
         self._finder.start("kvd-identity", self._find_facts)
         return None
@@ -204,7 +205,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         if half is not None:
             computed = num_computed_tokens // self._unit
             found = half.matched(request.request_id, computed)
-            if found == -2:
+            if found == -2 and self._room.full:
+                found = -1  # nor is anything kept for it
+            elif found == -2:
                 half.ask(request.request_id, self._loadable(request))
                 found = half.matched(request.request_id, computed)
             if found > 0 and not self._room.fits(request, computed * self._unit, (computed + found) * self._unit, self._capture.pool):

@@ -8,6 +8,7 @@ for good. So all that wait with loads must have room together, to the ends of th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,26 +17,49 @@ if TYPE_CHECKING:
     from kvdaemon.vllm.caches import Rule
 
 
+@dataclass
+class Waits:
+    """A request that has loaded, or does so."""
+
+    own: int
+    """Blocks of its own, to the end of its prompt."""
+    common: list[bytes]
+    """Hashes of the blocks of full attention that vLLM had for it: others may have the same."""
+    end: int
+    """Tokens of its prompt."""
+
+
 class Room:
     """Counts what waits. Only for models with groups that are outgrown: in others vLLM counts right."""
 
-    def __init__(self, rules: list[Rule], step_tokens: int, draft_tokens: int) -> None:
+    def __init__(self, rules: list[Rule], hash_tokens: int, step_tokens: int, draft_tokens: int) -> None:
+        """`step_tokens`: most tokens that are computed at a time, in all steps under way."""
         self._rules, self._step_tokens, self._draft_tokens = rules, step_tokens, draft_tokens
         self._counts = any(rule.outgrown for rule in rules)
-        self._waiting: dict[str, tuple[int, int]] = {}
-        """Requests that have loaded or do so: blocks of their own to the end of their prompts, and those that vLLM had in common for them."""
-        self._offered = (0, 0)
-        """The same of the request that was last asked about."""
+        whole = [rule.block_tokens for rule in rules if not rule.outgrown]
+        self._ratio = max(whole, default=hash_tokens) // hash_tokens
+        self._hash_tokens = hash_tokens
+        self._at_each_hash = sum(max(whole) // one for one in whole)
+        self._waiting: dict[str, Waits] = {}
+        self._own = 0
+        self._common: dict[bytes, int] = {}
+        """How many of those that wait have this block in common."""
+        self._offered = Waits(0, [], 0)
+        """Of the request that last fitted."""
+        self.full = False
+        """A load was put off in this step. Those behind it are not asked about: else they would overtake it, step by step."""
 
     def _rest(self, tokens: int) -> int:
         """Most blocks that so many tokens beyond those that are there need; each group may begin one more. What is outgrown needs them
-        for one step at a time, a state in two places and one for each draft."""
+        for what is computed at a time, a state in two places and one for each draft."""
         needs = 0
         for rule in self._rules:
-            if rule.kind == "state":
+            if rule.offered:
                 needs += 3 + self._draft_tokens
             else:
-                needs += -(-(min(tokens, self._step_tokens) if rule.outgrown else tokens) // rule.block_tokens) + 2
+                window = rule.kind == "sliding_window"
+                needs += -(-(min(tokens, self._step_tokens) if window else tokens) // rule.block_tokens) + 2
+                needs += self._draft_tokens if rule.kind == "state" else 0
         return needs
 
     def _loaded(self, local: int, loaded: int) -> int:
@@ -56,24 +80,42 @@ class Room:
         """Whether a request that has `local` tokens may load up to `loaded`. One that nobody else waits with always may: vLLM knows."""
         if not self._counts:
             return True
-        common = sum(local // rule.block_tokens for rule in self._rules if not rule.outgrown)
-        self._offered = (self._loaded(local, loaded) + self._rest(request.num_tokens - loaded), common)
+        if self.full:
+            return False
+        self.gone(request.request_id)
+        own = self._loaded(local, loaded) + self._rest(request.num_tokens - loaded)
+        common = request.block_hashes[self._ratio - 1 : local // self._hash_tokens : self._ratio]
+        self._offered = Waits(own, common, request.num_tokens)
         if not self._waiting or pool is None:
             return True
-        all_of_them = [*self._waiting.values(), self._offered]
-        needs = sum(own for own, _ in all_of_them) + max(common for _, common in all_of_them)
-        return needs < int(pool.num_gpu_blocks)
+        blocks = len(self._common) + sum(one not in self._common for one in common)
+        self.full = self._own + own + blocks * self._at_each_hash >= int(pool.num_gpu_blocks)
+        return not self.full
 
     def loads(self, request: Request) -> None:
         """The request that was last asked about loads."""
         if self._counts:
-            self._waiting[request.request_id] = self._offered
+            one = self._waiting[request.request_id] = self._offered
+            self._own += one.own
+            for hash in one.common:
+                self._common[hash] = self._common.get(hash, 0) + 1
 
-    def ran(self, names: list[str]) -> None:
-        """These are running: vLLM takes blocks from others for them, if need be."""
+    def step(self, ids: list[str], computed: list[int], ahead: list[int], preempted: list[str]) -> None:
+        """A step begins. What runs to the end of its prompt waits no more, nor what has lost its blocks."""
+        self.full = False
         if self._waiting:
-            for name in names:
-                self._waiting.pop(name, None)
+            for name, before, more in zip(ids, computed, ahead):
+                if name in self._waiting and before + more >= self._waiting[name].end:
+                    self.gone(name)
+            for name in preempted:
+                self.gone(name)
 
     def gone(self, name: str) -> None:
-        self._waiting.pop(name, None)
+        one = self._waiting.pop(name, None)
+        if one is None:
+            return
+        self._own -= one.own
+        for hash in one.common:
+            self._common[hash] -= 1
+            if not self._common[hash]:
+                del self._common[hash]
