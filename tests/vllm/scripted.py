@@ -363,7 +363,10 @@ class ScriptedModel:
         if out.kv_cache_block_copies:
             pairs = np.array(out.kv_cache_block_copies, dtype=np.int64)
             self._writes("a copy on write", pairs[:, 1])
-            self.pages[:, pairs[:, 1]] = self.pages[:, pairs[:, 0]]
+            # One after the other, for a block may be copied on in the step that fills it. vLLM's own runner (0.32) reads all before it writes
+            # any, and gets such chains wrong.
+            for source, copy in pairs:
+                self.pages[:, copy] = self.pages[:, source]
             self.copied_blocks += len(pairs)
         for new in out.scheduled_new_reqs:
             tokens = list(new.prompt_token_ids)
