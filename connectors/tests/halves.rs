@@ -176,8 +176,8 @@ impl Engine {
         panic!("never: {what}");
     }
 
-    /// Runs a request whose one block is computed, and waits until it is stored.
-    fn compute_and_finish(&mut self, id: &str, at: u32) {
+    /// Runs a request whose one block is computed; it is to be stored.
+    fn compute(&mut self, id: &str, at: u32) {
         self.scheduler
             .on_new_request(0, id, Adapter::Base, &[], true);
         self.step(&[id], &[0]);
@@ -186,6 +186,11 @@ impl Engine {
         let hash = hashes(at..at + 1);
         self.scheduler.last_blocks(id, 0, &hash, &[0]);
         assert!(self.scheduler.finished(0, id));
+    }
+
+    /// The same, and waits until it is stored.
+    fn compute_and_finish(&mut self, id: &str, at: u32) {
+        self.compute(id, at);
         let name = id.to_owned();
         self.until("it is reported", |engine| {
             engine.results.sent.contains(&name)
@@ -358,13 +363,7 @@ fn copies_wait_for_what_the_engine_computes() {
     let stream = FakeStream::default();
     let mut engine = Engine::start_on(Arc::new(stream.clone()), &path, 42, LONG);
     engine.connect();
-    engine
-        .scheduler
-        .on_new_request(0, "a", Adapter::Base, &[], true);
-    engine.step(&["a"], &[0]);
-    assert_eq!(engine.scheduler.finish_from(0, "a", 16), [(0, 0)]);
-    engine.scheduler.last_blocks("a", 0, &hashes(0..1), &[0]);
-    assert!(engine.scheduler.finished(0, "a"));
+    engine.compute("a", 0);
     engine.until("a store waits", |_| stream.work().waits == 1);
     assert!(engine.results.sent.is_empty());
     stream.set(true);
@@ -389,13 +388,7 @@ fn last_orders_are_taken_when_no_store_is_under_way() {
     let stream = FakeStream::default();
     let mut engine = Engine::start_on(Arc::new(stream.clone()), &path, 42, LONG);
     engine.connect();
-    engine
-        .scheduler
-        .on_new_request(0, "a", Adapter::Base, &[], true);
-    engine.step(&["a"], &[0]);
-    engine.scheduler.finish_from(0, "a", 16);
-    engine.scheduler.last_blocks("a", 0, &hashes(0..1), &[0]);
-    assert!(engine.scheduler.finished(0, "a"));
+    engine.compute("a", 0);
     engine.until("a store waits", |_| stream.work().waits == 1);
     let last = StepMeta {
         version: VERSION,

@@ -139,6 +139,19 @@ def hasty(rig: Rig, **extra: Any) -> dict[str, Any]:
     return kv_transfer(rig.daemon.socket, **({"lookup_deadline_ms": 50, "hold_deadline_ms": 100} | extra))
 
 
+def stops_when_it_loads(engine: ScriptedEngine, daemon: daemon_module.Daemon) -> list[bool]:
+    """SIGSTOP before the workers begin the first load that was promised; what is given is no longer empty then."""
+    stopped: list[bool] = []
+
+    def stop(out: Any) -> None:
+        if engine.watch.loads and not stopped:
+            daemon.pause()
+            stopped.append(True)
+
+    engine.model.before_execute.append(stop)
+    return stopped
+
+
 # Hits ---------------------------------------------------------------------------------------------------------------
 @plugin
 def test_hits_of_every_length(rig: Rig) -> None:
@@ -320,14 +333,7 @@ def test_daemon_stops_while_it_loads(own_rig: Rig, comes_back: bool) -> None:
     engine.reset()
     others = [engine.add(models.prompt(101 + i, 100), 30) for i in range(2)]
     engine.run_until("they run", lambda: all(len(engine.answers[n]) > 2 for n in others))
-    stopped: list[bool] = []
-
-    def stop(out: Any) -> None:
-        if engine.watch.loads and not stopped:
-            daemon.pause()
-            stopped.append(True)
-
-    engine.model.before_execute.append(stop)
+    stopped = stops_when_it_loads(engine, daemon)
     engine.add(prompt, 4)
     engine.run_until("the load was ordered", lambda: bool(stopped))
     for _ in range(5):

@@ -18,7 +18,7 @@ import memory_connector  # noqa: E402
 import models  # noqa: E402
 from engine import patient  # noqa: E402
 from harness import BLOCK, SHAPES, ScriptedEngine, continuation  # noqa: E402
-from test_hybrid_scheduler import Rig, closing, idle  # noqa: E402
+from test_hybrid_scheduler import Rig, closing, idle, stops_when_it_loads  # noqa: E402
 
 pytestmark = pytest.mark.plugin
 Model = Callable[[models.Recipe], pathlib.Path]
@@ -259,16 +259,9 @@ def test_a_reset_while_a_load_is_under_way(rig: Rig) -> None:
     engine = rig.engine(budget=64)
     prompt = rig.prompt(330)
     stored(rig, engine, prompt)
-    held: list[bool] = []
-
-    def stop(out: Any) -> None:
-        if engine.watch.loads and not held:
-            daemon.pause()
-            held.append(True)
-
-    engine.model.before_execute.append(stop)
+    stopped = stops_when_it_loads(engine, daemon)
     engine.add(prompt, 4)
-    engine.run_until("the load was ordered", lambda: bool(held))
+    engine.run_until("the load was ordered", lambda: bool(stopped))
     engine.settle()
     assert not engine.scheduler.reset_prefix_cache(reset_connector=True), "its blocks are in use"
     daemon.resume()
@@ -292,18 +285,18 @@ def test_more_important_requests(rig: Rig) -> None:
     stored(rig, rig.engine(blocks=512, budget=64), *prompts)
     engine = rig.engine(blocks=few, budget=64, scheduling_policy="priority")
     preempted = 0
+
+    def over() -> bool:
+        nonlocal preempted
+        preempted = max([preempted, *(one.num_preemptions for one in engine.scheduler.requests.values())])
+        return not engine.scheduler.requests
+
     for round in range(3):
         for i, prompt in enumerate(prompts):
             engine.add(prompt + models.prompt(round, 20), 200, priority=10 - i)
             for _ in range(12):
                 engine.step()
-                preempted = max([preempted, *(one.num_preemptions for one in engine.scheduler.requests.values())])
-
-        def over() -> bool:
-            nonlocal preempted
-            preempted = max([preempted, *(one.num_preemptions for one in engine.scheduler.requests.values())])
-            return not engine.scheduler.requests
-
+                over()
         engine.run_until("all have had their blocks", over)
         idle(engine)
         engine.check_answers()
