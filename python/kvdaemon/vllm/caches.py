@@ -90,7 +90,22 @@ def refuse_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
         return "models with several KV-cache groups are supported only with vLLM's prefix caching"
     if getattr(vllm_config.model_config, "enable_sleep_mode", False) and not capabilities.found().sleep_hooks:
         return "sleep mode is not supported with this vLLM: it does not say when the KV cache goes (0.33 does)"
-    return refuse_scales(vllm_config)
+    return refuse_hits_within_blocks(vllm_config, kv_cache_config) or refuse_scales(vllm_config)
+
+
+def refuse_hits_within_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
+    """Why the KV of an engine must not be kept where vLLM lets a prompt go on from within a block of states: it copies that block for
+    each such request, all copies of a step at once (`copy_kv_cache_blocks_inplace`, 0.32), and one that is copied on in the step in
+    which it is filled is read before. What is computed from it is wrong, with and without a connector."""
+    specs = [one for group in kv_cache_config.kv_cache_groups for one in inner_specs(group.kv_cache_spec)]
+    states = [one.block_size for one in specs if getattr(one, "mamba_cache_mode", None) == "align"]
+    unit = capabilities.hash_tokens(vllm_config, kv_cache_config) if states else None
+    if unit is not None and unit < max(states):
+        return (
+            f"vLLM goes on from within a block of recurrent states (each {unit} of {max(states)} tokens), and copies wrong ones where several "
+            "requests do so in one step; prefix_match_unit must be unset, or as large as the block"
+        )
+    return None
 
 
 def refuse_scales(vllm_config: VllmConfig) -> str | None:

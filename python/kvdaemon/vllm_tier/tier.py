@@ -76,6 +76,8 @@ class KvdSecondaryTier(SecondaryTierManager):
         """Finds out on the side what the rows are; until that is known the tier holds nothing."""
         vllm_config, kv_cache_config = record.engine_config()
         refusal = None if vllm_config is None else caches.refuse_scales(vllm_config)
+        if refusal is None and vllm_config is not None and kv_cache_config is not None:
+            refusal = caches.refuse_hits_within_blocks(vllm_config, kv_cache_config)
         try:
             opaque_block(self._row_bytes)
         except KvdError as error:
