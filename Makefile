@@ -9,6 +9,7 @@
 #   make gpu-test gpu-vllm    the device path itself: tests on an NVIDIA GPU, then `kvd bench gpu`
 #   make gpu-vllm GPU_PY=…  a real vLLM on an NVIDIA GPU, with the Python that has it
 #   make ptx         compile the GPU kernel anew, after a change of it (no GPU needed)
+#   make bench-hooks  what the connector costs in vLLM's processes, by model shape; BENCH="--shapes llama --json" chooses
 #   make bench-baselines  foyer and LMCache beside `kvd bench nvme`; BENCH="--dir DIR --bytes SIZE" goes to both
 #   make wheel       the Python package `kvdaemon`, in target/wheels
 
@@ -21,10 +22,10 @@ CARGO := cargo
 CRATES := --workspace --exclude kvd-python
 export CARGO_TERM_PROGRESS_WHEN = never
 
-.PHONY: demo test check soak engine-matrix gpu-check gpu-test ptx wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-baselines fuzz-build tools help
+.PHONY: demo test check soak engine-matrix gpu-check gpu-test ptx wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-hooks bench-baselines fuzz-build tools help
 
 help:
-	@sed -n '2,14p' Makefile | cut -c3-
+	@sed -n '2,15p' Makefile | cut -c3-
 
 tools:
 	@command -v $(CARGO) >/dev/null || { echo "kvd needs Rust (cargo). Install rustup from your distribution or rustup.rs, then run make again."; exit 1; }
@@ -87,6 +88,9 @@ engine-matrix: build wheel
 bench: build plugin
 	target/release/kvd bench session
 	$(PY) scripts/bench_lookup.py
+
+bench-hooks: build plugin
+	@$(PY) scripts/bench_hooks.py $(BENCH)
 
 bench-baselines: tools
 	$(CARGO) build --release --manifest-path benches/baselines/foyer/Cargo.toml --target-dir target/baselines

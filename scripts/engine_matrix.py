@@ -40,23 +40,30 @@ class Row:
     """Why there is no test of it here."""
 
 
-def _kinds(test: str, *kinds: str) -> tuple[str, ...]:
-    return tuple(rf"{test}\[{kind}\]" for kind in kinds)
+def _kinds(tests: tuple[str, ...], *kinds: str) -> tuple[str, ...]:
+    return tuple(rf"{test}\[{kind}\]" for test in tests for kind in kinds)
 
 
-SAME = "test_identical::test_load_is_bit_equal_to_a_local_hit"
-MIXED = "test_hybrid::test_load_is_bit_equal_to_a_local_hit"
+SAME = ("test_identical::test_load_is_bit_equal_to_a_local_hit",)
+SHAPES = (
+    "test_shapes::test_load_is_bit_equal_to_a_local_hit",
+    "test_shapes::test_what_a_daemon_has_left_is_worth_a_local_hit",
+    "test_shapes::test_a_preempted_request_goes_on_from_what_was_stored",
+)
 PARALLEL = "test_identical::test_any_tensor_parallel_degree_loads_what_any_other_stored"
 OURS = r"(\[.*kvd.*\]|\[(a?sync)\])"
 
 ROWS: dict[str, tuple[Row, ...]] = {
     "What is stored comes back": (
-        Row("full hit, tokens and logprobs bit-equal to vLLM's own prefix hit; also in another process", _kinds(SAME, "gqa")),
-        Row("the same for MLA", _kinds(SAME, "mla")),
+        Row("tokens and logprobs bit-equal to vLLM's own hit: full, partial, in another process, preempted, after evictions", _kinds(SHAPES, "llama", "qwen3")),
+        Row("the same for MLA", _kinds(SHAPES, "deepseek")),
+        Row("the same for sliding windows beside full attention", _kinds(SHAPES, "gemma", "gemma-odd", "gptoss")),
+        Row("the same for recurrent states beside full attention", _kinds(SHAPES, "qwen3next")),
+        Row("the same with a LoRA adapter", _kinds(SHAPES, "lora", "gemma-lora")),
+        Row("the same with an image", _kinds(SHAPES, "image")),
+        Row("a full hit, stored and loaded block by block as counted, also in another process", _kinds(SAME, "gqa", "mla")),
         Row("the same for fp8 KV", _kinds(SAME, "fp8")),
-        Row("the same for sliding windows beside full attention", _kinds(MIXED, "gemma", "gemma-odd", "gptoss")),
-        Row("the same for recurrent states beside full attention", _kinds(MIXED, "qwen3next")),
-        Row("where a group's blocks are missing or damaged, what all groups have", (r"test_hybrid::test_(a_daemon_that_lacks|damage_in_any_group)\w+",)),
+        Row("damage in any group is caught", (r"test_hybrid::test_damage_in_any_group\w+",)),
         Row("images are part of the prompt", ("test_hybrid::test_images_are_part_of_the_prompt",)),
         Row("any tensor-parallel degree loads what another stored", (PARALLEL,)),
         Row("two engines alive share a conversation", ("test_identical::test_two_engines_alive_share",)),

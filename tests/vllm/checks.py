@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import time
 from typing import Any
 
 import models
@@ -29,17 +31,28 @@ def wait_stored(daemon: Daemon, count: int) -> None:
 _serials = itertools.count(1)
 
 
-def attached(engine: Engine, daemon: Daemon) -> None:
-    """Until the engine's blocks become visible: it has registered (weights are hashed in the background first). Leaves one block of
-    a prompt that nobody else asks, and no store under way."""
+def attached(engine: Engine, daemon: Daemon, **fields: Any) -> None:
+    """Until the engine's blocks become visible: it has registered (weights are hashed in the background first, and so is the adapter that
+    `fields` of the request may name). Leaves one block of a prompt that nobody else asks, and no store under way."""
     before = daemon.resident()
 
     def shows() -> bool:
-        engine.ask(models.prompt(1_000_000 + next(_serials) + engine.facts["pid"] * 1000, engine.facts["block_size"] + 1), max_tokens=1)
+        engine.ask(models.prompt(1_000_000 + next(_serials) + engine.facts["pid"] * 1000, engine.facts["block_size"] + 1), max_tokens=1, **fields)
         return daemon.resident() > before
 
     wait_until("the engine's connector stores", shows, 60.0, every_s=0.2)
     engine.reset_local()
+
+
+def settled(daemon: Daemon) -> None:
+    """Until no store is under way, and twice the same is there."""
+    seen: list[int] = []
+
+    def still() -> bool:
+        seen.append(daemon.resident())
+        return len(seen) > 3 and len(set(seen[-3:])) == 1
+
+    wait_until("the daemon holds still", still, every_s=0.1)
 
 
 def largest_gap(one: Answer, other: Answer) -> float:
@@ -73,3 +86,16 @@ def differences(daemon: Daemon) -> list[set[str]]:
 
 
 __all__ = ["BLOCK", "attached", "differences", "full_blocks", "kv_transfer", "largest_gap", "loads", "merged", "patient", "wait_stored"]
+
+
+def reference_us() -> tuple[float, float]:
+    """p50 and p99, in microseconds, of a few microseconds of plain Python after a sleep as long as an engine's step: on a virtual machine the
+    first microseconds of a thread that has slept cost much more than the same work in a loop, whatever it does."""
+    took = []
+    for _ in range(500):
+        time.sleep(0.003)
+        begin = time.perf_counter_ns()
+        json.dumps({str(i): i for i in range(8)})
+        took.append(time.perf_counter_ns() - begin)
+    took.sort()
+    return took[len(took) // 2] / 1000, took[len(took) * 99 // 100] / 1000

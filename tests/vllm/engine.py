@@ -271,8 +271,18 @@ class Engine:
         return self.call("counters")
 
     def hooks(self) -> dict[str, dict[str, float]]:
-        """Calls, p50, p90, p99 and max (microseconds) of each scheduler hook of our connector since the last call of this."""
+        """Calls, p50, p90, p99 and max (microseconds) of each scheduler hook of the connector since the last call of this; the first one
+        begins to watch them. See hooks.py."""
         return self.call("hooks")
+
+    def watch_steps(self) -> None:
+        """From now on `watched_steps` can tell what the first worker's steps and the connector's hooks in them took."""
+        self.call("watch_steps")
+
+    def watched_steps(self) -> list[tuple[int, int]]:
+        """Of each step of the first worker since the last call of this: when it began, and how long all hooks had taken until then
+        (nanoseconds)."""
+        return [(begin, hooks) for begin, hooks in self.call("watched_steps")]
 
     # The processes --------------------------------------------------------------------------------------------
     def group(self) -> list[tuple[int, str]]:

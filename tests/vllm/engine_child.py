@@ -18,6 +18,8 @@ import time
 import traceback
 from typing import Any, Callable
 
+import hooks
+
 
 def adjust_platform(mla_prefix_caching: bool, spawn: bool) -> None:
     """Two choices of vLLM's CPU platform that tests need otherwise.
@@ -45,10 +47,12 @@ def expose_hook_times() -> None:
     from vllm.v1.engine.core import EngineCore
 
     def hook_times(core: Any) -> dict[str, dict[str, float]]:
-        connector = core.scheduler.connector
-        times: dict[str, dict[str, float]] = connector.debug_stats()["hooks_us"]
-        connector._times.clear()
-        return times
+        times = getattr(core, "kvd_hook_times", None)
+        if times is None:
+            times = core.kvd_hook_times = hooks.HookTimes(core.scheduler.connector, hooks.SCHEDULER)
+        spread: dict[str, dict[str, float]] = times.spread()
+        times.clear()
+        return spread
 
     EngineCore.hook_times = hook_times
 
@@ -94,6 +98,27 @@ def picture(seed: int) -> Any:
 
 def worker_pid(worker: Any) -> int:
     return os.getpid()
+
+
+def watch_steps(worker: Any) -> None:
+    """From now on keeps, for each step of this worker, when it began and how long all hooks of its connector had taken until then."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    times, steps, run = hooks.HookTimes(get_kv_transfer_group(), hooks.WORKER, cpu=False), [], worker.model_runner.execute_model
+
+    def execute_model(*args: Any, **kwargs: Any) -> Any:
+        steps.append((time.perf_counter_ns(), times.total))
+        return run(*args, **kwargs)
+
+    worker.model_runner.execute_model = execute_model
+    worker.kvd_watched_steps = steps
+
+
+def watched_steps(worker: Any) -> list[tuple[int, int]]:
+    """The steps since the last call of this."""
+    steps = list(worker.kvd_watched_steps)
+    worker.kvd_watched_steps.clear()
+    return steps
 
 
 class Pipe:
@@ -168,7 +193,8 @@ class Child:
         return out
 
     def hooks(self) -> dict[str, dict[str, float]]:
-        """How long our connector's hooks took on the scheduler's thread since the last call, microseconds, by hook."""
+        """How long the connector's hooks took on the scheduler's thread since the last call, microseconds, by hook. The first call
+        begins to watch them."""
         client = self.engine.engine_core
         core = getattr(client, "engine_core", None)
         return client.call_utility("hook_times") if core is None else core.hook_times()
@@ -259,6 +285,8 @@ class Child:
             "counters": lambda c: self.counters(),
             "hooks": lambda c: self.hooks(),
             "stats": lambda c: self.stats(),
+            "watch_steps": lambda c: self.engine.collective_rpc(watch_steps),
+            "watched_steps": lambda c: self.engine.collective_rpc(watched_steps)[0],
             "reset": self.reset,
         }
         while True:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import numpy as np
+import hooks
+from hooks import HookTimes
 from scripted import BLOCK, FULL, SHAPES, ScriptedModel, Shape, WrongCache, continuation, hash_tokens, make_kv
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
@@ -28,7 +29,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-__all__ = ["BLOCK", "FULL", "SHAPES", "HookTimes", "ScriptedEngine", "Shape", "Watch", "WrongCache", "continuation", "make_config"]
+__all__ = ["BLOCK", "FULL", "SHAPES", "ScriptedEngine", "Shape", "Watch", "WrongCache", "continuation", "make_config"]
 
 
 # The engine ---------------------------------------------------------------------------------------------------
@@ -67,35 +68,6 @@ def make_config(
         cache.mamba_cache_mode = "align"
     config.compilation_config.static_forward_context.update((name, _Layer()) for name in shape.layers())
     return config
-
-
-class HookTimes:
-    """Wraps the hooks that run on the scheduler's thread, and keeps how long each call took, in nanoseconds."""
-
-    HOOKS = (
-        "on_new_request", "get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta", "update_connector_output",
-        "request_finished_all_groups", "request_finished", "take_events", "has_pending_push_work", "has_pending_block_frees", "reset_cache",
-    )
-
-    def __init__(self, connector: Any) -> None:
-        self.ns: dict[str, list[int]] = collections.defaultdict(list)
-        for name in self.HOOKS:
-            if hasattr(connector, name):
-                setattr(connector, name, self._timed(name, getattr(connector, name)))
-
-    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter_ns()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.ns[name].append(time.perf_counter_ns() - begin)
-
-        return timed
-
-    def percentile(self, q: float) -> float:
-        """Microseconds over all hooks together."""
-        return float(np.percentile([n for one in self.ns.values() for n in one], q)) / 1000
 
 
 class Watch:
@@ -184,7 +156,7 @@ class ScriptedEngine:
         self.aggregator: KVOutputAggregator | None = None
         if self.connector is not None:
             self.watch.over(self.connector, self.scheduler.kv_cache_manager.block_pool)
-            self.times = HookTimes(self.connector)
+            self.times = HookTimes(self.connector, hooks.SCHEDULER)
             self.aggregator = KVOutputAggregator.from_connector(self.connector, 1)
             hello = self.model.connector.get_handshake_metadata()
             if hello is not None:

@@ -7,7 +7,6 @@ close that another batch beside them, and so another order of rounding, decides.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import signal
@@ -16,27 +15,13 @@ from collections.abc import Callable, Iterator
 
 import models
 import pytest
-from checks import attached, full_blocks, kv_transfer, loads, wait_stored
+from checks import attached, full_blocks, kv_transfer, loads, reference_us, wait_stored
 from conftest import SOAK, Engines
 from daemon import Daemon
 from engine import Engine, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.plugin]
 Model = Callable[[models.Recipe], pathlib.Path]
-
-
-
-def reference_us() -> tuple[float, float]:
-    """p50 and p99, in microseconds, of a few microseconds of plain Python after a sleep as long as an engine's step: on a virtual machine the
-    first microseconds of a thread that has slept cost much more than the same work in a loop, whatever it does."""
-    took = []
-    for _ in range(500):
-        time.sleep(0.003)
-        begin = time.perf_counter_ns()
-        json.dumps({str(i): i for i in range(8)})
-        took.append(time.perf_counter_ns() - begin)
-    took.sort()
-    return took[len(took) // 2] / 1000, took[len(took) * 99 // 100] / 1000
 
 
 def show_hooks(what: str, hooks: dict[str, dict[str, float]]) -> None:

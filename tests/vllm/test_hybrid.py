@@ -1,7 +1,6 @@
-"""Models whose KV lies in several groups: a load gives tokens and logprobs bit-equal to vLLM's own local hit of the same length.
+"""Models whose KV lies in several groups, where something fails or differs: damage, ranks that hold parts, images.
 
-Sliding windows and full attention (Gemma-3-like, gpt-oss-like), recurrent states and full attention (Qwen3-Next-like): for hits that end
-with the prompt, in the middle of it, within a window, in another process, and where the daemon lacks some group's blocks.
+That what is loaded is right, whatever the shape and the hit, is shown by test_shapes.py.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 import models
 import pytest
-from checks import attached, largest_gap, loads, patient
+from checks import attached, largest_gap, loads, patient, settled
 from conftest import Engines
 from daemon import Daemon
 from engine import wait_until
@@ -20,97 +19,15 @@ from engine import wait_until
 pytestmark = [pytest.mark.engine, pytest.mark.plugin]
 Model = Callable[[models.Recipe], pathlib.Path]
 
-# vLLM's own cache keeps windows and states only where the same prompt would ask for them again, unless it is told to keep more; states
-# also only where a step ended.
-KINDS: dict[str, tuple[Callable[[], models.Recipe], dict[str, Any]]] = {
-    "qwen3": (models.qwen3, {}),
-    "gemma": (models.gemma, {"prefix_cache_retention_interval": 32}),
-    "gemma-odd": (lambda: models.gemma(window=200), {"prefix_cache_retention_interval": 32}),  # no multiple of the block
-    "gptoss": (models.gptoss, {"prefix_cache_retention_interval": 32}),
-    "qwen3next": (models.qwen3next, {"prefix_cache_retention_interval": 96, "max_num_batched_tokens": 512}),
-}
-
-
+WINDOWS: dict[str, Any] = {"prefix_cache_retention_interval": 32}
+STATES: dict[str, Any] = {"prefix_cache_retention_interval": 96, "max_num_batched_tokens": 512}
 LONG = models.prompt(1, 1500)
 
 
-def settled(daemon: Daemon) -> None:
-    """Until no store is under way, and twice the same is there."""
-    seen: list[int] = []
-
-    def still() -> bool:
-        seen.append(daemon.resident())
-        return len(seen) > 3 and len(set(seen[-3:])) == 1
-
-    wait_until("the daemon holds still", still, every_s=0.1)
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_load_is_bit_equal_to_a_local_hit(kind: str, engines: Engines, daemon: Daemon, model: Model) -> None:
-    recipe, options = KINDS[kind]
-    path = model(recipe())
-    long = LONG
-    # The same prompt, one that goes on after it, and one that leaves it within a window's reach.
-    asked = [long, long + models.prompt(2, 300), long[:900] + models.prompt(3, 60)]
-    alone = engines.start(path, in_process=True, **options)
-    alone.ask(long)
-    hits = [alone.ask(p) for p in asked]
-    assert all(hit.cached > 0 for hit in hits), [hit.cached for hit in hits]
-    alone.exit()
-    first = engines.start(path, connector=patient(daemon.socket), in_process=True, **options)
-    attached(first, daemon)
-    assert first.ask(long).cached == 0
-    first.reset_local()
-    settled(daemon)
-    again = first.batch([long])
-    assert again.external == hits[0].cached
-    assert again.answers[0].bits == hits[0].bits
-    first.exit()
-    second = engines.start(path, connector=patient(daemon.socket), **options)
-    attached(second, daemon)
-    for p, hit in zip(asked, hits):
-        batch = second.batch([p])
-        print(f"{kind}: local hit {hit.cached}, external {batch.external}")
-        assert (batch.external, batch.answers[0].cached) == (hit.cached, hit.cached)
-        assert batch.answers[0].bits == hit.bits
-        second.reset_local()
-
-
-@pytest.mark.parametrize("kind", ["gemma", "qwen3next"])
-def test_a_daemon_that_lacks_some_blocks_gives_what_all_groups_have(kind: str, engines: Engines, model: Model, tmp_path: pathlib.Path) -> None:
-    """Host memory for less than the prompt's blocks: windows that were left behind go first. Whatever hit is left is worth the same as
-    vLLM's own of that length."""
-    recipe, options = KINDS[kind]
-    path = model(recipe())
-    with Daemon(tmp_path, "6MiB") as small:
-        first = engines.start(path, connector=patient(small.socket), in_process=True, **options)
-        attached(first, small)
-        lengths = set()
-        for round in range(3):
-            first.ask(LONG)
-            first.reset_local()
-            settled(small)
-            first.ask(models.prompt(10 + round, 300 + 800 * round))
-            first.reset_local()
-            settled(small)
-            batch = first.batch([LONG])
-            lengths.add(batch.external)
-            assert batch.answers[0].cached == batch.external
-            first.reset_local()
-            if batch.external:
-                # vLLM's own hit of that length: the daemon is asked for nothing (salted), and the prompt's head is computed first.
-                first.ask(LONG[: batch.external + 1], salt=f"own-{round}", max_tokens=1)
-                own = first.batch([LONG], salt=f"own-{round}")
-                assert own.answers[0].cached == batch.external, (own.answers[0].cached, batch.external)
-                assert own.answers[0].bits == batch.answers[0].bits
-                first.reset_local()
-        print(f"{kind}: hits of {sorted(lengths)} tokens")
-        assert min(lengths) < 1472
-
-
-@pytest.mark.parametrize("kind", ["gemma", "qwen3next"])
-def test_damage_in_any_group_is_caught_and_recomputed(kind: str, engines: Engines, daemon: Daemon, model: Model) -> None:
-    recipe, options = KINDS[kind]
+@pytest.mark.parametrize(("recipe", "options"), [(models.gemma, WINDOWS), (models.qwen3next, STATES)], ids=["gemma", "qwen3next"])
+def test_damage_in_any_group_is_caught_and_recomputed(
+    recipe: Callable[[], models.Recipe], options: dict[str, Any], engines: Engines, daemon: Daemon, model: Model
+) -> None:
     engine = engines.start(model(recipe()), connector=patient(daemon.socket), **options)
     attached(engine, daemon)
     right = engine.ask(LONG)  # the same as after a hit: the models' choices are not close
@@ -133,30 +50,6 @@ def test_damage_in_any_group_is_caught_and_recomputed(kind: str, engines: Engine
     wait_until("the prompt comes from the daemon again", whole, 60.0)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_a_preempted_request_goes_on_from_what_was_stored(kind: str, engines: Engines, daemon: Daemon, model: Model) -> None:
-    """In mid-answer vLLM takes all blocks away and forgets its cache. What the rest of the answer is computed from is worth the same as
-    vLLM's own hit of that length."""
-    recipe, options = KINDS[kind]
-    path = model(recipe())
-    engine = engines.start(path, connector=patient(daemon.socket), in_process=True, **options)
-    attached(engine, daemon)
-    batch = engine.batch([LONG], max_tokens=60, preempt_after=40)
-    (tokens,) = (answer.tokens for answer in batch.answers)
-    at = batch.preempted_at
-    came_back = engine.call("stats")["loaded_tokens"]
-    print(f"{kind}: preempted after {at} tokens, {came_back} tokens came back")
-    assert at > 0
-    assert came_back > 900
-    alone = engines.start(path, in_process=True, **options)
-    # Token by token, as the first engine came to them: a prompt of the same tokens would be computed in another order of rounding.
-    assert alone.ask(LONG, max_tokens=60).tokens[:at] == tokens[:at]
-    own = alone.ask(LONG + tokens[:at], max_tokens=60 - at)
-    assert own.cached == came_back
-    assert own.samples[0].tokens == tokens[at:]
-    assert own.samples[0].logprobs == batch.answers[0].samples[0].logprobs[at:]
-
-
 def test_tensor_parallel_ranks_of_a_hybrid_model(engines: Engines, daemon: Daemon, model: Model) -> None:
     """Two ranks load what one stored: attention is cut by heads, whatever the group."""
     path = model(models.gemma())
@@ -175,10 +68,11 @@ def test_tensor_parallel_ranks_of_a_hybrid_model(engines: Engines, daemon: Daemo
     assert gap <= 0.2
 
 
-@pytest.mark.parametrize("kind", ["gqa", "gemma"])
-def test_one_rank_alone_fails_a_load(kind: str, engines: Engines, daemon: Daemon, model: Model) -> None:
+@pytest.mark.parametrize(("recipe", "options"), [(models.gqa, {}), (models.gemma, WINDOWS)], ids=["gqa", "gemma"])
+def test_one_rank_alone_fails_a_load(
+    recipe: Callable[[], models.Recipe], options: dict[str, Any], engines: Engines, daemon: Daemon, model: Model
+) -> None:
     """A byte of one rank's part is wrong: both compute anew, from that block on where blocks have names (one cache group), else all."""
-    recipe, options = KINDS.get(kind, (models.gqa, {}))
     engine = engines.start(model(recipe()), connector=patient(daemon.socket), tensor_parallel_size=2, threads=1, **options)
     attached(engine, daemon)
     engine.ask(LONG)
@@ -205,8 +99,7 @@ def test_one_rank_alone_fails_a_load(kind: str, engines: Engines, daemon: Daemon
 
 def test_recurrent_states_of_two_ranks_are_theirs_alone(engines: Engines, daemon: Daemon, model: Model) -> None:
     path = model(models.qwen3next())
-    options = KINDS["qwen3next"][1]
-    two = engines.start(path, connector=patient(daemon.socket), tensor_parallel_size=2, threads=1, **options)
+    two = engines.start(path, connector=patient(daemon.socket), tensor_parallel_size=2, threads=1, **STATES)
     attached(two, daemon)
     two.ask(LONG)
     hit = two.ask(LONG)
@@ -216,7 +109,7 @@ def test_recurrent_states_of_two_ranks_are_theirs_alone(engines: Engines, daemon
     assert batch.external == hit.cached > 0
     assert batch.answers[0].bits == hit.bits
     two.exit()
-    one = engines.start(path, connector=patient(daemon.socket), **options)
+    one = engines.start(path, connector=patient(daemon.socket), **STATES)
     attached(one, daemon)
     assert one.batch([LONG]).external == 0, "nobody can cut a state"
 

@@ -225,6 +225,7 @@ def test_stores_loads_and_failures_of_an_engine_show(engines: Engines, daemon: D
     assert after.get("load_blocks", 0) == 0 and after["load_seconds"] == 1
 
     # The daemon is gone, and comes back.
+    engine.hooks()
     daemon.kill()
     wait_until("the gauge falls", lambda: (step(engine), kvd_counters(engine)["connected"] == 0)[1])
     daemon.start()

@@ -115,7 +115,7 @@ def make(reason: str) -> type:
         "__init__": begin,
         "build_connector_meta": lambda self, *args, **kwargs: metadata(),
         "get_block_ids_with_load_errors": _load_errors,
-        "debug_stats": lambda self: {"config_refusal": reason, "hooks_us": {}},
+        "debug_stats": lambda self: {"config_refusal": reason},
     }
     for name, value in ANSWERS.items():
         hook = _constant(name, value)

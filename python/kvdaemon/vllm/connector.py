@@ -8,9 +8,7 @@ if the connector were not there, and one line in its log says why.
 from __future__ import annotations
 
 import math
-import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.kvdaemon")
-
-_KEPT_TIMES = 16384
 
 
 @dataclass
@@ -95,7 +91,6 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._config = Config.parse(dict(self._kv_transfer_config.kv_connector_extra_config or {}))
-        self._times: dict[str, deque[int]] = {}
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._stream: Callable[[], int] | None = None
@@ -189,17 +184,14 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         return name
 
     def on_new_request(self, request: Request) -> None:
-        began = time.perf_counter_ns()
         half = self._scheduler
         if half is not None:
             self._capture.requests[request.request_id] = request
             skip = bool(getattr(request, "skip_reading_prefix_cache", False)) or not self._kv_transfer_config.is_kv_consumer
             wanted = b"" if skip else self._loadable(request)
             half.on_new_request(request.request_id, self._adapter(request), wanted, skip)
-        self._took("on_new_request", began)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        began = time.perf_counter_ns()
         half = self._scheduler
         found = 0
         if half is not None:
@@ -212,13 +204,11 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
                 found = half.matched(request.request_id, computed)
             if found > 0 and not self._room.fits(request, computed * self._unit, (computed + found) * self._unit, self._capture.pool):
                 found = -1
-        self._took("get_num_new_matched_tokens", began)
         if found < 0:
             return None, False
         return (found * self._unit, True) if found else (0, False)
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        began = time.perf_counter_ns()
         half = self._scheduler
         if half is not None:
             external = -(-num_external_tokens // self._unit)
@@ -226,17 +216,14 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             if external:
                 self._room.loads(request)
             half.allocated(request.request_id, external, ids)
-        self._took("update_state_after_alloc", began)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        began = time.perf_counter_ns()
         half = self._scheduler
         if half is None:
             return KvdMetadata(b"")
         orders, notices = self._capture.step(scheduler_output)
         if notices:
             self._log(half.notices())
-        self._took("build_connector_meta", began)
         return KvdMetadata(orders)
 
     @staticmethod
@@ -248,7 +235,6 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         return self._scheduler is not None and self._scheduler.lets_go_soon()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        began = time.perf_counter_ns()
         half = self._scheduler
         if half is not None:
             meta = connector_output.kv_connector_worker_meta
@@ -260,7 +246,6 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             if reports or sent or received or invalid or failed:
                 half.on_output(list(sent or ()), list(received or ()), list(invalid or ()), list(failed or ()), reports)
                 self._capture.let_go()
-        self._took("update_connector_output", began)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -268,9 +253,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        began = time.perf_counter_ns()
         hold = self._scheduler is not None and self._capture.finished(request, block_ids)
-        self._took("request_finished", began)
         return hold, None
 
     def has_pending_push_work(self) -> bool:
@@ -467,25 +450,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
                 half.close()
         self._scheduler = self._worker = None
 
-    def _took(self, hook: str, began: int) -> None:
-        times = self._times.get(hook)
-        if times is None:
-            times = self._times[hook] = deque(maxlen=_KEPT_TIMES)
-        times.append(time.perf_counter_ns() - began)
-
     def debug_stats(self) -> dict[str, Any]:
-        """Counters of this process's half, and how long its hooks took (microseconds, of the last calls). For tests."""
+        """Counters of this process's half. For tests."""
         half = self._scheduler or self._worker
         stats: dict[str, Any] = dict(half.stats()) if half is not None else {}
-        hooks = {hook: sorted(times) for hook, times in self._times.items()}
-        hooks["all"] = sorted(one for times in hooks.values() for one in times)
-        stats["hooks_us"] = {hook: _spread(order) for hook, order in hooks.items() if order}
         stats["config_refusal"] = self._refusal
         return stats
-
-
-def _spread(order: list[int]) -> dict[str, float]:
-    """How sorted times (ns) are spread, in microseconds."""
-    parts = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    at = {name: order[min(len(order) - 1, int(len(order) * part))] / 1000 for name, part in parts.items()}
-    return {"calls": len(order), **at}

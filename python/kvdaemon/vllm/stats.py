@@ -7,7 +7,6 @@ daemon is there, if that has changed. vLLM adds up what comes from several ranks
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,16 +162,11 @@ class Metrics:
     _scheduler: SchedulerHalf | None
     _worker: WorkerHalf | None
 
-    def _took(self, hook: str, began: int) -> None:
-        raise NotImplementedError
-
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self._worker is not None:
             seen = self._worker.observed()
         elif self._scheduler is not None:
-            began = time.perf_counter_ns()
             seen = self._scheduler.observed()
-            self._took("get_kv_connector_stats", began)
         else:
             return None
         return None if seen is None else KvdStats(seen)

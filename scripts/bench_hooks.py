@@ -1,0 +1,120 @@
+"""What the connector costs in the engine's processes, by model shape: the scheduler's hooks while blocks are stored and loaded, and the
+worker's hooks beside the step they are in, while there is nothing to do.
+
+Real vLLM on a CPU with tiny random models: their steps are a fraction of a real model's, so the share of a step is the worst case.
+Beside the scheduler's hooks stands what the same machine takes, in the same run, for a few microseconds of Python after a sleep.
+`make bench-hooks` builds what this needs. A table, or one JSON object with --json; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "vllm"))
+import models  # noqa: E402
+from checks import attached, reference_us  # noqa: E402
+from daemon import Daemon  # noqa: E402
+from engine import Engine, patient  # noqa: E402
+
+SHAPES = {"llama": models.gqa, "qwen3": models.qwen3, "deepseek": models.mla, "gemma": models.gemma, "gpt-oss": models.gptoss, "qwen3-next": models.qwen3next}
+AT_ONCE = 8
+
+
+def rounds(engine: Engine, count: int) -> float:
+    """`count` times eight prompts at once, half of which begin alike, each with an answer; gives the share of prompt tokens that were loaded."""
+    loaded = asked = 0
+    for number in range(count):
+        prompts = [models.prompt(number, 512) + models.prompt(1000 + number * AT_ONCE + i, 200 + 100 * i) for i in range(AT_ONCE // 2)]
+        prompts += [models.prompt(2000 + number * AT_ONCE + i, 300 + 200 * i) for i in range(AT_ONCE // 2)]
+        loaded += engine.batch(prompts, max_tokens=48, logprobs=None).external
+        asked += sum(map(len, prompts))
+    return loaded / asked
+
+
+def scheduler_row(hooks: dict[str, dict[str, float]]) -> dict[str, Any]:
+    whole = hooks.pop("all")
+    slowest = max(hooks, key=lambda name: hooks[name]["cpu_p99"])
+    row = {"calls": whole["calls"]} | {f"{part}_us": whole[part] for part in ("p50", "p99", "cpu_p99")}
+    return row | {"slowest": slowest, "slowest_p99_us": hooks[slowest]["p99"], "slowest_cpu_p99_us": hooks[slowest]["cpu_p99"]}
+
+
+def worker_row(engine: Engine, count: int) -> dict[str, Any]:
+    """Decoding without a block to store: prompt and answer together are less than one."""
+    engine.watch_steps()
+    for number in range(count):
+        engine.batch([models.prompt(3000 + number * AT_ONCE + i, 4) for i in range(AT_ONCE)], max_tokens=24, logprobs=None)
+    steps = [(end - begin, after - before) for (begin, before), (end, after) in itertools.pairwise(engine.watched_steps())]
+    # Between two batches the worker waits for the next.
+    usual = 4 * statistics.median(step for step, _ in steps)
+    steps = [one for one in steps if one[0] < usual]
+    share = sum(hooks for _, hooks in steps) / sum(step for step, _ in steps)
+    return {
+        "steps": len(steps), "step_us": statistics.median(step for step, _ in steps) / 1000,
+        "hooks_us": statistics.median(hooks for _, hooks in steps) / 1000, "share_of_step": share,
+    }
+
+
+def shape(name: str, where: pathlib.Path, count: int) -> dict[str, Any]:
+    path = models.make(SHAPES[name](), where)
+    with Daemon(where / "d", "512MiB") as daemon:
+        engine = Engine(path, where / "engine.log", connector=patient(daemon.socket), mla_prefix_caching=True, threads=1)
+        with engine:
+            attached(engine, daemon)
+            engine.hooks()
+            rounds(engine, count)
+            storing = scheduler_row(engine.hooks())
+            engine.reset_local()
+            engine.hooks()
+            share = rounds(engine, count)
+            if share < 0.3:
+                raise SystemExit(f"{name}: only {share:.0%} of the prompts was loaded; the numbers would say nothing")
+            loading = scheduler_row(engine.hooks()) | {"loaded_share": share}
+            return {"storing": storing, "loading": loading, "idle_worker": worker_row(engine, 4 * count)}
+
+
+def table(results: dict[str, Any]) -> str:
+    p50, p99 = results["reference_us"]
+    lines = [
+        "scheduler's hooks (us): by the clock, and of the thread's own time on a CPU",
+        f"{'shape':<12}{'':<9}{'calls':>7}{'p50':>8}{'p99':>8}{'cpu p99':>9}   slowest kind of hook: p99, cpu p99",
+    ]
+    for name, row in results["shapes"].items():
+        for phase in ("storing", "loading"):
+            one = row[phase]
+            lines.append(
+                f"{name:<12}{phase:<9}{one['calls']:>7}{one['p50_us']:>8.1f}{one['p99_us']:>8.1f}{one['cpu_p99_us']:>9.1f}"
+                f"{one['slowest_p99_us']:>11.1f}{one['slowest_cpu_p99_us']:>9.1f} {one['slowest']}"
+            )
+    lines += [f"beside it, json.dumps of 8 numbers after a sleep of 3 ms: p50 {p50:.1f}, p99 {p99:.1f}", ""]
+    lines += ["worker's hooks with nothing to do, by step", f"{'shape':<12}{'steps':>7}{'step us':>10}{'hooks us':>10}{'share':>9}"]
+    for name, row in results["shapes"].items():
+        one = row["idle_worker"]
+        lines.append(f"{name:<12}{one['steps']:>7}{one['step_us']:>10.0f}{one['hooks_us']:>10.1f}{one['share_of_step']:>9.2%}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--rounds", type=int, default=8, help="of eight prompts at once, for each shape and phase")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    results: dict[str, Any] = {"shapes": {}}
+    for name in args.shapes:
+        print(f"{name}: an engine stores, loads, and has nothing to do", file=sys.stderr)
+        with tempfile.TemporaryDirectory(prefix="kvd-bench-") as where:
+            results["shapes"][name] = shape(name, pathlib.Path(where), args.rounds)
+    results["reference_us"] = reference_us()
+    print(json.dumps(results, indent=2) if args.json else table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""How long a connector's hooks take, seen from outside: the connector knows nothing of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+SCHEDULER = (
+    "on_new_request", "get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta", "update_connector_output",
+    "request_finished_all_groups", "request_finished", "take_events", "has_pending_push_work", "has_pending_block_frees", "reset_cache",
+    "get_kv_connector_stats",
+)
+"""What vLLM calls on the scheduler's thread."""
+
+WORKER = (
+    "handle_preemptions", "bind_connector_metadata", "start_load_kv", "wait_for_layer_load", "save_kv_layer", "wait_for_save",
+    "clear_connector_metadata", "get_transfer_results", "get_finished", "get_block_ids_with_load_errors", "build_connector_worker_meta",
+    "get_kv_connector_stats",
+)
+"""What vLLM calls in a worker, around a step and in it."""
+
+
+class HookTimes:
+    """Wraps hooks of a connector, and keeps how long each call took: by the clock and of the thread's own time on a CPU, in nanoseconds. One
+    that another hook calls is part of that one. What the watching costs is counted with them; less of it without `cpu`."""
+
+    def __init__(self, connector: Any, names: tuple[str, ...], cpu: bool = True) -> None:
+        self.calls: dict[str, list[tuple[int, int]]] = {}
+        self.total = 0
+        """By the clock, of all calls."""
+        self._inside = False
+        self._cpu: Callable[[], int] = time.thread_time_ns if cpu else int
+        for name in names:
+            if hasattr(connector, name):
+                setattr(connector, name, self._timed(name, getattr(connector, name)))
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return call(*args, **kwargs)
+            self._inside = True
+            begin, cpu = time.perf_counter_ns(), self._cpu()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                cpu, took = self._cpu() - cpu, time.perf_counter_ns() - begin
+                self._inside = False
+                self.total += took
+                self.calls.setdefault(name, []).append((took, cpu))
+
+        return timed
+
+    def clear(self) -> None:
+        self.calls.clear()
+
+    def spread(self) -> dict[str, dict[str, float]]:
+        """Calls, p50, p90, p99 and max (microseconds), and `cpu_p99`, by hook, and of `all` together."""
+        whole = self.calls | {"all": [one for calls in self.calls.values() for one in calls]}
+        return {name: _spread(calls) for name, calls in whole.items() if calls}
+
+
+def _spread(calls: list[tuple[int, int]]) -> dict[str, float]:
+    walls, cpus = sorted(wall for wall, _ in calls), sorted(cpu for _, cpu in calls)
+
+    def at(order: list[int], part: float) -> float:
+        return order[min(len(order) - 1, int(len(order) * part))] / 1000
+
+    parts = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    return {"calls": len(calls)} | {name: at(walls, part) for name, part in parts.items()} | {"cpu_p99": at(cpus, 0.99)}

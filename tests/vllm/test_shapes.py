@@ -1,0 +1,175 @@
+"""What is loaded is worth the same as vLLM's own hit of that length, bit by bit, for every shape of model.
+
+Full attention (Llama-like, Qwen3-like, DeepSeek-V3-like with latent attention), sliding windows and full attention (Gemma-3-like, gpt-oss-like),
+recurrent states and full attention (Qwen3-Next-like), with a LoRA adapter, with an image: for hits that end with the prompt, in the middle of it,
+within a window, in another process, after preemption, and where the daemon has lost blocks, of whatever groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+from checks import attached, patient, settled
+from conftest import SOAK, Engines
+from daemon import Daemon
+from engine import Engine
+
+pytestmark = [pytest.mark.engine, pytest.mark.plugin]
+Model = Callable[[models.Recipe], pathlib.Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    recipe: Callable[[], models.Recipe]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the engine."""
+    adapter: bool = False
+    images: tuple[int, ...] = ()
+    small: str = "4MiB"
+    """Host memory for less than the blocks of two prompts."""
+
+
+# vLLM's own cache keeps windows and states only where the same prompt would ask for them again, unless it is told to keep more; states
+# also only where a step ended.
+WINDOWS = {"prefix_cache_retention_interval": 32}
+LORA = {"enable_lora": True, "max_lora_rank": 8}
+KINDS = {
+    "llama": Kind(models.gqa),
+    "qwen3": Kind(models.qwen3),
+    "deepseek": Kind(models.mla, {"mla_prefix_caching": True}, small="6MiB"),
+    "gemma": Kind(models.gemma, WINDOWS, small="6MiB"),
+    "gemma-odd": Kind(lambda: models.gemma(window=200), WINDOWS, small="6MiB"),  # no multiple of the block
+    "gptoss": Kind(models.gptoss, WINDOWS, small="5MiB"),
+    "qwen3next": Kind(models.qwen3next, {"prefix_cache_retention_interval": 96, "max_num_batched_tokens": 512}),
+    "lora": Kind(models.gqa, LORA, adapter=True),
+    "gemma-lora": Kind(models.gemma, WINDOWS | LORA, adapter=True, small="6MiB"),
+    "image": Kind(models.multimodal, {"skip_tokenizer_init": False}, images=(1,)),
+}
+
+
+FEWER = [name for name in KINDS if SOAK or name not in ("gemma-odd", "gemma-lora")]
+
+
+class Case:
+    """Engines of one kind, and how they are asked."""
+
+    def __init__(self, kind: Kind, engines: Engines, model: Model, where: pathlib.Path) -> None:
+        self._kind, self._engines, self._path = kind, engines, model(kind.recipe())
+        self.ask: dict[str, Any] = {}
+        """Fields of every request."""
+        if kind.adapter:
+            self.ask["lora"] = {"name": "a", "id": 1, "path": str(models.make_lora(kind.recipe(), where / "adapter", 1))}
+        if kind.images:
+            self.ask["images"] = list(kind.images)
+        self.long = self.prompt(1)
+
+    def prompt(self, seed: int) -> list[int]:
+        """1500 tokens, images among the first."""
+        images = [models.IMAGE_TOKEN] * len(self._kind.images)
+        return models.prompt(seed, 20) + images + models.prompt(1000 + seed, 1480 - len(images))
+
+    def alone(self) -> Engine:
+        return self._engines.start(self._path, in_process=True, **self._kind.options)
+
+    def start(self, daemon: Daemon, **options: Any) -> Engine:
+        engine = self._engines.start(self._path, connector=patient(daemon.socket), **self._kind.options | options)
+        attached(engine, daemon, **{name: field for name, field in self.ask.items() if name == "lora"})
+        return engine
+
+    def small(self, where: pathlib.Path) -> Daemon:
+        return Daemon(where, self._kind.small)
+
+
+@pytest.fixture(params=list(KINDS))
+def case(request: pytest.FixtureRequest, engines: Engines, model: Model, tmp_path: pathlib.Path) -> Case:
+    return Case(KINDS[request.param], engines, model, tmp_path)
+
+
+def test_load_is_bit_equal_to_a_local_hit(case: Case, daemon: Daemon) -> None:
+    long, ask = case.long, case.ask
+    # The same prompt, one that goes on after it, and one that leaves it within a window's reach.
+    asked = [long, long + models.prompt(2, 300), long[:900] + models.prompt(3, 60)]
+    alone = case.alone()
+    alone.ask(long, **ask)
+    hits = [alone.ask(p, **ask) for p in asked]
+    assert all(hit.cached > 0 for hit in hits), [hit.cached for hit in hits]
+    alone.exit()
+    first = case.start(daemon, in_process=True)
+    assert first.ask(long, **ask).cached == 0
+    first.reset_local()
+    settled(daemon)
+    again = first.batch([long], **ask)
+    assert again.external == hits[0].cached
+    assert again.answers[0].bits == hits[0].bits
+    first.exit()
+    second = case.start(daemon)
+    for p, hit in zip(asked, hits):
+        batch = second.batch([p], **ask)
+        print(f"local hit {hit.cached}, external {batch.external}")
+        assert (batch.external, batch.answers[0].cached) == (hit.cached, hit.cached)
+        assert batch.answers[0].bits == hit.bits
+        second.reset_local()
+
+
+@pytest.mark.parametrize("case", FEWER, indirect=True)
+def test_what_a_daemon_has_left_is_worth_a_local_hit(case: Case, tmp_path: pathlib.Path) -> None:
+    """Host memory for less than two prompts' blocks: what was used longest ago goes first, and windows that were left behind. Whatever hit is
+    left is worth the same as vLLM's own of that length."""
+    ask, alone = case.ask, case.alone()
+    with case.small(tmp_path) as small:
+        engine = case.start(small, in_process=True)
+        found: list[int] = []
+        for round in range(4) if SOAK else (1, 2):
+            # A new one each time: blocks that were computed anew after a hit are others, since rounding depends on how much is computed at once.
+            long = case.prompt(30 + round)
+            engine.ask(long, **ask)
+            engine.reset_local()
+            settled(small)
+            before = small.status()["stores"]["evicted"]
+            engine.ask(case.prompt(10 + round)[: 300 + 350 * round], **ask)
+            engine.reset_local()
+            settled(small)
+            lost = small.status()["stores"]["evicted"] - before
+            batch = engine.batch([long], **ask)
+            left = batch.external
+            assert batch.answers[0].cached == left
+            engine.reset_local()
+            print(f"{lost} blocks evicted, a hit of {left} tokens")
+            if lost and left:
+                found.append(left)
+                leaves = long[:left] + models.prompt(20 + round, 60)
+                loaded = engine.batch([leaves], **ask)
+                assert loaded.external == left
+                engine.reset_local()
+                alone.ask(long, **ask)
+                own = alone.ask(leaves, **ask)
+                assert own.cached == left
+                assert own.bits == loaded.answers[0].bits
+        assert found, "not one hit was left to compare"
+
+
+@pytest.mark.parametrize("case", FEWER, indirect=True)
+def test_a_preempted_request_goes_on_from_what_was_stored(case: Case, daemon: Daemon) -> None:
+    """In mid-answer vLLM takes all blocks away and forgets its cache. What the rest of the answer is computed from is worth the same as
+    vLLM's own hit of that length."""
+    long, ask = case.long, case.ask
+    engine = case.start(daemon, in_process=True)
+    batch = engine.batch([long], max_tokens=60, preempt_after=40, **ask)
+    (tokens,) = (answer.tokens for answer in batch.answers)
+    at = batch.preempted_at
+    came_back = engine.call("stats")["loaded_tokens"]
+    print(f"preempted after {at} tokens, {came_back} tokens came back")
+    assert at > 0
+    assert came_back > 900
+    alone = case.alone()
+    # Token by token, as the first engine came to them: a prompt of the same tokens would be computed in another order of rounding.
+    assert alone.ask(long, max_tokens=60, **ask).tokens[:at] == tokens[:at]
+    own = alone.ask(long + tokens[:at], max_tokens=60 - at, **ask)
+    assert own.cached == came_back
+    assert own.samples[0].tokens == tokens[at:]
+    assert own.samples[0].logprobs == batch.answers[0].samples[0].logprobs[at:]
