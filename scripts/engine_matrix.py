@@ -61,6 +61,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("the same for recurrent states beside full attention", _kinds(SHAPES, "qwen3next")),
         Row("the same with a LoRA adapter", _kinds(SHAPES, "lora", "gemma-lora")),
         Row("the same with an image", _kinds(SHAPES, "image")),
+        Row("the same with a drafter of its own cache (EAGLE, a draft model)", _kinds((*SHAPES, "test_shapes::test_the_cache_of_a_drafter_comes_back_too"), "eagle", "draft-model")),
         Row("a full hit, stored and loaded block by block as counted, also in another process", _kinds(SAME, "gqa", "mla")),
         Row("the same for fp8 KV", _kinds(SAME, "fp8")),
         Row("damage in any group is caught", (r"test_hybrid::test_damage_in_any_group\w+",)),
@@ -92,6 +93,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
     ),
     "What must not be shared is not": (
         Row("other weights, dtype, rope, block size, hash seed", ("test_identity::test_never_shared",)),
+        Row("drafters: by content", ("test_identity::test_a_drafter_is_known_by_its_content",)),
         Row("LoRA: by content, not by name", ("test_identity::test_lora_of_the_same_name_and_path_with_other_content",)),
         Row("reset with the connector: a new weights epoch", ("test_identity::test_weights_epoch_on_reset",)),
     ),

@@ -108,8 +108,8 @@ def model_directory(model: str, revision: str | None, download_dir: str | None) 
     return Path(found)
 
 
-def weights_identity(model_config: Any, load_config: Any) -> str:
-    """What the weights are.
+def weights_identity(model_config: Any, load_config: Any, besides: tuple[str, ...] = ()) -> str:
+    """What the weights are; of the files beside them, also those whose names end like `besides`.
 
     Raises:
         Unknown: only this engine start knows.
@@ -124,7 +124,7 @@ def weights_identity(model_config: Any, load_config: Any) -> str:
         getattr(model_config, "revision", None),
         getattr(load_config, "download_dir", None),
     )
-    suffixes: tuple[str, ...] = WEIGHT_SUFFIXES
+    suffixes: tuple[str, ...] = WEIGHT_SUFFIXES + besides
     if getattr(model_config, "trust_remote_code", False):
         suffixes += (".py",)
     found = tree_digest(directory, suffixes)
@@ -158,9 +158,15 @@ def _hf_dict(config: Any) -> dict[str, Any]:
         whole = dict(config.to_dict())
     except Exception:
         whole = dict(vars(config))
-    for name in ("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash"):
+    for name in ("torch_dtype", "dtype"):
         whole.pop(name, None)
-    return whole
+    return _without_places(whole)
+
+
+def _without_places(whole: dict[str, Any]) -> dict[str, Any]:
+    """Also of the configurations within."""
+    places = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
+    return {name: _without_places(value) if isinstance(value, dict) else value for name, value in whole.items() if name not in places}
 
 
 def _rope(config: Any) -> str:
@@ -168,18 +174,25 @@ def _rope(config: Any) -> str:
     return _json({name: getattr(config, name) for name in names if getattr(config, name, None) is not None})
 
 
-def _speculative(config: Any) -> str:
-    names = ("method", "num_speculative_tokens", "num_lookahead_tokens", "parallel_drafting")
+GUESSES_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
+"""Ways of guessing tokens that have no KV cache, and change nothing in the target's."""
+
+
+def _drafter(config: Any) -> str:
+    """What a drafter's part of the KV is: its files, and the settings that change what is made of them. Not its effective configuration: the
+    model's code adds to that when it runs, which may be in this process or in another."""
+    draft = config.draft_model_config
+    names = (
+        "method", "num_speculative_tokens", "parallel_drafting", "quantization", "kv_cache_dtype", "use_heterogeneous_vocab",
+        "index_share_for_mtp_iteration",
+    )  # fmt: skip
     facts = {name: getattr(config, name, None) for name in names}
-    draft = getattr(config, "draft_model_config", None)
-    if draft is not None and getattr(config, "method", None) not in ("ngram", "suffix"):
-        facts["draft"] = _json(_hf_dict(draft.hf_config))
-        load = getattr(config, "draft_load_config", None)
-        try:
-            facts["draft_weights"] = weights_identity(draft, load)
-        except Unknown:
-            facts["draft_weights"] = f"private:{uuid.uuid4()}"
-    return _json(facts)
+    facts["dtype"] = str(getattr(draft, "dtype", None)).removeprefix("torch.")
+    try:
+        facts["files"] = weights_identity(draft, getattr(config, "draft_load_config", None), ("config.json",))
+    except (Unknown, OSError):
+        facts["files"] = f"private:{uuid.uuid4()}"
+    return _json({name: value for name, value in facts.items() if value is not None})
 
 
 def hash_identity(cache_config: Any, none_hash: bytes, lookahead: int) -> str:
@@ -208,8 +221,9 @@ def facts(vllm_config: Any, kv_dtype: str, tenant: str, weights: str, none_hash:
     }
     if quantization := getattr(model, "quantization", None):
         found["quantization"] = str(quantization)
-    if (speculative := getattr(vllm_config, "speculative_config", None)) is not None:
-        found["speculative"] = _speculative(speculative)
+    speculative = getattr(vllm_config, "speculative_config", None)
+    if speculative is not None and speculative.method not in GUESSES_WITHOUT_A_MODEL:
+        found["speculative"] = _drafter(speculative)
     return [(key, _plain(value)) for key, value in found.items()]
 
 

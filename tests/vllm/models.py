@@ -131,6 +131,12 @@ def qwen3next(**rest: Any) -> Recipe:
     return recipe("qwen3next", config, **rest)
 
 
+def eagle(**rest: Any) -> Recipe:
+    """A drafter of one layer for `gqa`, as EAGLE has it: it reads the target's hidden states, and the target's embeddings and head."""
+    config = _llama(1, 256, 4, 2, 64, 512, 8192, VOCABULARY)
+    return recipe("eagle", config | {"eagle_drafter": True}, **rest)
+
+
 def multimodal(**rest: Any) -> Recipe:
     """LLaVA-like: an image of 56 by 56 pixels becomes 16 tokens of a Llama-like model."""
     config = {
@@ -310,6 +316,9 @@ def weights(r: Recipe) -> dict[str, Any]:
         shapes["lm_head.weight"] = (c["vocab_size"], c["hidden_size"])
     if "vision_config" in whole:
         shapes |= _vision_shapes(whole["vision_config"], c["hidden_size"])
+    if c.get("eagle_drafter"):
+        shapes = {n: shape for n, shape in shapes.items() if n.startswith("model.layers.") and not n.endswith("input_layernorm.weight")}
+        shapes["fc.weight"] = (c["hidden_size"], 2 * c["hidden_size"])
     usual = torch.Generator().manual_seed(r.seed)
     changed = torch.Generator().manual_seed(r.seed if r.middle_seed is None else r.middle_seed)
     middle = {f"model.layers.{i}." for i in range(1, layers - 1)} if r.middle_seed is not None else set()
@@ -322,6 +331,8 @@ def weights(r: Recipe) -> dict[str, Any]:
             # Gemma scales them itself, and compares what comes out with them: larger ones would only repeat the last token.
             tensor = tensor * (0.25 if c["model_type"] == "gemma3_text" else c["hidden_size"] ** 0.5)
         out[name] = tensor if name.endswith(("e_score_correction_bias", "A_log")) else tensor.to(dtype)
+    if c.get("eagle_drafter"):
+        out = {n.removeprefix("model."): t for n, t in out.items()}
     if "vision_config" in whole:
         text = ("model.embed_tokens.", "model.layers.", "model.norm.")
         out = {"model.language_model." + n.removeprefix("model.") if n.startswith(text) else n: t for n, t in out.items()}

@@ -66,6 +66,28 @@ def test_the_same_model_elsewhere_is_shared(stored: Daemon, engines: Engines, tm
     print(f"\na copy of the model in another directory: {shared} tokens shared")
 
 
+def test_a_drafter_is_known_by_its_content(engines: Engines, daemon: Daemon, model: Model, tmp_path: pathlib.Path) -> None:
+    """Its cache is stored with the target's. Guesses that need no model change nothing, and divide nobody."""
+
+    def external(drafter: pathlib.Path | None, **options: Any) -> int:
+        eagle = {"method": "eagle", "model": str(drafter), "num_speculative_tokens": 2}
+        engine = engines.start(model(models.gqa()), connector=patient(daemon.socket), speculative_config=eagle if drafter else None, **options)
+        attached(engine, daemon)
+        found = engine.batch([PROMPT]).external
+        engine.reset_local()
+        engine.exit()
+        return found
+
+    assert external(model(models.eagle()), in_process=True) == 0
+    assert external(models.make(models.eagle(), tmp_path)) == 640, "another copy, in other processes: all but the last block, as vLLM has it"
+    assert external(model(models.eagle(seed=3))) == 0
+    assert external(None) == 0, "without a drafter there are other layers"
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    plain = engines.start(model(models.gqa()), connector=patient(daemon.socket), speculative_config=ngram)
+    attached(plain, daemon)
+    assert plain.batch([PROMPT]).external == full_blocks(len(PROMPT)) * 32
+
+
 def test_lora_of_the_same_name_and_path_with_other_content(engines: Engines, daemon: Daemon, model: Model, tmp_path: pathlib.Path) -> None:
     where = tmp_path / "adapter"
     adapter = {"name": "a", "id": 1, "path": str(where)}

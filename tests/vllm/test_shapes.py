@@ -30,6 +30,8 @@ class Kind:
     """Of the engine."""
     adapter: bool = False
     images: tuple[int, ...] = ()
+    drafter: tuple[str, Callable[[], models.Recipe]] | None = None
+    """How tokens are guessed, by a model with a KV cache of its own."""
     small: str = "4MiB"
     """Host memory for less than the blocks of two prompts."""
 
@@ -48,18 +50,24 @@ KINDS = {
     "qwen3next": Kind(models.qwen3next, {"prefix_cache_retention_interval": 96, "max_num_batched_tokens": 512}),
     "lora": Kind(models.gqa, LORA, adapter=True),
     "gemma-lora": Kind(models.gemma, WINDOWS | LORA, adapter=True, small="6MiB"),
+    "eagle": Kind(models.gqa, drafter=("eagle", models.eagle)),
+    "draft-model": Kind(models.gqa, drafter=("draft_model", models.gqa)),  # guesses right where its cache is right
     "image": Kind(models.multimodal, {"skip_tokenizer_init": False}, images=(1,)),
 }
 
 
-FEWER = [name for name in KINDS if SOAK or name not in ("gemma-odd", "gemma-lora")]
+FEWER = [name for name in KINDS if SOAK or name not in ("gemma-odd", "gemma-lora", "eagle", "draft-model")]
 
 
 class Case:
     """Engines of one kind, and how they are asked."""
 
     def __init__(self, kind: Kind, engines: Engines, model: Model, where: pathlib.Path) -> None:
-        self._kind, self._engines, self._path = kind, engines, model(kind.recipe())
+        self._engines, self._path, self._small, self._images = engines, model(kind.recipe()), kind.small, len(kind.images)
+        self._options = dict(kind.options)
+        if kind.drafter:
+            method, drafter = kind.drafter
+            self._options["speculative_config"] = {"method": method, "model": str(model(drafter())), "num_speculative_tokens": 2}
         self.ask: dict[str, Any] = {}
         """Fields of every request."""
         if kind.adapter:
@@ -70,19 +78,19 @@ class Case:
 
     def prompt(self, seed: int) -> list[int]:
         """1500 tokens, images among the first."""
-        images = [models.IMAGE_TOKEN] * len(self._kind.images)
+        images = [models.IMAGE_TOKEN] * self._images
         return models.prompt(seed, 20) + images + models.prompt(1000 + seed, 1480 - len(images))
 
     def alone(self) -> Engine:
-        return self._engines.start(self._path, in_process=True, **self._kind.options)
+        return self._engines.start(self._path, in_process=True, **self._options)
 
     def start(self, daemon: Daemon, **options: Any) -> Engine:
-        engine = self._engines.start(self._path, connector=patient(daemon.socket), **self._kind.options | options)
+        engine = self._engines.start(self._path, connector=patient(daemon.socket), **self._options | options)
         attached(engine, daemon, **{name: field for name, field in self.ask.items() if name == "lora"})
         return engine
 
     def small(self, where: pathlib.Path) -> Daemon:
-        return Daemon(where, self._kind.small)
+        return Daemon(where, self._small)
 
 
 @pytest.fixture(params=list(KINDS))
@@ -144,11 +152,10 @@ def test_what_a_daemon_has_left_is_worth_a_local_hit(case: Case, tmp_path: pathl
                 found.append(left)
                 leaves = long[:left] + models.prompt(20 + round, 60)
                 loaded = engine.batch([leaves], **ask)
-                assert loaded.external == left
                 engine.reset_local()
                 alone.ask(long, **ask)
                 own = alone.ask(leaves, **ask)
-                assert own.cached == left
+                assert own.cached == loaded.external in (left, left - 32)  # with EAGLE, the last of these is left out again
                 assert own.bits == loaded.answers[0].bits
         assert found, "not one hit was left to compare"
 
@@ -159,7 +166,7 @@ def test_a_preempted_request_goes_on_from_what_was_stored(case: Case, daemon: Da
     vLLM's own hit of that length."""
     long, ask = case.long, case.ask
     engine = case.start(daemon, in_process=True)
-    batch = engine.batch([long], max_tokens=60, preempt_after=40, **ask)
+    batch = engine.batch([long], max_tokens=70, preempt_after=50, **ask)
     (tokens,) = (answer.tokens for answer in batch.answers)
     at = batch.preempted_at
     came_back = engine.call("stats")["loaded_tokens"]
@@ -168,8 +175,26 @@ def test_a_preempted_request_goes_on_from_what_was_stored(case: Case, daemon: Da
     assert came_back > 900
     alone = case.alone()
     # Token by token, as the first engine came to them: a prompt of the same tokens would be computed in another order of rounding.
-    assert alone.ask(long, max_tokens=60, **ask).tokens[:at] == tokens[:at]
-    own = alone.ask(long + tokens[:at], max_tokens=60 - at, **ask)
+    assert alone.ask(long, max_tokens=70, **ask).tokens[:at] == tokens[:at]
+    own = alone.ask(long + tokens[:at], max_tokens=70 - at, **ask)
     assert own.cached == came_back
     assert own.samples[0].tokens == tokens[at:]
     assert own.samples[0].logprobs == batch.answers[0].samples[0].logprobs[at:]
+
+
+@pytest.mark.parametrize("case", ["eagle", "draft-model"], indirect=True)
+def test_the_cache_of_a_drafter_comes_back_too(case: Case, daemon: Daemon) -> None:
+    """Byte by byte: which guesses are taken hardly shows it. With EAGLE the last block is left out, as it depends on the token after it."""
+    engine = case.start(daemon)
+    blocks, long = 45, case.long
+    stored = engine.batch([long], dump=blocks, max_tokens=24)
+    engine.reset_local()
+    settled(daemon)
+    loaded = engine.batch([long], dump=blocks, max_tokens=24)
+    assert loaded.external >= blocks * 32
+    ((before,),), ((after,),) = stored.dumps, loaded.dumps
+    assert len(before["layers"]) in (5, 8), "the target's four layers, and the drafter's one or four"
+    assert after == before
+    accepted = [batch.delta.get("vllm:spec_decode_num_accepted_tokens") for batch in (stored, loaded)]
+    print(f"guesses that were taken: {accepted}")
+    assert accepted[0] == accepted[1]
