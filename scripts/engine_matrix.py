@@ -57,7 +57,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "What is stored comes back": (
         Row("tokens and logprobs bit-equal to vLLM's own hit: full, partial, in another process, preempted, after evictions", _kinds(SHAPES, "llama", "qwen3")),
         Row("the same for MLA", _kinds(SHAPES, "deepseek")),
-        Row("the same for sliding windows beside full attention", _kinds(SHAPES, "gemma", "gemma-odd", "gptoss")),
+        Row("the same for sliding windows beside full attention", _kinds(SHAPES, "gemma", "gemma-odd", "gemma-one-group", "gptoss")),
         Row("the same for recurrent states beside full attention", _kinds(SHAPES, "qwen3next")),
         Row("the same with a LoRA adapter", _kinds(SHAPES, "lora", "gemma-lora")),
         Row("the same with an image", _kinds(SHAPES, "image")),

@@ -110,6 +110,14 @@ def patient(socket: str | os.PathLike[str], **extra: Any) -> dict[str, Any]:
     return kv_transfer(socket, **{"lookup_deadline_ms": 5000, "load_deadline_ms": 30_000, "hold_deadline_ms": 30_000} | extra)
 
 
+def multi(*children: dict[str, Any]) -> dict[str, Any]:
+    """A MultiConnector of these."""
+    return {
+        "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": list(children)},
+    }
+
+
 class Nursery:
     """A process that has imported vLLM once and forks engines: see engine_child.py. Saves about ten seconds an engine."""
 

@@ -172,6 +172,11 @@ class ScriptedEngine:
         self.serial = 0
         self.requests: dict[str, tuple[list[int], int]] = {}
 
+    @property
+    def ours(self) -> Any:
+        """Our connector, also where it is one of a MultiConnector's."""
+        return next((one for one in getattr(self.connector, "sub_connectors", ()) if hasattr(one, "debug_stats")), self.connector)
+
     def free_blocks(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 

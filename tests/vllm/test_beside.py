@@ -14,7 +14,7 @@ import pytest
 from checks import attached, full_blocks, patient, wait_stored
 from conftest import Engines
 from daemon import REPOSITORY, Daemon
-from engine import Nursery
+from engine import Nursery, multi
 
 pytestmark = [pytest.mark.engine, pytest.mark.plugin]
 Model = Callable[[models.Recipe], pathlib.Path]
@@ -28,10 +28,7 @@ def free_port() -> int:
 
 @pytest.mark.skipif(importlib.util.find_spec("nixl_cu12") is None, reason="nixl-cu12 is not installed")
 def test_multi_connector_with_nixl(engines: Engines, daemon: Daemon, model: Model) -> None:
-    connector = {
-        "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"connectors": [{"kv_connector": "NixlConnector", "kv_role": "kv_both"}, patient(daemon.socket)]},
-    }
+    connector = multi({"kv_connector": "NixlConnector", "kv_role": "kv_both"}, patient(daemon.socket))
     env = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
     engine = engines.start(model(models.gqa()), connector=connector, env=env)
     attached(engine, daemon)

@@ -131,3 +131,12 @@ def test_images_are_part_of_the_prompt(engines: Engines, daemon: Daemon, model: 
     assert batch.external == 96, "what comes before the image is shared, what comes after is not"
     engine.reset_local()
     assert engine.batch([prompt], images=[2]).answers[0].tokens == other.tokens
+    two = models.prompt(1, 100) + [models.IMAGE_TOKEN] + models.prompt(4, 100) + [models.IMAGE_TOKEN] + models.prompt(5, 100)
+    engine.ask(two, images=[4, 5])
+    engine.reset_local()
+    settled(daemon)
+    assert engine.batch([two], images=[5, 4]).external == 96, "the same images in another order"
+    engine.reset_local()
+    assert engine.batch([two], images=[4, 6]).external == 192, "the first is shared: 100 tokens, 16 of the image, and of what follows"
+    engine.reset_local()
+    assert engine.batch([two], images=[4, 5]).external == 320

@@ -21,7 +21,7 @@ pytest.importorskip("vllm")
 import daemon as daemon_module  # noqa: E402
 import models  # noqa: E402
 from conftest import SOAK  # noqa: E402
-from engine import kv_transfer, patient  # noqa: E402
+from engine import kv_transfer, multi, patient  # noqa: E402
 from harness import SHAPES, ScriptedEngine, Shape, WrongCache, continuation, make_config  # noqa: E402
 from scripted import STATES_OFFERED  # noqa: E402
 from vllm.v1.core.sched.interface import PauseState  # noqa: E402
@@ -40,6 +40,8 @@ class Rig:
     daemon: daemon_module.Daemon | None
     is_async: bool
     shape: Shape
+    as_child: bool = False
+    """The connector is a MultiConnector's."""
     made: list[ScriptedEngine] = dataclasses.field(default_factory=list)
 
     def engine(
@@ -51,6 +53,8 @@ class Rig:
             options.setdefault("prefix_cache_retention_interval", self.shape.unit)
         if connector is None and self.daemon is not None:
             connector = patient(self.daemon.socket)
+        if self.as_child and connector is not None:
+            connector = multi(connector)
         config = make_config(
             self.path, connector, async_scheduling=self.is_async, spec_tokens=spec_tokens, blocks=blocks, shape=self.shape, **options
         )
@@ -59,7 +63,7 @@ class Rig:
         if self.daemon is not None and wait:
             def stores() -> bool:
                 one.ask(self.prompt(self.shape.unit + 1), 1)
-                return one.connector.debug_stats()["done_blocks"] > 0
+                return one.ours.debug_stats()["done_blocks"] > 0
 
             one.run_until("the connector has registered", stores)
             self.settle(one)
@@ -69,7 +73,7 @@ class Rig:
 
     def settle(self, engine: ScriptedEngine) -> None:
         """Until every store is over, on both sides."""
-        engine.run_until("no copy is under way", lambda: engine.connector.debug_stats()["blocks_in_flight"] == 0)
+        engine.run_until("no copy is under way", lambda: engine.ours.debug_stats()["blocks_in_flight"] == 0)
         if self.daemon is not None:
             engine.run_until("the daemon has all", self._no_store_open)
 
@@ -92,7 +96,7 @@ class Rig:
 def idle(engine: ScriptedEngine) -> None:
     """Nothing is left behind: no block, no request, no copy."""
     engine.drain()
-    stats = engine.connector.debug_stats()
+    stats = engine.ours.debug_stats()
     left = {name: stats[name] for name in ("blocks_held", "blocks_in_flight", "requests_known", "loads_under_way") if stats[name]}
     assert not left, left
     assert not engine.watch.kept
@@ -167,7 +171,7 @@ def test_hits_of_every_length(rig: Rig) -> None:
             asked = prompt[:shared] + rig.prompt(50)
             assert engine.ask(asked, 8)[1] == rig.hit(shared), shared
             rig.settle(engine)
-        assert engine.connector.debug_stats()["load_failures"] == 0
+        assert engine.ours.debug_stats()["load_failures"] == 0
         idle(engine)
 
 
@@ -313,7 +317,7 @@ def test_a_block_that_does_not_load_is_recomputed(own_rig: Rig) -> None:
         engine.ask(prompt, 4)
         own_rig.settle(engine)
         idle(engine)
-        failures = engine.connector.debug_stats()["load_failures"]
+        failures = engine.ours.debug_stats()["load_failures"]
     assert failures > 0
     engine.reset()
     assert engine.ask(prompt, 4)[1] == own_rig.hit(329), "all of it is there again"
@@ -375,7 +379,7 @@ def test_evicted_blocks_make_hits_shorter(model: Callable[[models.Recipe], pathl
             engine.reset()
             rig.settle(engine)
         assert min(lengths) < rig.hit(1199), lengths
-        assert engine.connector.debug_stats()["load_failures"] == 0
+        assert engine.ours.debug_stats()["load_failures"] == 0
         idle(engine)
 
 
@@ -393,7 +397,7 @@ def test_blocks_outgrown_while_the_daemon_is_silent(own_rig: Rig, end: str) -> N
     held = 0
     for _ in range(150):
         engine.step()
-        held = max(held, engine.connector.debug_stats()["blocks_held"])
+        held = max(held, engine.ours.debug_stats()["blocks_held"])
     assert held > 0 or end == "deadline"
     if end == "resume":
         daemon.resume()
@@ -407,7 +411,7 @@ def test_blocks_outgrown_while_the_daemon_is_silent(own_rig: Rig, end: str) -> N
         assert engine.ask(prompt + continuation(prompt, 250), 3)[1] > 0
         idle(engine)
     elif end == "deadline":
-        assert engine.connector.debug_stats()["hold_timeouts"] > 0
+        assert engine.ours.debug_stats()["hold_timeouts"] > 0
 
 
 @plugin
@@ -421,10 +425,10 @@ def test_a_pause_waits_for_blocks_that_are_kept(own_rig: Rig) -> None:
     engine.run_until("it runs", lambda: len(engine.answers["r%d" % engine.serial]) > 2)
     own_rig.settle(engine)
     daemon.pause()
-    engine.run_until("blocks are kept", lambda: engine.connector.debug_stats()["blocks_held"] > 0)
+    engine.run_until("blocks are kept", lambda: engine.ours.debug_stats()["blocks_held"] > 0)
     engine.settle()
     engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
-    assert engine.connector.debug_stats()["blocks_held"] and engine.scheduler.has_requests()
+    assert engine.ours.debug_stats()["blocks_held"] and engine.scheduler.has_requests()
     daemon.resume()
     engine.run_until("nothing is to do", lambda: not engine.scheduler.has_requests())
     engine.settle()
@@ -501,7 +505,7 @@ def random_schedule(rig: Rig, seed: int) -> dict[str, int]:
     if daemon is None:
         return {"preempted": preempted, "copied": engine.model.copied_blocks}
     idle(engine)
-    stats = engine.connector.debug_stats()
+    stats = engine.ours.debug_stats()
     if faults == "none":
         assert stats["load_failures"] == 0, "a load was ordered of blocks that were not there"
     return {
@@ -520,11 +524,11 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[daemon_mo
 @plugin
 @pytest.mark.parametrize("part", range(60 if not SOAK else 1000))
 def test_random_schedules(part: int, daemons: list[daemon_module.Daemon], model: Callable[[models.Recipe], pathlib.Path]) -> None:
-    """One schedule each, or ten. Every shape, with both schedulers, comes in turn."""
+    """One schedule each, or ten. Every shape, with both schedulers, comes in turn; in every fifth kvd is a MultiConnector's child."""
     each = 1 if not SOAK else 10
     for seed in range(part * each, part * each + each):
         shape = list(SHAPES.values())[seed % len(SHAPES)]
-        with closing(Rig(model(models.gqa()), daemons[seed % 3 == 2], seed // len(SHAPES) % 2 == 1, shape)) as rig:
+        with closing(Rig(model(models.gqa()), daemons[seed % 3 == 2], seed // len(SHAPES) % 2 == 1, shape, as_child=seed % 5 == 4)) as rig:
             print(f"seed {seed}: {shape.name}, {random_schedule(rig, seed)}")
 
 

@@ -16,7 +16,7 @@ import pytest
 from checks import attached, full_blocks, kv_transfer, loads, patient, wait_stored
 from conftest import Engines
 from daemon import Daemon
-from engine import Batch, Engine, wait_until
+from engine import Batch, Engine, multi, wait_until
 
 pytest.importorskip("vllm")
 
@@ -33,13 +33,6 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 pytestmark = pytest.mark.plugin
 Model = Callable[[models.Recipe], pathlib.Path]
 PROMPT = models.prompt(1, 700)
-
-
-def multi(*children: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"connectors": list(children)},
-    }
 
 
 # vLLM's classes ---------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ pytest.importorskip("vllm")
 import daemon as daemon_module  # noqa: E402
 import memory_connector  # noqa: E402
 import models  # noqa: E402
-from engine import patient  # noqa: E402
+from engine import multi, patient  # noqa: E402
 from harness import BLOCK, SHAPES, ScriptedEngine, continuation  # noqa: E402
-from test_hybrid_scheduler import Rig, closing, idle, stops_when_it_loads  # noqa: E402
+from test_hybrid_scheduler import Rig, closing, idle, random_schedule, stops_when_it_loads  # noqa: E402
 
 pytestmark = pytest.mark.plugin
 Model = Callable[[models.Recipe], pathlib.Path]
@@ -82,12 +82,12 @@ def test_one_of_several_loads_fails(full: Rig) -> None:
     lost = set()
     for round in range(24):
         the_daemon(full).flip_byte(skip=7 + 23 * round % 480)
-        before, failures = engine.model.computed_tokens, engine.connector.debug_stats()["load_failures"]
+        before, failures = engine.model.computed_tokens, engine.ours.debug_stats()["load_failures"]
         for prompt in prompts:
             engine.add(prompt, 1)
         idle(engine)
         engine.check_answers()
-        failed = engine.connector.debug_stats()["load_failures"] - failures
+        failed = engine.ours.debug_stats()["load_failures"] - failures
         again = engine.model.computed_tokens - before - sum(len(one) - 320 for one in prompts)
         assert failed <= 1 and again % BLOCK == 0 and (again > 0) == (failed == 1), (again, failed)
         lost.add(again // BLOCK)
@@ -107,7 +107,7 @@ def test_two_requests_on_a_prefix_that_does_not_load(rig: Rig) -> None:
         engine.add(prompt + models.prompt(i, 40), 4)
     idle(engine)
     engine.check_answers()
-    assert engine.connector.debug_stats()["load_failures"] > 0
+    assert engine.ours.debug_stats()["load_failures"] > 0
     rig.settle(engine)
     engine.reset()
     assert engine.ask(prompt, 4)[1] == rig.hit(329)
@@ -176,7 +176,7 @@ def test_hits_that_do_not_fit_together(rig: Rig, spec: int) -> None:
         engine.add(prompt, 60)
     idle(engine)
     engine.check_answers()
-    assert engine.connector.debug_stats()["load_failures"] == 0
+    assert engine.ours.debug_stats()["load_failures"] == 0
     rig.settle(engine)
     for prompt in prompts:
         engine.reset()
@@ -192,7 +192,7 @@ def test_a_hit_that_waits_longer_than_its_lease(rig: Rig) -> None:
     engine = rig.engine(blocks=few, budget=64, connector=patient(the_daemon(rig).socket, lease_ms=100))
     long = engine.add(rig.prompt(350), 200)
     engine.run_until("it runs", lambda: len(engine.answers[long]) > 2)
-    before, hits = engine.connector.debug_stats()["lookups"], engine.external_hits
+    before, hits = engine.ours.debug_stats()["lookups"], engine.external_hits
     waiting = engine.add(prompt, 4)
     for _ in range(100):
         engine.step()
@@ -200,9 +200,9 @@ def test_a_hit_that_waits_longer_than_its_lease(rig: Rig) -> None:
     assert not engine.answers[waiting] and long not in engine.finish
     idle(engine)
     engine.check_answers()
-    assert engine.connector.debug_stats()["lookups"] - before > 4, "it was not asked again"
+    assert engine.ours.debug_stats()["lookups"] - before > 4, "it was not asked again"
     assert engine.external_hits > hits, "asked too often, it was computed"
-    assert engine.connector.debug_stats()["load_failures"] == 0
+    assert engine.ours.debug_stats()["load_failures"] == 0
 
 
 def test_all_that_wait_with_loads_have_room_together() -> None:
@@ -315,35 +315,40 @@ def test_roles(rig: Rig) -> None:
     have = daemon.resident()
     assert first.ask(prompt, 4)[1] == 0
     idle(first)
-    assert first.connector.debug_stats()["lookups"] == 0
+    assert first.ours.debug_stats()["lookups"] == 0
     second = rig.engine(budget=64, wait=False, connector=patient(daemon.socket) | {"kv_role": "kv_consumer"})
     second.run_until("it has attached, and loads", lambda: second.ask(prompt, 4)[1] == rig.hit(329) or second.reset())
-    assert second.connector.debug_stats()["loads"] > 0
+    assert second.ours.debug_stats()["loads"] > 0
     assert second.ask(rig.prompt(200), 4)[1] == 0
     idle(second)
-    assert second.connector.debug_stats()["reserves"] == 0
+    assert second.ours.debug_stats()["reserves"] == 0
     assert daemon.resident() == have
 
 
-def child(engine: ScriptedEngine) -> Any:
-    """Our connector in a MultiConnector."""
-    return next(one for one in engine.connector.sub_connectors if hasattr(one, "debug_stats"))
+def test_what_a_child_of_a_multi_connector_hears(rig: Rig) -> None:
+    """All that happens to a connector that is alone, of one cache group and of several: random schedules in which requests were preempted, and
+    loaded, and blocks had to be kept."""
+    rig.as_child = True
+    seen: dict[str, int] = {}
+    for seed in range(6):
+        for what, count in random_schedule(rig, seed).items():
+            seen[what] = seen.get(what, 0) + count
+    print(seen)
+    assert seen["preempted"] and seen["loads"], seen
+    assert seen["kept"] or rig.shape.name == "full", seen
 
 
 def test_another_child_serves_the_load(full: Rig) -> None:
     """Both have the prefix and the other one comes first: ours loads nothing, keeps nothing, and stores what it lacks."""
     memory_connector.STORE.clear()
     other = {"kv_connector": "MemoryConnector", "kv_connector_module_path": "memory_connector", "kv_role": "kv_both"}
-    both = {
-        "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"connectors": [other, patient(the_daemon(full).socket)]},
-    }
+    both = multi(other, patient(the_daemon(full).socket))
     alone = full.engine()
     prompt = full.prompt(330)
     stored(full, alone, prompt)
     have = the_daemon(full).resident()
     engine = full.engine(wait=False, connector=both)
-    ours = child(engine)
+    ours = engine.ours
 
     def stores() -> bool:
         engine.ask(full.prompt(40), 1)
