@@ -1,7 +1,7 @@
 """What the connector costs in the engine's processes, by model shape: the scheduler's hooks while blocks are stored and loaded, and the
-worker's hooks beside the step they are in, while there is nothing to do.
+worker's hooks beside the time from one step to the next, while there is nothing to do.
 
-Real vLLM on a CPU with tiny random models: their steps are a fraction of a real model's, so the share of a step is the worst case.
+Real vLLM on a CPU with tiny random models, whose steps are a fraction of a real model's.
 Beside the scheduler's hooks stands what the same machine takes, in the same run, for a few microseconds of Python after a sleep.
 `make bench-hooks` builds what this needs. A table, or one JSON object with --json; progress goes to standard error.
 """
@@ -58,7 +58,7 @@ def worker_row(engine: Engine, count: int) -> dict[str, Any]:
     share = sum(hooks for _, hooks in steps) / sum(step for step, _ in steps)
     return {
         "steps": len(steps), "step_us": statistics.median(step for step, _ in steps) / 1000,
-        "hooks_us": statistics.median(hooks for _, hooks in steps) / 1000, "share_of_step": share,
+        "hooks_us": statistics.median(hooks for _, hooks in steps) / 1000, "share": share,
     }
 
 
@@ -94,10 +94,10 @@ def table(results: dict[str, Any]) -> str:
                 f"{one['slowest_p99_us']:>11.1f}{one['slowest_cpu_p99_us']:>9.1f} {one['slowest']}"
             )
     lines += [f"beside it, json.dumps of 8 numbers after a sleep of 3 ms: p50 {p50:.1f}, p99 {p99:.1f}", ""]
-    lines += ["worker's hooks with nothing to do, by step", f"{'shape':<12}{'steps':>7}{'step us':>10}{'hooks us':>10}{'share':>9}"]
+    lines += ["worker's hooks with nothing to do, from one step to the next", f"{'shape':<12}{'steps':>7}{'step us':>10}{'hooks us':>10}{'share':>9}"]
     for name, row in results["shapes"].items():
         one = row["idle_worker"]
-        lines.append(f"{name:<12}{one['steps']:>7}{one['step_us']:>10.0f}{one['hooks_us']:>10.1f}{one['share_of_step']:>9.2%}")
+        lines.append(f"{name:<12}{one['steps']:>7}{one['step_us']:>10.0f}{one['hooks_us']:>10.1f}{one['share']:>9.2%}")
     return "\n".join(lines)
 
 

@@ -166,33 +166,77 @@ def _hf_dict(config: Any) -> dict[str, Any]:
 def _without_places(whole: dict[str, Any]) -> dict[str, Any]:
     """Also of the configurations within."""
     places = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
-    return {name: _without_places(value) if isinstance(value, dict) else value for name, value in whole.items() if name not in places}
+
+    def within(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: within(one) for name, one in value.items() if name not in places}
+        return [within(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return dict(within(whole))
 
 
-def _rope(config: Any) -> str:
+def _rope(config: Any, longest: Any) -> str:
+    """How positions are rotated. LongRoPE takes other factors for models that are served with a longer context (`longest` tokens)."""
     names = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings")
-    return _json({name: getattr(config, name) for name in names if getattr(config, name, None) is not None})
+    found = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    if _is_long_rope(config):
+        found["max_model_len"] = longest
+    return _json(found)
 
 
-GUESSES_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
+def _is_long_rope(config: Any) -> bool:
+    text = _json([getattr(config, name, None) for name in ("rope_scaling", "rope_parameters")])
+    return '"longrope"' in text or '"su"' in text
+
+
+def _quantization(model: Any) -> str | None:
+    """The method, and what is set beside the files of a model (vLLM's online quantisation)."""
+    method = getattr(model, "quantization", None)
+    given = getattr(model, "quantization_config", None)
+    if given is None:
+        return str(method) if method else None
+    text = repr(given)
+    return f"{method}:{uuid.uuid4() if ' at 0x' in text else digest(text.encode())}"
+
+
+GUESSES_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator")
 """Ways of guessing tokens that have no KV cache, and change nothing in the target's."""
+GUESSES_OF_MODELS = ("eagle", "eagle3", "mtp", "draft_model", "dflash", "dspark")
+"""Those whose KV cache follows from the files of a model and the settings below."""
 
 
-def _drafter(config: Any) -> str:
-    """What a drafter's part of the KV is: its files, and the settings that change what is made of them. Not its effective configuration: the
-    model's code adds to that when it runs, which may be in this process or in another."""
+def _drafter(vllm_config: Any, weights: str, warn: Callable[[str], None]) -> str | None:
+    """What a drafter's part of the KV is, if it has one: its files, and the settings that change what is made of them. Not its effective
+    configuration: the model's code adds to that when it runs, which may be in this process or in another."""
+    config, target = getattr(vllm_config, "speculative_config", None), vllm_config.model_config
+    if config is None or config.method in GUESSES_WITHOUT_KV:
+        return None
     draft = config.draft_model_config
     names = (
-        "method", "num_speculative_tokens", "parallel_drafting", "quantization", "kv_cache_dtype", "use_heterogeneous_vocab",
-        "index_share_for_mtp_iteration",
+        "method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size", "parallel_drafting", "quantization", "kv_cache_dtype",
+        "attention_backend", "use_heterogeneous_vocab", "index_share_for_mtp_iteration", "max_model_len",
     )  # fmt: skip
-    facts = {name: getattr(config, name, None) for name in names}
-    facts["dtype"] = str(getattr(draft, "dtype", None)).removeprefix("torch.")
+    found = {name: getattr(config, name, None) for name in names}
     try:
-        facts["files"] = weights_identity(draft, getattr(config, "draft_load_config", None), ("config.json",))
-    except (Unknown, OSError):
-        facts["files"] = f"private:{uuid.uuid4()}"
-    return _json({name: value for name, value in facts.items() if value is not None})
+        if config.method not in GUESSES_OF_MODELS:
+            raise Unknown(f"kvd does not know what the KV of {config.method!r} follows from")
+        if callable(getattr(target, "hf_overrides", None)):
+            raise Unknown("hf_overrides is a function")
+        if str(getattr(draft, "config_format", "auto")) not in ("auto", "hf", "mistral"):
+            raise Unknown(f"its configuration is of the format {draft.config_format}")
+        found["dtype"] = str(draft.dtype).removeprefix("torch.")
+        text = getattr(draft, "hf_text_config", None) or draft.hf_config
+        if _is_long_rope(text):
+            found["rope"] = _rope(text, draft.max_model_len)
+        if draft.model == target.model:  # layers of the target's own files (MTP)
+            found["files"] = weights
+        else:
+            load = getattr(config, "draft_load_config", None) or vllm_config.load_config
+            found["files"] = weights_identity(draft, load, ("config.json", "params.json"))
+    except (Unknown, OSError) as error:
+        warn(f"KV blocks are shared with no other engine start, because the drafter can't be told from outside: {error}")
+        found["files"] = f"private:{uuid.uuid4()}"
+    return _json({name: value for name, value in found.items() if value is not None})
 
 
 def hash_identity(cache_config: Any, none_hash: bytes, lookahead: int) -> str:
@@ -203,8 +247,10 @@ def hash_identity(cache_config: Any, none_hash: bytes, lookahead: int) -> str:
     return f"{algorithm}:{none_hash.hex()[:32]}{suffix}"
 
 
-def facts(vllm_config: Any, kv_dtype: str, tenant: str, weights: str, none_hash: bytes) -> list[tuple[str, str]]:
-    """The fields of the namespace record that come from the configuration."""
+def facts(
+    vllm_config: Any, kv_dtype: str, tenant: str, weights: str, none_hash: bytes, warn: Callable[[str], None]
+) -> list[tuple[str, str]]:
+    """The fields of the namespace record that come from the configuration. `warn` hears why engines will not share."""
     model = vllm_config.model_config
     cache = vllm_config.cache_config
     text = getattr(model, "hf_text_config", None) or model.hf_config
@@ -216,14 +262,13 @@ def facts(vllm_config: Any, kv_dtype: str, tenant: str, weights: str, none_hash:
         "kv_dtype": kv_dtype,
         "hash": hash_identity(cache, none_hash, getattr(vllm_config, "num_hash_lookahead_tokens", 0)),
         "compute_dtype": str(model.dtype).removeprefix("torch."),
-        "rope": _rope(text),
+        "rope": _rope(text, model.max_model_len),
         "overrides": "blake3:" + digest(_json(_hf_dict(model.hf_config)).encode()),
     }
-    if quantization := getattr(model, "quantization", None):
-        found["quantization"] = str(quantization)
-    speculative = getattr(vllm_config, "speculative_config", None)
-    if speculative is not None and speculative.method not in GUESSES_WITHOUT_A_MODEL:
-        found["speculative"] = _drafter(speculative)
+    if quantization := _quantization(model):
+        found["quantization"] = quantization
+    if drafter := _drafter(vllm_config, weights, warn):
+        found["speculative"] = drafter
     return [(key, _plain(value)) for key, value in found.items()]
 
 

@@ -45,14 +45,13 @@ def attached(engine: Engine, daemon: Daemon, **fields: Any) -> None:
 
 
 def settled(daemon: Daemon) -> None:
-    """Until no store is under way, and twice the same is there."""
-    seen: list[int] = []
+    """After `reset_local`, until which an engine's copies are over: until the daemon has made all of them visible."""
 
-    def still() -> bool:
-        seen.append(daemon.resident())
-        return len(seen) > 3 and len(set(seen[-3:])) == 1
+    def none_open() -> bool:
+        slots = daemon.status()["tiers"]["host"]["slots"]
+        return int(slots["reserved"]) + int(slots["filling"]) == 0
 
-    wait_until("the daemon holds still", still, every_s=0.1)
+    wait_until("no store is open", none_open)
 
 
 def largest_gap(one: Answer, other: Answer) -> float:
@@ -85,9 +84,6 @@ def differences(daemon: Daemon) -> list[set[str]]:
     return [{one["field"] for one in d["fields"]} for n in daemon.status()["namespaces"] for d in n["differs"]]
 
 
-__all__ = ["BLOCK", "attached", "differences", "full_blocks", "kv_transfer", "largest_gap", "loads", "merged", "patient", "wait_stored"]
-
-
 def reference_us() -> tuple[float, float]:
     """p50 and p99, in microseconds, of a few microseconds of plain Python after a sleep as long as an engine's step: on a virtual machine the
     first microseconds of a thread that has slept cost much more than the same work in a loop, whatever it does."""
@@ -99,3 +95,9 @@ def reference_us() -> tuple[float, float]:
         took.append(time.perf_counter_ns() - begin)
     took.sort()
     return took[len(took) // 2] / 1000, took[len(took) * 99 // 100] / 1000
+
+
+__all__ = [
+    "BLOCK", "attached", "differences", "full_blocks", "kv_transfer", "largest_gap", "loads", "merged", "patient", "reference_us", "settled",
+    "wait_stored",
+]

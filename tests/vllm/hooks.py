@@ -9,9 +9,9 @@ from typing import Any
 SCHEDULER = (
     "on_new_request", "get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta", "update_connector_output",
     "request_finished_all_groups", "request_finished", "take_events", "has_pending_push_work", "has_pending_block_frees", "reset_cache",
-    "get_kv_connector_stats",
+    "get_kv_connector_stats", "get_external_cache_hit_sources",
 )
-"""What vLLM calls on the scheduler's thread."""
+"""What vLLM calls on the scheduler's thread. Some are called in every step and do next to nothing; all count alike."""
 
 WORKER = (
     "handle_preemptions", "bind_connector_metadata", "start_load_kv", "wait_for_layer_load", "save_kv_layer", "wait_for_save",

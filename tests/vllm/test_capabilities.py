@@ -172,8 +172,15 @@ def test_hits_within_a_block_of_states_are_refused(anew: Callable[[], Any], mode
         config = make_config(model(models.gqa()), None, async_scheduling=False, shape=shape)
         return caches.refuse_config(config, make_kv(config, shape))
 
-    assert "prefix_match_unit must be unset" in (said(SHAPES["states-fine"]) or "")
-    assert said(dataclasses.replace(SHAPES["states-fine"], args=())) is None and said(SHAPES["windows-long"]) is None
+    fine = SHAPES["states-fine"]
+    assert "unset prefix_match_unit" in (said(fine) or "")
+    assert said(dataclasses.replace(fine, args=())) is None and said(SHAPES["windows-long"]) is None and said(SHAPES["all"]) is None
+    config = make_config(model(models.gqa()), None, async_scheduling=False, shape=fine)
+    assert "unset" in (caches.refuse_hits_within_blocks(config, None) or ""), "a tier may not find the configuration of the KV cache"
+    kv = make_kv(config, fine)
+    config.cache_config.prefix_match_unit = None
+    assert "different sizes" in (caches.refuse_hits_within_blocks(config, kv) or "")
+    assert caches.refuse_hits_within_blocks(config, None) is None
     utils = importlib.import_module("vllm.v1.worker.utils")
     blocks = torch.arange(4.0).reshape(4, 1)
     utils.copy_kv_cache_blocks_inplace([blocks], 4, [(0, 1), (1, 2)])

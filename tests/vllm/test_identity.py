@@ -3,13 +3,16 @@ says by which field two namespaces differ. Models that can't be kept yet run, st
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pathlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import models
 import pytest
-from checks import attached, differences, full_blocks, patient, wait_stored
+from checks import attached, differences, full_blocks, patient, settled, wait_stored
 from conftest import Engines
 from daemon import Daemon
 from engine import Engine, wait_until
@@ -75,17 +78,61 @@ def test_a_drafter_is_known_by_its_content(engines: Engines, daemon: Daemon, mod
         attached(engine, daemon)
         found = engine.batch([PROMPT]).external
         engine.reset_local()
+        settled(daemon)
         engine.exit()
         return found
 
     assert external(model(models.eagle()), in_process=True) == 0
     assert external(models.make(models.eagle(), tmp_path)) == 640, "another copy, in other processes: all but the last block, as vLLM has it"
     assert external(model(models.eagle(seed=3))) == 0
+    rotates = dict(models.eagle().config) | {"rope_theta": json.dumps(20000.0)}
+    assert external(model(dataclasses.replace(models.eagle(), name="eagle-rope", config=tuple(rotates.items())))) == 0, "the same weights"
     assert external(None) == 0, "without a drafter there are other layers"
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     plain = engines.start(model(models.gqa()), connector=patient(daemon.socket), speculative_config=ngram)
     attached(plain, daemon)
     assert plain.batch([PROMPT]).external == full_blocks(len(PROMPT)) * 32
+
+
+def test_what_is_in_the_record(tmp_path: pathlib.Path) -> None:
+    """Settings that no file shows, by stand-ins for vLLM's configuration: each of these divides, or makes an engine share with nobody and say so."""
+    from kvdaemon import identity
+
+    target, drafter = models.make(models.gqa(), tmp_path), models.make(models.eagle(), tmp_path)
+    rope = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 4096}
+    warned: list[str] = []
+
+    def record(*, target_rope: dict[str, Any] | None = None, longest: int = 4096, model: dict[str, Any] | None = None, **changed: Any) -> dict[str, str]:
+        def config(path: pathlib.Path, scaling: dict[str, Any] | None) -> SimpleNamespace:
+            hf = SimpleNamespace(rope_theta=1.0, rope_scaling=scaling, to_dict=lambda: {"a": 1})
+            return SimpleNamespace(model=str(path), dtype="torch.bfloat16", hf_config=hf, hf_text_config=hf, max_model_len=longest, config_format="auto")
+
+        main, draft = config(target, target_rope), config(drafter, changed.pop("draft_rope", None))
+        vars(main).update(model or {})
+        load = changed.pop("load_config", SimpleNamespace(load_format="auto"))
+        guess = SimpleNamespace(**{"method": "eagle", "num_speculative_tokens": 2, "draft_model_config": draft} | changed)
+        cache = SimpleNamespace(prefix_caching_hash_algo="sha256_cbor")
+        vllm_config = SimpleNamespace(model_config=main, cache_config=cache, load_config=load, speculative_config=guess)
+        return dict(identity.facts(vllm_config, "bfloat16", "t", "weights", b"0" * 32, warned.append))
+
+    usual = record()
+    assert record() == usual and record(longest=8192) == usual and not warned
+    assert record(target_rope=rope) != record(target_rope=rope, longest=8192), "other factors for a longer context"
+    assert record(draft_rope=rope) != record(draft_rope=rope, longest=8192)
+    for changed in ({"method": "eagle3"}, {"num_speculative_tokens": 3}, {"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}, {"max_model_len": 512}):
+        assert record(**changed) != usual, changed
+    online = {"quantization": "online", "quantization_config": {"linear": "fp8"}}
+    assert record(model=online) != record(model=online | {"quantization_config": {"linear": "mxfp8"}}) != usual
+    assert {key for key in usual if record(method="ngram").get(key) != usual[key]} == {"speculative"} and not warned
+    unknown: list[dict[str, Any]] = [
+        {"method": "custom_class"}, {"load_config": SimpleNamespace(load_format="dummy")}, {"model": {"hf_overrides": print}},
+        {"draft_model_config": SimpleNamespace(model="/nowhere", dtype="x", hf_config=SimpleNamespace(), max_model_len=1)},
+    ]
+    for said, changed in enumerate(unknown):
+        assert record(**changed)["speculative"] != record(**changed)["speculative"], "nobody else's"
+        assert len(warned) == 2 * (said + 1) and "drafter" in warned[-1]
+    draft = SimpleNamespace(model=str(target), dtype="x", hf_config=SimpleNamespace(), max_model_len=1)
+    assert '"files":"weights"' in record(method="mtp", draft_model_config=draft)["speculative"]
 
 
 def test_lora_of_the_same_name_and_path_with_other_content(engines: Engines, daemon: Daemon, model: Model, tmp_path: pathlib.Path) -> None:

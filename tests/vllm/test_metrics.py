@@ -254,7 +254,7 @@ def test_two_ranks_in_a_multi_connector_on_nvme(engines: Engines, tmp_path_facto
         stored = full_blocks(708)
         wait_stored(daemon, base + stored)
         wait_until("its blocks are below", lambda: below(daemon) >= base + stored)
-        wait_until("vLLM has their counts", lambda: grown(engine, before).get("store_blocks") == stored or step(engine))
+        wait_until("vLLM has their counts", lambda: grown(engine, before).get("store_blocks", 0) >= stored or step(engine))
         first = grown(engine, before)
         daemon.kill()
         daemon.start()
@@ -266,7 +266,7 @@ def test_two_ranks_in_a_multi_connector_on_nvme(engines: Engines, tmp_path_facto
         assert stored < after["store_blocks"] < 2 * stored, "and one or a few that showed that the engine is attached again"
         assert after["load_blocks"] == 21
         # Of the store before the restart: a rank that is attached again before the other copies blocks that nobody completes.
-        assert after["load_bytes"] * stored == first["store_bytes"] * 21 > 0
+        assert after["load_bytes"] * first["store_blocks"] == first["store_bytes"] * 21 > 0
         assert after["load_seconds"] == 2, "one for each rank"
         assert sum(value for name, value in after.items() if name.startswith("hit_tokens")) == 672
         assert after.get("hit_tokens{tier=host}", 0) < 672

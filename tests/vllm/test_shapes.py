@@ -66,6 +66,8 @@ class Case:
     def __init__(self, kind: Kind, engines: Engines, model: Model, where: pathlib.Path) -> None:
         self._engines, self._path, self._small, self._images = engines, model(kind.recipe()), kind.small, len(kind.images)
         self._options = dict(kind.options)
+        self.drops_last = kind.drafter is not None and kind.drafter[0] == "eagle"
+        """A hit is a block shorter than what is there."""
         if kind.drafter:
             method, drafter = kind.drafter
             self._options["speculative_config"] = {"method": method, "model": str(model(drafter())), "num_speculative_tokens": 2}
@@ -156,7 +158,7 @@ def test_what_a_daemon_has_left_is_worth_a_local_hit(case: Case, tmp_path: pathl
                 engine.reset_local()
                 alone.ask(long, **ask)
                 own = alone.ask(leaves, **ask)
-                assert own.cached == loaded.external in (left, left - 32)  # with EAGLE, the last of these is left out again
+                assert own.cached == loaded.external == left - 32 * case.drops_last
                 assert own.bits == loaded.answers[0].bits
         assert found, "not one hit was left to compare"
 
@@ -194,8 +196,9 @@ def test_the_cache_of_a_drafter_comes_back_too(case: Case, daemon: Daemon) -> No
     loaded = engine.batch([long], dump=blocks, max_tokens=24)
     assert loaded.external >= blocks * 32
     ((before,),), ((after,),) = stored.dumps, loaded.dumps
-    assert len(before["layers"]) in (5, 8), "the target's four layers, and the drafter's one or four"
+    assert len(before["layers"]) == (5 if case.drops_last else 8), "the target's four layers, and the drafter's"
     assert after == before
-    accepted = [batch.delta.get("vllm:spec_decode_num_accepted_tokens") for batch in (stored, loaded)]
-    print(f"guesses that were taken: {accepted}")
-    assert accepted[0] == accepted[1]
+    taken = [batch.delta.get("vllm:spec_decode_num_accepted_tokens", 0) for batch in (stored, loaded)]
+    print(f"guesses that were taken: {taken}")
+    assert taken[0] == taken[1]
+    assert taken[0] > 10 or case.drops_last, "this one guesses right where its cache is right"

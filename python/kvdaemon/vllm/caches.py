@@ -93,19 +93,23 @@ def refuse_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
     return refuse_hits_within_blocks(vllm_config, kv_cache_config) or refuse_scales(vllm_config)
 
 
-def refuse_hits_within_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
+def refuse_hits_within_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | None) -> str | None:
     """Why the KV of an engine must not be kept where vLLM lets a prompt go on from within a block of states: it copies that block for
     each such request, all copies of a step at once (`copy_kv_cache_blocks_inplace`, 0.32), and one that is copied on in the step in
     which it is filled is read before. What is computed from it is wrong, with and without a connector."""
-    specs = [one for group in kv_cache_config.kv_cache_groups for one in inner_specs(group.kv_cache_spec)]
-    states = [one.block_size for one in specs if getattr(one, "mamba_cache_mode", None) == "align"]
-    unit = capabilities.hash_tokens(vllm_config, kv_cache_config) if states else None
-    if unit is not None and unit < max(states):
-        return (
-            f"vLLM goes on from within a block of recurrent states (each {unit} of {max(states)} tokens), and copies wrong ones where several "
-            "requests do so in one step; prefix_match_unit must be unset, or as large as the block"
-        )
-    return None
+    chosen = getattr(vllm_config.cache_config, "prefix_match_unit", None)
+    spread = getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1) > 1
+    if kv_cache_config is None:  # a tier may not find it
+        within = chosen is not None and getattr(vllm_config.cache_config, "mamba_cache_mode", "none") == "align"
+    else:
+        specs = [one for group in kv_cache_config.kv_cache_groups for one in inner_specs(group.kv_cache_spec)]
+        states = [one.block_size for one in specs if getattr(one, "mamba_cache_mode", None) == "align"]
+        within = bool(states) and (spread or capabilities.hit_tokens(vllm_config, kv_cache_config) < max(states))
+    if not within:
+        return None
+    cause = "context parallelism does that" if spread else "its KV-cache groups have blocks of different sizes"
+    cause = "unset prefix_match_unit" if chosen is not None else cause
+    return f"vLLM goes on from within blocks of recurrent states, and copies wrong ones where several requests do so in one step: {cause}"
 
 
 def refuse_scales(vllm_config: VllmConfig) -> str | None:

@@ -194,6 +194,11 @@ def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int | None:
     return int(resolve(kv_cache_config, vllm_config)[1]) if resolve is not None else None
 
 
+def hit_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Hits of vLLM's own cache are multiples of so many tokens: what the configuration says (0.32), else as little as a hash covers."""
+    return int(getattr(kv_cache_config, "cache_hit_alignment_tokens", None) or hash_tokens(vllm_config, kv_cache_config) or 1)
+
+
 def lacking() -> str | None:
     """What is not there that the connector can't do without; before it is imported."""
     for module, names in NAMES.items():

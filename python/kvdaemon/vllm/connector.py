@@ -160,7 +160,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         none_hash = self._finder.wait(lambda: capabilities.none_hash(vllm_config), 600.0)
         if none_hash is None:
             return half.refuse("the seed of vLLM's block hashes is not known")
-        facts = identity.facts(vllm_config, caches.kv_dtype(vllm_config, self._kv_cache_config), self._config.tenant, weights, none_hash)
+        dtype = caches.kv_dtype(vllm_config, self._kv_cache_config)
+        facts = identity.facts(vllm_config, dtype, self._config.tenant, weights, none_hash, logger.warning)
         half.set_facts(facts, str(uuid.uuid4()))
 
     def _loadable(self, request: Request) -> bytes:

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -52,14 +53,21 @@ def private_because(vllm_config: VllmConfig | None) -> str | None:
 
 
 def fields(
-    spec: OffloadingSpec, row_bytes: int, vllm_config: VllmConfig | None, kv_cache_config: Any, tenant: str, weights: str, none_hash: bytes
+    spec: OffloadingSpec,
+    row_bytes: int,
+    vllm_config: VllmConfig | None,
+    kv_cache_config: Any,
+    tenant: str,
+    weights: str,
+    none_hash: bytes,
+    warn: Callable[[str], None],
 ) -> dict[str, str]:
-    """The fields of the record, all but the KV-cache group and the weights epoch."""
+    """The fields of the record, all but the KV-cache group and the weights epoch. `warn` hears why engines will not share."""
     config = spec.config
     found: dict[str, str] = {"tenant": tenant, "model": config.model.name, "weights": weights, "kv_dtype": config.model.dtype}
     if vllm_config is not None:
         dtype = config.model.dtype if kv_cache_config is None else caches.kv_dtype(vllm_config, kv_cache_config)
-        found |= identity.facts(vllm_config, dtype, tenant, weights, none_hash)
+        found |= identity.facts(vllm_config, dtype, tenant, weights, none_hash, warn)
     found |= {
         "cell_encoding": _encoding(spec, vllm_config),
         "engine_build": _build(),

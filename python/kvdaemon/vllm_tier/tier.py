@@ -76,8 +76,6 @@ class KvdSecondaryTier(SecondaryTierManager):
         """Finds out on the side what the rows are; until that is known the tier holds nothing."""
         vllm_config, kv_cache_config = record.engine_config()
         refusal = None if vllm_config is None else caches.refuse_scales(vllm_config)
-        if refusal is None and vllm_config is not None and kv_cache_config is not None:
-            refusal = caches.refuse_hits_within_blocks(vllm_config, kv_cache_config)
         try:
             opaque_block(self._row_bytes)
         except KvdError as error:
@@ -89,6 +87,9 @@ class KvdSecondaryTier(SecondaryTierManager):
 
     def _find_record(self, spec: OffloadingSpec, vllm_config: Any, kv_cache_config: Any) -> None:
         options = self._options
+        if vllm_config is not None and (why := caches.refuse_hits_within_blocks(vllm_config, kv_cache_config)) is not None:
+            logger.warning("kvd tier: nothing is stored or loaded: %s", why)
+            return
         if (why := record.private_because(vllm_config)) is not None:
             logger.warning("kvd tier: chunks are shared with no other engine start: %s", why)
             weights = f"private:{uuid.uuid4()}"
@@ -100,7 +101,7 @@ class KvdSecondaryTier(SecondaryTierManager):
             if none_hash is None:
                 logger.warning("kvd tier: nothing is stored or loaded: the seed of vLLM's block hashes is not known")
                 return
-        found = record.fields(spec, self._row_bytes, vllm_config, kv_cache_config, options.tenant, weights, none_hash)
+        found = record.fields(spec, self._row_bytes, vllm_config, kv_cache_config, options.tenant, weights, none_hash, logger.warning)
         self._serve(record=found)
 
     def _serve(self, **changed: Any) -> None:
