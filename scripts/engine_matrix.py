@@ -223,7 +223,7 @@ def run(one: Version, tests: list[str], extra: dict[str, str] | None = None) -> 
     with tempfile.TemporaryDirectory() as scratch:
         report = pathlib.Path(scratch) / "report.xml"
         command = [str(one.python), "-m", "pytest", *tests, "-q", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
-        subprocess.run(command, cwd=ROOT, env=one.environment() | (extra or {}), stdout=sys.stderr)
+        subprocess.run(command, cwd=ROOT, env=one.environment() | {"KVD_TEST_SHAPES": "all"} | (extra or {}), stdout=sys.stderr)
         return xml.parse(report).getroot() if report.exists() else None
 
 

@@ -241,7 +241,7 @@ class Child:
     def generate(self, command: dict[str, Any]) -> dict[str, Any]:
         """Runs all prompts at once. With `progress`, sends a line for every new token. `dump` = blocks of each to digest after
         its first token. `stop_after` aborts a request that has that many tokens. `preempt_after`: once the first request has that many
-        tokens and the connector keeps no blocks (vLLM could not forget those), all requests lose their blocks, and vLLM its prefix cache."""
+        tokens and the connector keeps no blocks (vLLM could not forget those) and copies none, all requests lose their blocks, and vLLM its prefix cache."""
         before = self.counters()
         begin = time.monotonic()
         names = [self.submit(one) for one in command["prompts"]]
@@ -261,7 +261,7 @@ class Child:
                     self.pipe.send({"event": "token", "request": index, "count": tokens})
                 stop = command.get("stop_after")
                 wanted = command.get("preempt_after") if index == 0 and not preempted_at else None
-                if wanted and tokens >= wanted and self.stats()["blocks_held"] == 0:
+                if wanted and tokens >= wanted and self.stats()["blocks_held"] == self.stats()["blocks_in_flight"] == 0:
                     preempted_at = tokens
                     self.llm.reset_prefix_cache(reset_running_requests=True)
                 if not output.finished and stop and tokens >= stop:

@@ -8,6 +8,7 @@ within a window, in another process, after preemption, and where the daemon has 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,9 @@ KINDS = {
 }
 
 
-FEWER = [name for name in KINDS if SOAK or name not in ("gemma-odd", "gemma-one-group", "gemma-lora", "eagle", "draft-model")]
+ALL = SOAK or os.environ.get("KVD_TEST_SHAPES") == "all"
+PREEMPTED = [name for name in KINDS if ALL or name not in ("gemma-odd", "gemma-one-group", "gemma-lora", "eagle", "draft-model")]
+EVICTED = [name for name in PREEMPTED if ALL or name not in ("qwen3", "lora", "image")]
 
 
 class Case:
@@ -127,7 +130,7 @@ def test_load_is_bit_equal_to_a_local_hit(case: Case, daemon: Daemon) -> None:
         second.reset_local()
 
 
-@pytest.mark.parametrize("case", FEWER, indirect=True)
+@pytest.mark.parametrize("case", EVICTED, indirect=True)
 def test_what_a_daemon_has_left_is_worth_a_local_hit(case: Case, tmp_path: pathlib.Path) -> None:
     """Host memory for less than two prompts' blocks: what was used longest ago goes first, and windows that were left behind. Whatever hit is
     left is worth the same as vLLM's own of that length."""
@@ -163,7 +166,7 @@ def test_what_a_daemon_has_left_is_worth_a_local_hit(case: Case, tmp_path: pathl
         assert found, "not one hit was left to compare"
 
 
-@pytest.mark.parametrize("case", FEWER, indirect=True)
+@pytest.mark.parametrize("case", PREEMPTED, indirect=True)
 def test_a_preempted_request_goes_on_from_what_was_stored(case: Case, daemon: Daemon) -> None:
     """In mid-answer vLLM takes all blocks away and forgets its cache. What the rest of the answer is computed from is worth the same as
     vLLM's own hit of that length."""
