@@ -296,7 +296,10 @@ def cell(row: Row, one: Version) -> str:
     again = [f"{name.split('::')[1]} failed at first ({why}) and passed when it was run again" for name, (outcome, why) in mine.items() if outcome == "again"]
     if again:
         return f"yes: {again[0]}"
-    return "yes" if not skipped else f"yes: except for {len(skipped)} of {len(mine)} tests: {skipped[0]}"
+    if skipped:
+        return f"yes: except for {len(skipped)} of {len(mine)} tests: {skipped[0]}"
+    unseen = [p for p in row.tests if not any(re.match(p, name) for name in one.results)]
+    return "yes" if not unseen else f"yes: except for {len(unseen)} of {len(row.tests)}, which this run did not have"
 
 
 def sharing(those: list[Version]) -> dict[str, str]:
