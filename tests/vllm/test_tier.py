@@ -254,6 +254,23 @@ def test_what_may_differ_is_not_shared(bench: Callable[..., Bench], config: Any,
     assert bench(daemon.socket, vllm_config=adapters).attached().found(wanted) == "MM", "vLLM does not say which adapter it is"
 
 
+def test_where_states_may_be_wrong_nothing_is_kept(
+    bench: Callable[..., Bench], config: Any, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the connector refuses: vLLM's copies of states may be wrong where hits end within blocks."""
+    from kvdaemon.vllm_tier import tier
+
+    said: list[str] = []
+    monkeypatch.setattr(tier.logger, "warning", lambda text, *args: said.append(text % args))
+    changed = copy.deepcopy(config)
+    changed.cache_config.mamba_cache_mode, changed.cache_config.prefix_match_unit = "align", 16
+    one = bench(daemon.socket, changed)
+    wait_until("it says why", lambda: any("unset prefix_match_unit" in line for line in said))
+    assert one.found(keys(1, 3)) == "MMM"
+    assert not one.job("store", keys(1, 1), [0]).success
+    assert daemon.resident() == 0
+
+
 def test_options(bench: Callable[..., Bench], daemon: Daemon) -> None:
     for option, text in (({"sockett": "x"}, "unknown key 'sockett'.*knows .*socket"), ({"threads": "2"}, "must be a int"), ({"threads": 0}, "must be positive")):
         with pytest.raises(ValueError, match=text):
