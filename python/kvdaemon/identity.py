@@ -160,19 +160,15 @@ def _hf_dict(config: Any) -> dict[str, Any]:
         whole = dict(vars(config))
     for name in ("torch_dtype", "dtype"):
         whole.pop(name, None)
-    return _without_places(whole)
+    return dict(_without_places(whole))
 
 
-def _without_places(whole: dict[str, Any]) -> dict[str, Any]:
+def _without_places(value: Any) -> Any:
     """Also of the configurations within."""
-    places = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
-
-    def within(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: within(one) for name, one in value.items() if name not in places}
-        return [within(one) for one in value] if isinstance(value, list | tuple) else value
-
-    return dict(within(whole))
+    if isinstance(value, dict):
+        places = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
+        return {name: _without_places(one) for name, one in value.items() if name not in places}
+    return [_without_places(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _rope(config: Any, longest: Any) -> str:

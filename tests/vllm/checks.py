@@ -46,12 +46,7 @@ def attached(engine: Engine, daemon: Daemon, **fields: Any) -> None:
 
 def settled(daemon: Daemon) -> None:
     """After `reset_local`, until which an engine's copies are over: until the daemon has made all of them visible."""
-
-    def none_open() -> bool:
-        slots = daemon.status()["tiers"]["host"]["slots"]
-        return int(slots["reserved"]) + int(slots["filling"]) == 0
-
-    wait_until("no store is open", none_open)
+    wait_until("no store is open", daemon.no_store_is_open)
 
 
 def largest_gap(one: Answer, other: Answer) -> float:

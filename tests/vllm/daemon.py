@@ -144,6 +144,11 @@ class Daemon:
         """Blocks that can be loaded."""
         return int(self.status()["tiers"]["host"]["slots"]["resident"])
 
+    def no_store_is_open(self) -> bool:
+        """Every store that was begun is visible, or was given up."""
+        slots = self.status()["tiers"]["host"]["slots"]
+        return int(slots["reserved"]) + int(slots["filling"]) == 0
+
     def counts(self) -> dict[str, int]:
         return {k: int(v) for k, v in self.status().get("counts", {}).items()}
 

@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import hooks
-from hooks import HookTimes
 from scripted import BLOCK, FULL, SHAPES, ScriptedModel, Shape, WrongCache, continuation, hash_tokens, make_kv
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
@@ -151,12 +150,12 @@ class ScriptedEngine:
             block_size=shape.unit, hash_block_size=hashes, log_stats=True,
         )
         self.connector = self.scheduler.connector
-        self.times: HookTimes | None = None
+        self.times: hooks.HookTimes | None = None
         self.watch = Watch()
         self.aggregator: KVOutputAggregator | None = None
         if self.connector is not None:
             self.watch.over(self.connector, self.scheduler.kv_cache_manager.block_pool)
-            self.times = HookTimes(self.connector, hooks.SCHEDULER)
+            self.times = hooks.HookTimes(self.connector, hooks.SCHEDULER)
             self.aggregator = KVOutputAggregator.from_connector(self.connector, 1)
             hello = self.model.connector.get_handshake_metadata()
             if hello is not None:

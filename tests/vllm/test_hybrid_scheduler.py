@@ -75,12 +75,7 @@ class Rig:
         """Until every store is over, on both sides."""
         engine.run_until("no copy is under way", lambda: engine.ours.debug_stats()["blocks_in_flight"] == 0)
         if self.daemon is not None:
-            engine.run_until("the daemon has all", self._no_store_open)
-
-    def _no_store_open(self) -> bool:
-        assert self.daemon is not None
-        slots = self.daemon.status()["tiers"]["host"]["slots"]
-        return int(slots["reserved"]) + int(slots["filling"]) == 0
+            engine.run_until("the daemon has all", self.daemon.no_store_is_open)
 
     @staticmethod
     def prompt(length: int) -> list[int]:

@@ -102,8 +102,7 @@ def refuse_hits_within_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheC
     if kv_cache_config is None:  # a tier may not find it
         within = chosen is not None and getattr(vllm_config.cache_config, "mamba_cache_mode", "none") == "align"
     else:
-        specs = [one for group in kv_cache_config.kv_cache_groups for one in inner_specs(group.kv_cache_spec)]
-        states = [one.block_size for one in specs if getattr(one, "mamba_cache_mode", None) == "align"]
+        states = [one.block_size for one in _specs(kv_cache_config) if getattr(one, "mamba_cache_mode", None) == "align"]
         within = bool(states) and (spread or capabilities.hit_tokens(vllm_config, kv_cache_config) < max(states))
     if not within:
         return None
@@ -124,10 +123,13 @@ def inner_specs(spec: Any) -> list[Any]:
     return list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
 
 
+def _specs(kv_cache_config: KVCacheConfig) -> list[Any]:
+    return [one for group in kv_cache_config.kv_cache_groups for one in inner_specs(group.kv_cache_spec)]
+
+
 def kv_dtype(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
     """How the KV cache keeps numbers: what was chosen, and what is stored."""
-    specs = [one for group in kv_cache_config.kv_cache_groups for one in inner_specs(group.kv_cache_spec)]
-    stored = next((str(one.dtype) for one in specs if hasattr(one, "dtype")), "-").removeprefix("torch.")
+    stored = next((str(one.dtype) for one in _specs(kv_cache_config) if hasattr(one, "dtype")), "-").removeprefix("torch.")
     chosen = str(vllm_config.cache_config.cache_dtype)
     return stored if chosen == "auto" else f"{chosen}/{stored}"
 

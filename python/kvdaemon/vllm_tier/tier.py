@@ -75,19 +75,20 @@ class KvdSecondaryTier(SecondaryTierManager):
     def _begin(self, spec: OffloadingSpec) -> None:
         """Finds out on the side what the rows are; until that is known the tier holds nothing."""
         vllm_config, kv_cache_config = record.engine_config()
-        refusal = None if vllm_config is None else caches.refuse_scales(vllm_config)
+        self._finder.start("kvd-tier-identity", lambda: self._find_record(spec, vllm_config, kv_cache_config))
+
+    def _refusal(self, vllm_config: Any, kv_cache_config: Any) -> str | None:
         try:
             opaque_block(self._row_bytes)
         except KvdError as error:
-            refusal = str(error)
-        if refusal is not None:
-            logger.warning("kvd tier: nothing is stored or loaded: %s", refusal)
-            return
-        self._finder.start("kvd-tier-identity", lambda: self._find_record(spec, vllm_config, kv_cache_config))
+            return str(error)
+        if vllm_config is None:
+            return None
+        return caches.refuse_scales(vllm_config) or caches.refuse_hits_within_blocks(vllm_config, kv_cache_config)
 
     def _find_record(self, spec: OffloadingSpec, vllm_config: Any, kv_cache_config: Any) -> None:
         options = self._options
-        if vllm_config is not None and (why := caches.refuse_hits_within_blocks(vllm_config, kv_cache_config)) is not None:
+        if (why := self._refusal(vllm_config, kv_cache_config)) is not None:
             logger.warning("kvd tier: nothing is stored or loaded: %s", why)
             return
         if (why := record.private_because(vllm_config)) is not None:
