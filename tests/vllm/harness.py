@@ -22,7 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
@@ -62,7 +62,7 @@ def make_config(
     ).create_engine_config()
     config.scheduler_config.async_scheduling = async_scheduling
     cache = config.cache_config
-    cache.num_gpu_blocks, cache.kv_cache_layout = blocks, "LBHNC"
+    cache.num_gpu_blocks, cache.kv_cache_layout = blocks, shape.layout
     if shape.states:
         cache.mamba_cache_mode = "align"
     config.compilation_config.static_forward_context.update((name, _Layer()) for name in shape.layers())
@@ -146,7 +146,7 @@ class ScriptedEngine:
         self.is_async = config.scheduler_config.async_scheduling
         kind = AsyncScheduler if self.is_async else Scheduler
         self.scheduler = kind(
-            vllm_config=config, kv_cache_config=make_kv(config, shape), structured_output_manager=StructuredOutputManager(config),
+            vllm_config=config, kv_cache_config=generate_scheduler_kv_cache_config([make_kv(config, shape)]), structured_output_manager=StructuredOutputManager(config),
             block_size=shape.unit, hash_block_size=hashes, log_stats=True,
         )
         self.connector = self.scheduler.connector

@@ -53,9 +53,9 @@ def _llama(layers: int, hidden: int, heads: int, kv_heads: int, head: int, mlp: 
     }
 
 
-def gqa(**rest: Any) -> Recipe:
+def gqa(kv_heads: int = 2, **rest: Any) -> Recipe:
     """Llama-like: 4 layers, 4 query heads, 2 KV heads, so that two ranks hold one KV head each."""
-    return recipe("gqa", _llama(4, 256, 4, 2, 64, 512, 8192, VOCABULARY), **rest)
+    return recipe("gqa", _llama(4, 256, 4, kv_heads, 64, 512, 8192, VOCABULARY), **rest)
 
 
 def demo(layers: int = 16) -> Recipe:

@@ -83,6 +83,8 @@ class Shape:
     name: str
     full: int = 2
     full_heads: int = HEADS
+    small: int = 0
+    """Layers of full attention with one head, in the same group as the others."""
     windows: int = 0
     window: int = 0
     window_heads: int = HEADS
@@ -92,17 +94,24 @@ class Shape:
     """Tokens of a block, as the user sets it."""
     unit: int = BLOCK
     """Tokens of which every hit of all groups is a multiple."""
+    layout: str = "LBHNC"
+    """In which order vLLM lays pages: layers or blocks outermost."""
     args: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def outgrows(self) -> bool:
+        """Whether running requests give up blocks that they need no more."""
+        return bool(self.windows or self.states)
+
     def layers(self, spec_tokens: int = 0) -> dict[str, KVCacheSpec]:
-        kinds = [("full", self.full), ("window", self.windows), ("state", self.states)]
+        kinds = [("small", self.small), ("full", self.full), ("window", self.windows), ("state", self.states)]
         names = [kind for kind, count in kinds for _ in range(count)]
         return {f"model.layers.{i}.{'mixer' if kind == 'state' else 'self_attn.attn'}": self._spec(kind, spec_tokens) for i, kind in enumerate(names)}
 
     def _spec(self, kind: str, spec_tokens: int = 0) -> KVCacheSpec:
         common: dict[str, Any] = {"block_size": self.block, "head_size": HEAD_SIZE, "dtype": torch.bfloat16}
-        if kind == "full":
-            return FullAttentionSpec(num_kv_heads=self.full_heads, **common)
+        if kind in ("full", "small"):
+            return FullAttentionSpec(num_kv_heads=self.full_heads if kind == "full" else 1, **common)
         if kind == "window":
             return SlidingWindowSpec(num_kv_heads=self.window_heads, sliding_window=self.window, **common)
         shapes, dtypes = ((self.state_bytes // 8,), (self.state_bytes // 4,)), (torch.float32, torch.bfloat16)
@@ -117,6 +126,8 @@ SHAPES = {
     one.name: one
     for one in (
         FULL,
+        Shape("sizes", small=1),
+        Shape("sizes-windows", small=2, windows=4, window=64, layout="BLHNC"),
         Shape("windows", windows=4, window=64),
         Shape("windows-odd", windows=4, window=100),
         Shape("windows-long-full", windows=4, window=70, full_heads=1, unit=64),
@@ -129,23 +140,24 @@ SHAPES = {
 
 
 def make_kv(config: VllmConfig, shape: Shape) -> KVCacheConfig:
-    """The KV-cache groups that vLLM makes of these layers."""
+    """The KV-cache groups that vLLM makes of these layers, as its workers see them."""
     register_all_kvcache_specs(config)
     drafts = config.speculative_config.num_speculative_tokens if config.speculative_config else 0
     groups = kv_cache_utils.get_kv_cache_groups(config, shape.layers(drafts))
     kv = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, 1 << 30)
     kv.kv_cache_layout = config.cache_config.kv_cache_layout
-    unit, hashes = kv_cache_utils.resolve_kv_cache_block_sizes(kv, config)
+    scheduler = kv_cache_utils.generate_scheduler_kv_cache_config([kv])
+    unit, hashes = kv_cache_utils.resolve_kv_cache_block_sizes(scheduler, config)
     assert unit == shape.unit, (unit, shape)
     if hasattr(kv, "hash_block_size"):  # 0.32 and newer: before, a connector has to ask
         kv.hash_block_size = hashes
-        kv.cache_hit_alignment_tokens = kv_cache_utils.resolve_cache_hit_alignment_tokens(kv, config, unit, hashes)
+        kv.cache_hit_alignment_tokens = kv_cache_utils.resolve_cache_hit_alignment_tokens(scheduler, config, unit, hashes)
     return kv
 
 
 def hash_tokens(config: VllmConfig, kv: KVCacheConfig) -> int:
     """How many tokens a block hash covers."""
-    return int(kv_cache_utils.resolve_kv_cache_block_sizes(kv, config)[1])
+    return int(kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_utils.generate_scheduler_kv_cache_config([kv]), config)[1])
 
 
 @functools.cache
@@ -170,6 +182,7 @@ class _Group:
     """A KV-cache group: its kind, its layers, and what a step reads of it."""
 
     def __init__(self, spec: KVCacheSpec, layers: list[_Layer]) -> None:
+        spec = getattr(spec, "first_spec", spec)  # of layers of several sizes
         self.block, self.layers = spec.block_size, layers
         self.window: int | None = getattr(spec, "sliding_window", None)
         self.is_state = isinstance(spec, MambaSpec)
@@ -218,8 +231,12 @@ class ScriptedModel:
         self.config, self.kv, self.spec_tokens = config, kv, spec_tokens
         self.caches = allocate_kv_cache(kv, torch.device("cpu"), config.cache_config.get_resolved_kv_cache_layout())
         raw = torch.empty(0, dtype=torch.uint8).set_(next(iter(self.caches.values())).untyped_storage()).numpy()
-        # Pages of all groups lie over each other: [layer of a group, block, byte].
-        self.pages = raw.reshape(-1, kv.num_blocks, kv.kv_cache_groups[0].kv_cache_spec.page_size_bytes)
+        # Of the layers of one group that are of one size: [layer, block, byte]. Those of other groups may lie over them.
+        self.pages = [
+            np.lib.stride_tricks.as_strided(raw[one.offset :], (len(one.layers), kv.num_blocks, page), (one.layer_stride, one.block_stride, 1))
+            for one in kv.kv_cache_tensors
+            for page in [min(one.layer_stride, one.block_stride)]
+        ]
         raw.view(np.uint64)[:] = 0xDEADBEEF
         numbers = {name: i for i, name in enumerate(self.caches)}
         self.groups = [
@@ -358,7 +375,8 @@ class ScriptedModel:
             self.known.pop(name, None)
         if out.new_block_ids_to_zero:
             self._writes("zeroing", out.new_block_ids_to_zero)
-            self.pages[:, out.new_block_ids_to_zero] = 0
+            for pages in self.pages:
+                pages[:, out.new_block_ids_to_zero] = 0
             self.zeroed_blocks += len(out.new_block_ids_to_zero)
         if out.kv_cache_block_copies:
             pairs = np.array(out.kv_cache_block_copies, dtype=np.int64)
@@ -366,7 +384,8 @@ class ScriptedModel:
             # One after the other, for a block may be copied on in the step that fills it. vLLM's own runner (0.32) reads all before it writes
             # any, and gets such chains wrong.
             for source, copy in pairs:
-                self.pages[:, copy] = self.pages[:, source]
+                for pages in self.pages:
+                    pages[:, copy] = pages[:, source]
             self.copied_blocks += len(pairs)
         for new in out.scheduled_new_reqs:
             tokens = list(new.prompt_token_ids)

@@ -68,6 +68,32 @@ def test_tensor_parallel_ranks_of_a_hybrid_model(engines: Engines, daemon: Daemo
     assert gap <= 0.2
 
 
+@pytest.mark.parametrize(("heads", "guessing"), [(2, 4), (1, 2)])
+def test_two_ranks_with_a_drafter_of_other_heads(heads: int, guessing: int, engines: Engines, daemon: Daemon, model: Model) -> None:
+    """Two and four heads: each rank has its part of both, and one rank alone loads them. One and two: vLLM keeps layers alike that are not,
+    for the ranks' blocks are the same in the target's and differ in the drafter's. Nobody else loads what they store."""
+    drafter = {"method": "draft_model", "model": str(model(models.gqa(kv_heads=guessing))), "num_speculative_tokens": 2}
+    path, blocks = model(models.gqa(kv_heads=heads)), 45
+    two = engines.start(path, connector=patient(daemon.socket), tensor_parallel_size=2, threads=1, speculative_config=drafter)
+    attached(two, daemon)
+    stored = two.batch([LONG], dump=blocks)
+    two.reset_local()
+    settled(daemon)
+    loaded = two.batch([LONG], dump=blocks)
+    assert loaded.external >= blocks * 32
+    ((first, second),) = loaded.dumps
+    assert len(first["layers"]) == len(second["layers"]) == 8
+    assert first != second
+    assert loaded.dumps == stored.dumps
+    two.exit()
+    one = engines.start(path, connector=patient(daemon.socket), in_process=True, speculative_config=drafter)
+    attached(one, daemon)
+    batch = one.batch([LONG])
+    assert batch.external == (1472 if heads == 2 else 0)
+    if batch.external:
+        assert largest_gap(batch.answers[0], loaded.answers[0]) <= 0.2
+
+
 @pytest.mark.parametrize(("recipe", "options"), [(models.gqa, {}), (models.gemma, WINDOWS)], ids=["gqa", "gemma"])
 def test_one_rank_alone_fails_a_load(
     recipe: Callable[[], models.Recipe], options: dict[str, Any], engines: Engines, daemon: Daemon, model: Model

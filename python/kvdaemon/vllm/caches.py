@@ -6,7 +6,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 PLAIN = ("auto", "bfloat16", "float16", "float32")
 """KV dtypes without scales."""
 
+OWN_SCALES = ("DeepseekV32IndexerCache",)
+"""Layers whose cells hold their scales, whatever the KV dtype of the others."""
+HEADS_OF_A_LAYER = re.compile(r"(kv|key_value)_heads|heads_in_group")
+"""What configurations of models call their KV heads, of all layers or of some."""
+
 
 class Refusal(Exception):
     """Why this worker neither stores nor loads."""
@@ -30,7 +35,7 @@ class Refusal(Exception):
 
 @dataclass
 class Rule:
-    """What a hit needs of a KV-cache group; known in the scheduler and in the workers alike."""
+    """What a hit needs of a KV-cache group of ours; known in the scheduler and in the workers alike."""
 
     kind: str
     """``full``, ``sliding_window`` or ``state``."""
@@ -40,6 +45,8 @@ class Rule:
     """Tokens that a token looks at, itself included; 0: no window."""
     offered: bool = False
     """vLLM offers the blocks one by one: their place in a request's list says nothing."""
+    of: int = 0
+    """vLLM's number of the group. Where its layers differ in size, it is several of ours: see `_alike`."""
 
     @property
     def outgrown(self) -> bool:
@@ -140,7 +147,31 @@ def rules(kv_cache_config: KVCacheConfig) -> list[Rule]:
     Raises:
         Refusal: vLLM keeps something in a way that this module does not know.
     """
-    return [_rule(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+    numbered = enumerate(kv_cache_config.kv_cache_groups)
+    return [replace(_rule(group.kv_cache_spec), of=number) for number, group in numbered for _ in _alike(kv_cache_config, group)[0]]
+
+
+def _alike(kv_cache_config: KVCacheConfig, group: Any) -> tuple[list[list[str]], list[str]]:
+    """The layers of one of vLLM's groups that have pages of one size, together, by number; those with the first layer first. Each lot is a
+    group of ours: they share blocks and hashes. And the layers that have no place in the KV cache: what they use is another's.
+
+    Sizes are told apart by where vLLM places layers, which it tells the scheduler and the workers; their specs it tells only the latter.
+    """
+    placed = {
+        name: (tensor.layer_stride, tensor.block_stride)
+        for tensor in getattr(kv_cache_config, "kv_cache_tensors", ())
+        for name in getattr(tensor, "layers", ())
+    }
+    lots: dict[Any, list[str]] = {}
+    for name in sorted(set(group.layer_names), key=_number):
+        lots.setdefault(placed.get(name), []).append(name)
+    others = lots.pop(None, []) if len(lots) > 1 else []
+    return list(lots.values()), others
+
+
+def _number(name: str) -> tuple[list[int], str]:
+    """Orders layers by number."""
+    return [int(digits) for digits in re.findall(r"\d+", name)], name
 
 
 def _rule(spec: Any) -> Rule:
@@ -168,17 +199,32 @@ def read(
     Raises:
         Refusal: something about it is not understood.
     """
-    return [_share(vllm_config, kv_cache_config, group, kv_caches) for group in kv_cache_config.kv_cache_groups]
+    missing = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names if name not in kv_caches]
+    if missing:
+        raise Refusal(f"layer {missing[0]} has no KV cache in this worker")
+    shares = []
+    for group in kv_cache_config.kv_cache_groups:
+        lots, others = _alike(kv_cache_config, group)
+        known = {kv_caches[name].data_ptr() for lot in lots for name in lot}
+        for name in others:
+            if kv_caches[name].data_ptr() not in known:
+                raise Refusal(f"vLLM does not say where the KV cache of layer {name} is placed")
+        shares += [_share(vllm_config, kv_cache_config, group.kv_cache_spec, lot, kv_caches) for lot in lots]
+    return shares
 
 
-def _share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, group: Any, kv_caches: dict[str, torch.Tensor]) -> Share:
-    names = _layer_order(group.layer_names, kv_caches)
+def _share(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, spec: Any, lot: list[str], kv_caches: dict[str, torch.Tensor]
+) -> Share:
+    names = _without_shared(lot, kv_caches)
     tensors = [kv_caches[name] for name in names]
     blocks = kv_cache_config.num_blocks
-    rule = _rule(group.kv_cache_spec)
+    rule = _rule(spec)
     first = tensors[0]
     for name, tensor in zip(names, tensors):
         _check(name, tensor, first)
+    of_layers = getattr(spec, "kv_cache_specs", {})
+    specs = [of_layers.get(name, spec) for name in names]
     state = rule.kind == "state"
     cells = 1 if state else rule.block_tokens
     pages, heads, page_tokens, _ = first.shape
@@ -186,7 +232,7 @@ def _share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, group: Any, 
         raise Refusal(
             f"{pages} pages of {page_tokens} tokens do not make {blocks} blocks of {cells} tokens"
         )
-    head_first, heads_total = (_states if state else _heads)(vllm_config, group.kv_cache_spec, heads)
+    head_first, heads_total = (_states if state else _heads)(vllm_config, specs, heads)
     return Share(
         layers=[_layer(tensor) for tensor in tensors],
         tensors=tensors,
@@ -200,7 +246,7 @@ def _share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, group: Any, 
         page_tokens=page_tokens,
         cell_bytes=first.shape[3] * first.element_size(),
         window=rule.window,
-        encoding=_encoding(vllm_config, names, page_tokens, group.kv_cache_spec if state else None),
+        encoding=_encoding(vllm_config, names, page_tokens, specs if state else None),
         scales="" if state else _scales(vllm_config, names),
         blocks=blocks,
         device=_device(first.device),
@@ -233,23 +279,12 @@ def stream(share: Share) -> int:
     return handle() if handle else 0
 
 
-def _layer_order(names: list[str], kv_caches: dict[str, torch.Tensor]) -> list[str]:
-    """The group's layers by number, without those that only share another layer's cache."""
-    missing = [name for name in names if name not in kv_caches]
-    if missing:
-        raise Refusal(f"layer {missing[0]} has no KV cache in this worker")
-
-    def number(name: str) -> tuple[list[int], str]:
-        return [int(digits) for digits in re.findall(r"\d+", name)], name
-
-    seen: set[int] = set()
-    kept = []
-    for name in sorted(set(names), key=number):
-        address = kv_caches[name].data_ptr()
-        if address not in seen:
-            seen.add(address)
-            kept.append(name)
-    return kept
+def _without_shared(names: list[str], kv_caches: dict[str, torch.Tensor]) -> list[str]:
+    """Without layers that only share another's cache."""
+    first: dict[int, str] = {}
+    for name in names:
+        first.setdefault(kv_caches[name].data_ptr(), name)
+    return list(first.values())
 
 
 def _check(name: str, tensor: torch.Tensor, first: torch.Tensor) -> None:
@@ -272,36 +307,62 @@ def _layer(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
     return tensor.data_ptr(), length * size, block, head, token
 
 
-def _states(vllm_config: VllmConfig, spec: Any, heads: int) -> tuple[int, int]:
+def _states(vllm_config: VllmConfig, specs: list[Any], heads: int) -> tuple[int, int]:
     """The same for recurrent states. Nobody can cut one, so that each worker's is a head of its own, unless all have the same."""
-    from vllm.distributed import get_tensor_model_parallel_rank
-
     if heads != 1:
         raise Refusal(f"recurrent states in {heads} parts are not supported")
-    size = vllm_config.parallel_config.tensor_parallel_size
-    if size == 1 or all(getattr(one, "tp_replicated", False) for one in inner_specs(spec)):
+    rank, size = _tensor_rank(vllm_config)
+    if size == 1 or all(getattr(one, "tp_replicated", False) for one in specs):
         return 0, 1
-    return get_tensor_model_parallel_rank(), size
+    return rank, size
 
 
-def _heads(vllm_config: VllmConfig, spec: Any, heads: int) -> tuple[int, int]:
+def _heads(vllm_config: VllmConfig, specs: list[Any], heads: int) -> tuple[int, int]:
     """First KV head of this worker, and all KV heads of a layer."""
+    rank, size = _tensor_rank(vllm_config)
+    if size == 1 or all(capabilities.is_latent(one) for one in specs):
+        return 0, heads
+    totals = _totals(vllm_config)
+    if len(totals) == 1:
+        (total,) = totals
+        if heads * size == total:
+            return rank * heads, total
+        if heads == 1 and size % total == 0:
+            return rank // (size // total), total
+    # How many this layer has is not known, or how they are spread: each worker's count as its own. Where there are no fewer heads than
+    # workers they are that; else only engines of this degree share them.
+    return rank * heads, size * heads
+
+
+def _totals(vllm_config: VllmConfig) -> set[int]:
+    """How many KV heads all workers together may have of a layer: what vLLM says of the model, and of one that guesses for it, and all
+    that their configurations call so, for some models' layers differ."""
+    models = [vllm_config.model_config, getattr(vllm_config.speculative_config, "draft_model_config", None)]
+    totals: set[int] = set()
+
+    def look(value: Any, named: bool) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                look(inner, HEADS_OF_A_LAYER.search(str(key)) is not None)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                look(inner, named)
+        elif named and isinstance(value, int):
+            totals.add(value)
+
+    for model in models:
+        if model is not None:
+            totals.add(model.get_total_num_kv_heads())
+            look(model.hf_text_config.to_dict(), False)
+    return totals
+
+
+def _tensor_rank(vllm_config: VllmConfig) -> tuple[int, int]:
+    """Of this worker among those that share heads, and how many they are."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
-    size = vllm_config.parallel_config.tensor_parallel_size
-    rank = get_tensor_model_parallel_rank() if size > 1 else 0
-    if getattr(vllm_config.model_config, "use_mla", False):
-        return 0, heads
-    total = vllm_config.model_config.get_total_num_kv_heads()
-    if size == 1:
-        return 0, heads
-    if total >= size:
-        if total % size or heads != total // size:
-            raise Refusal(f"{total} KV heads on {size} workers do not make {heads} each")
-        return rank * heads, total
-    if size % total or heads != 1:
-        raise Refusal(f"{total} KV heads on {size} workers do not make replicas of one head")
-    return rank // (size // total), total
+    size = int(vllm_config.parallel_config.tensor_parallel_size)
+    return (get_tensor_model_parallel_rank() if size > 1 else 0), size
 
 
 def _layer_object(vllm_config: VllmConfig, name: str) -> Any:
@@ -320,13 +381,13 @@ def _backend(vllm_config: VllmConfig, name: str) -> str:
     raise Refusal(f"the attention backend of layer {name} is not known")
 
 
-def _encoding(vllm_config: VllmConfig, names: list[str], page_tokens: int, state: Any = None) -> str:
+def _encoding(vllm_config: VllmConfig, names: list[str], page_tokens: int, states: list[Any] | None = None) -> str:
     """What the bytes of a page mean. Two encodings that may differ in any way have different names."""
-    if state is not None:
+    if states is not None:
         # Convolution and recurrent states side by side, laid out as the layer's kernels like.
         kinds = {
             f"{getattr(one, 'mamba_type', '?')}:{one.shapes}:{one.dtypes}".replace(" ", "").replace("torch.", "")
-            for one in inner_specs(state)
+            for one in states
         }
         return f"opaque:state:{'+'.join(sorted(kinds))}:vllm={_version()}:{_machine()}"
     backends = {_backend(vllm_config, name) for name in names}
@@ -379,6 +440,8 @@ def _scales(vllm_config: VllmConfig, names: list[str]) -> str:
     lines = []
     for name in names:
         layer = _layer_object(vllm_config, name)
+        if type(layer).__name__ in OWN_SCALES:
+            continue
         key, value = (getattr(layer, f"_{which}_scale_float", None) for which in "kv")
         if key is None or value is None:
             raise Refusal(f"the KV scales of layer {name} are not known")

@@ -184,6 +184,11 @@ def spec_kind(specs: list[Any]) -> str | None:
     return None
 
 
+def is_latent(spec: Any) -> bool:
+    """Whether the layer keeps what all heads share (MLA, and the keys of an indexer beside it): every worker has all of it."""
+    return type(spec) is _get(SPECS, "MLAAttentionSpec")
+
+
 def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int | None:
     """How many tokens a block hash covers: what the configuration says, else (before 0.32) what vLLM itself would work out from it.
     With several KV-cache groups that is not always what their block sizes have in common."""

@@ -92,7 +92,7 @@ class Capture:
             return
         tokens = self._full(request, computed)
         if tokens // self._rules[group].block_tokens > first:
-            ids = self._block_ids(output, name, group)
+            ids = self._block_ids(output, name, self._rules[group].of)
             self._keep(self._half.capture(name, group, *self._blocks(request, group, first, tokens, ids)))
 
     def _blocks(self, request: Request, group: int, first: int, tokens: int, ids: list[int]) -> tuple[bytes, list[int]]:
@@ -106,19 +106,19 @@ class Capture:
         scheduling), and in a streaming session the token may still be replaced."""
         return int(min(computed, request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens))
 
-    def _block_ids(self, output: SchedulerOutput, name: str, group: int) -> list[int]:
+    def _block_ids(self, output: SchedulerOutput, name: str, of: int) -> list[int]:
         state = getattr(output, "kv_connector_block_state", None)
         ids: list[int] = []
         if state is not None:
-            ids = state.resolve_block_ids(name)[group]
+            ids = state.resolve_block_ids(name)[of]
         elif self.manager is not None:
-            ids = self.manager.get_block_ids(name)[group]
+            ids = self.manager.get_block_ids(name)[of]
         return ids
 
     # --- recurrent states -----------------------------------------------------------------------------------------------
 
     def _offered(self, output: SchedulerOutput) -> dict[str, list[tuple[int, int, int]]]:
-        """Recurrent states that this step leaves in blocks of their own: per request (group, block, tokens that led to it)."""
+        """Recurrent states that this step leaves in blocks of their own: per request (vLLM's group, block, tokens that led to it)."""
         state = getattr(output, "kv_connector_block_state", None) if self._offers else None
         return dict(getattr(state, "boundary_state_offloads", None) or {})
 
@@ -128,18 +128,19 @@ class Capture:
             return
         # The last token counts here: a state is offered once, with the step that computes it or (drafts) when its output has come.
         final = min(request.num_tokens, len(request.block_hashes) * self._hash_tokens)
-        for group, block, tokens in states:
-            span = self._rules[group].block_tokens
-            if tokens % span == 0 and 0 < tokens <= final and self._is_still(request, group, block, tokens):
-                at = tokens // span
-                hash = hashes(request, span // self._hash_tokens, at - 1, at)
-                self._keep(self._half.capture_state(name, group, hash, block))
+        for of, block, tokens in states:
+            for group, rule in enumerate(self._rules):
+                span = rule.block_tokens
+                if rule.of == of and tokens % span == 0 and 0 < tokens <= final and self._is_still(request, of, block, tokens):
+                    at = tokens // span
+                    hash = hashes(request, span // self._hash_tokens, at - 1, at)
+                    self._keep(self._half.capture_state(name, group, hash, block))
 
-    def _is_still(self, request: Request, group: int, block: int, tokens: int) -> bool:
-        """Whether an offered block is what it was offered as. With async scheduling and drafts vLLM offers a state when a step's
+    def _is_still(self, request: Request, of: int, block: int, tokens: int) -> bool:
+        """Whether an offered block of vLLM's group is what it was offered as. With async scheduling and drafts vLLM offers a state when a step's
         output has come, and may give its block to another request before the next step tells us."""
         known = self.pool.blocks[block].block_hash if self.pool is not None else None
-        return known == make_block_hash_with_group_id(request.block_hashes[tokens // self._hash_tokens - 1], group)
+        return known == make_block_hash_with_group_id(request.block_hashes[tokens // self._hash_tokens - 1], of)
 
     # --- references -----------------------------------------------------------------------------------------------------
 
@@ -164,5 +165,5 @@ class Capture:
         self._room.gone(name)
         tokens = self._full(request, request.num_computed_tokens)
         for group, first in half.finish_from(name, tokens) if block_ids else ():
-            half.last_blocks(name, group, *self._blocks(request, group, first, tokens, block_ids[group]))
+            half.last_blocks(name, group, *self._blocks(request, group, first, tokens, block_ids[self._rules[group].of]))
         return half.finished(name)

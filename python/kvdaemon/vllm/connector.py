@@ -126,7 +126,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self._grain = grain // self._hash_tokens
         drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
         at_a_time = getattr(vllm_config, "max_in_flight_tokens", None) or 2 * vllm_config.scheduler_config.max_num_batched_tokens
-        self._room = Room(self._rules, self._hash_tokens, at_a_time, drafts)
+        self._room = Room(list({rule.of: rule for rule in self._rules}.values()), self._hash_tokens, at_a_time, drafts)
         self._capture = Capture(half, self._rules, self._hash_tokens, self._room)
         self._finder.start("kvd-identity", self._find_facts)
         return None
@@ -213,8 +213,10 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         half = self._scheduler
         if half is not None:
             external = -(-num_external_tokens // self._unit)
-            ids = [list(of_group) for of_group in blocks.get_block_ids()] if external else []
+            ids: list[list[int]] = []
             if external:
+                theirs = blocks.get_block_ids()
+                ids = [list(theirs[rule.of]) for rule in self._rules]
                 self._room.loads(request)
             half.allocated(request.request_id, external, ids)
 

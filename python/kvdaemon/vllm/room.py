@@ -33,7 +33,7 @@ class Room:
     """Counts what waits. Only for models with groups that are outgrown: in others vLLM counts right."""
 
     def __init__(self, rules: list[Rule], hash_tokens: int, step_tokens: int, draft_tokens: int) -> None:
-        """`step_tokens`: most tokens that are computed at a time, in all steps under way."""
+        """`rules`: one for each of vLLM's groups. `step_tokens`: most tokens that are computed at a time, in all steps under way."""
         self._rules, self._step_tokens, self._draft_tokens = rules, step_tokens, draft_tokens
         self._counts = any(rule.outgrown for rule in rules)
         whole = [rule.block_tokens for rule in rules if not rule.outgrown]
