@@ -307,6 +307,7 @@ impl<P: Port> Scheduler<P> {
     pub(crate) fn orders(&mut self, now: u64) -> Option<StepMeta> {
         self.collect_reservations(now);
         self.push_tails(now);
+        self.port.wake();
         self.tell_finished(now);
         self.meta.loads.append(&mut self.pending_loads);
         self.meta.namespaces = self.namespaces.introduce();

@@ -46,6 +46,15 @@ pub trait Port {
     /// When it can't be sent now, or there is another connection now.
     fn submit_on(&self, name: &Registered, body: request::Body) -> Result<Self::Ticket, Fault>;
 
+    /// As [`Port::submit_on`], but it may stay here until the next request is sent, or until [`Port::wake`].
+    ///
+    /// # Errors
+    /// As [`Port::submit_on`].
+    fn queue_on(&self, name: &Registered, body: request::Body) -> Result<Self::Ticket, Fault>;
+
+    /// Sends what was queued.
+    fn wake(&self);
+
     /// Sends a request whose reply nobody waits for.
     ///
     /// # Errors
@@ -95,6 +104,14 @@ impl Port for Link {
 
     fn submit_on(&self, name: &Registered, body: request::Body) -> Result<Ticket, Fault> {
         Ok(Link::submit_on(self, name.epoch, body)?)
+    }
+
+    fn queue_on(&self, name: &Registered, body: request::Body) -> Result<Ticket, Fault> {
+        Ok(Link::queue_on(self, name.epoch, body)?)
+    }
+
+    fn wake(&self) {
+        Link::wake(self);
     }
 
     fn submit_and_forget(&self, body: request::Body) -> Result<(), Fault> {

@@ -121,7 +121,7 @@ impl<P: Port> Scheduler<P> {
         request.is_some_and(|request| request.leaving == Leaving::No && self.may_store(request))
     }
 
-    /// Asks for slots. Gives the blocks back when that is not possible now. `held`: the engine keeps the blocks until it is told.
+    /// Asks for slots; whoever calls this wakes the port when all is asked for. Gives the blocks back when that is not possible now. `held`: the engine keeps the blocks until it is told.
     fn reserve(
         &mut self,
         now: u64,
@@ -151,7 +151,7 @@ impl<P: Port> Scheduler<P> {
                 parent: blocks.parent.clone().into(),
             }),
         });
-        let Ok(ticket) = self.port.submit_on(&name, body) else {
+        let Ok(ticket) = self.port.queue_on(&name, body) else {
             return Err(blocks);
         };
         self.counters.reserves += 1;
@@ -274,7 +274,11 @@ impl<P: Port> Scheduler<P> {
             group: reservation.group,
             epochs: reservation.epochs,
             incarnation: reservation.incarnation.to_vec(),
-            ..StoreOrder::default()
+            hashes: Vec::with_capacity(asked * HASH_BYTES),
+            blocks: Vec::with_capacity(asked),
+            slots: Vec::with_capacity(asked),
+            generations: Vec::with_capacity(asked),
+            offsets: Vec::with_capacity(asked),
         };
         let mut slots = reply
             .slots
@@ -419,6 +423,7 @@ impl<P: Port> Scheduler<P> {
         self.counters.held += 1;
         self.list(id);
         self.push_tail(now, id);
+        self.port.wake();
         true
     }
 

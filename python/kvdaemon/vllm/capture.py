@@ -6,6 +6,9 @@ stored are kept by a reference in vLLM's block pool, from the step that computes
 
 from __future__ import annotations
 
+import itertools
+import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
@@ -37,7 +40,7 @@ class Capture:
         self._half, self._rules, self._hash_tokens, self._room = half, rules, hash_tokens, room
         self.requests: dict[str, Request] = {}
         self.manager: Any = None
-        """Tells the blocks of requests where a step's output does not (before 0.32)."""
+        """vLLM's manager of KV-cache blocks, once it is bound: tells those of a request."""
         self.pool: Any = None
         """vLLM's block pool, once it is bound."""
         self._offers = any(rule.offered for rule in rules)
@@ -76,44 +79,44 @@ class Capture:
             self._room.step(ids, computed, ahead, preempted)
         wanted, orders, notices = half.step(preempted, ids, computed, ahead, bool(offers))
         if orders is None:
-            for at, group, first in wanted:
-                soon = ahead[at] if self._rules[group].outgrown else 0
-                self._running(output, ids[at], group, first, computed[at] + soon)
+            for at, wants in itertools.groupby(wanted, operator.itemgetter(0)):
+                self._running(output, ids[at], computed[at], ahead[at] if ahead else 0, wants)
             for name, states in offers.items():
                 self._states(name, states)
             orders = half.end_step()
         self.let_go()
         return orders, notices
 
-    def _running(self, output: SchedulerOutput, name: str, group: int, first: int, computed: int) -> None:
-        """Gives the half the blocks of a running request's group that are full by now, or with this step."""
+    def _running(self, output: SchedulerOutput, name: str, computed: int, ahead: int, wants: Iterable[tuple[int, int, int]]) -> None:
+        """Gives the half the blocks of a running request that are full by now, or with this step: of each (_, group, first block)."""
         request = self.requests.get(name)
         if request is None:
             return
-        tokens = self._full(request, computed)
-        if tokens // self._rules[group].block_tokens > first:
-            ids = self._block_ids(output, name, self._rules[group].of)
-            self._keep(self._half.capture(name, group, *self._blocks(request, group, first, tokens, ids)))
+        tables = self._tables(output, name)
+        before, after = self._full(request, computed), self._full(request, computed + ahead)
+        for _, group, first in wants:
+            rule = self._rules[group]
+            table = tables[rule.of]
+            last = min((after if rule.outgrown else before) // rule.block_tokens, len(table))
+            if last > first:
+                ids = [getattr(one, "block_id", one) for one in table[first:last]]
+                self._keep(self._half.capture(name, group, self._hashes(request, group, first, last), ids))
 
-    def _blocks(self, request: Request, group: int, first: int, tokens: int, ids: list[int]) -> tuple[bytes, list[int]]:
-        """Hashes and numbers of a group's blocks from `first` on that lie within so many tokens; in front the hash of the block before."""
-        span = self._rules[group].block_tokens
-        last = min(tokens // span, len(ids))
-        return hashes(request, span // self._hash_tokens, max(first - 1, 0), last), ids[first:last]
+    def _hashes(self, request: Request, group: int, first: int, last: int) -> bytes:
+        """Hashes of a group's blocks from `first` up to before `last`; in front the hash of the block before."""
+        return hashes(request, self._rules[group].block_tokens // self._hash_tokens, max(first - 1, 0), last)
 
     def _full(self, request: Request, computed: int) -> int:
         """Tokens whose KV is computed and final, and hashed. The last token does not count: its KV may not be computed (async
         scheduling), and in a streaming session the token may still be replaced."""
         return int(min(computed, request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens))
 
-    def _block_ids(self, output: SchedulerOutput, name: str, of: int) -> list[int]:
+    def _tables(self, output: SchedulerOutput, name: str) -> tuple[list[Any], ...]:
+        """A request's blocks, or their numbers, by vLLM's groups. Not copied where that can be helped: they are many."""
+        if self.manager is not None:
+            return tuple(self.manager.get_blocks(name).blocks)
         state = getattr(output, "kv_connector_block_state", None)
-        ids: list[int] = []
-        if state is not None:
-            ids = state.resolve_block_ids(name)[of]
-        elif self.manager is not None:
-            ids = self.manager.get_block_ids(name)[of]
-        return ids
+        return tuple(state.resolve_block_ids(name)) if state is not None else tuple([] for _ in self._rules)
 
     # --- recurrent states -----------------------------------------------------------------------------------------------
 
@@ -165,5 +168,7 @@ class Capture:
         self._room.gone(name)
         tokens = self._full(request, request.num_computed_tokens)
         for group, first in half.finish_from(name, tokens) if block_ids else ():
-            half.last_blocks(name, group, *self._blocks(request, group, first, tokens, block_ids[self._rules[group].of]))
+            rule = self._rules[group]
+            last = min(tokens // rule.block_tokens, len(block_ids[rule.of]))
+            half.last_blocks(name, group, self._hashes(request, group, first, last), block_ids[rule.of][first:last])
         return half.finished(name)

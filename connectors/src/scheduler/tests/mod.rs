@@ -20,6 +20,8 @@ use crate::meta::StepMeta;
 #[derive(Default)]
 struct Fake {
     asked: RefCell<Vec<Body>>,
+    /// How many of those have been sent.
+    sent: Cell<usize>,
     answers: RefCell<HashMap<usize, Result<reply::Body, Fault>>>,
     registered: Cell<bool>,
     connected: Cell<bool>,
@@ -54,11 +56,24 @@ impl Port for Fake {
             return Err(Fault::Unavailable);
         }
         self.asked.borrow_mut().push(body);
+        self.wake();
         Ok(self.last())
     }
 
     fn submit_on(&self, _: &Registered, body: request::Body) -> Result<usize, Fault> {
         self.submit(body)
+    }
+
+    fn queue_on(&self, _: &Registered, body: request::Body) -> Result<usize, Fault> {
+        if !self.connected.get() {
+            return Err(Fault::Unavailable);
+        }
+        self.asked.borrow_mut().push(body);
+        Ok(self.last())
+    }
+
+    fn wake(&self) {
+        self.sent.set(self.asked.borrow().len());
     }
 
     fn submit_and_forget(&self, body: request::Body) -> Result<(), Fault> {

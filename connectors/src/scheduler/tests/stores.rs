@@ -25,6 +25,32 @@ fn an_engine_that_only_loads_stores_nothing() {
 }
 
 #[test]
+fn what_is_asked_for_in_a_step_is_sent_with_it() {
+    let sent = |half: &Scheduler<Fake>| (half.port().sent.get(), half.port().asked.borrow().len());
+    let mut half = ready(1);
+    let before = sent(&half).0;
+    for id in ["a", "b"] {
+        half.on_new_request(0, id, Adapter::Base, &[], true);
+    }
+    half.begin_step(1, &[], &["a", "b"], &[8, 8], &[]);
+    half.capture(1, "a", 0, &hashes(1, 0..1), &[7]);
+    half.capture(1, "b", 0, &hashes(2, 0..1), &[8]);
+    assert_eq!(
+        sent(&half),
+        (before, before + 2),
+        "the thread is woken once"
+    );
+    half.end_step(1);
+    assert_eq!(sent(&half), (before + 2, before + 2));
+    assert!(finish(&mut half, 2, "a", &hashes(1, 1..2), &[9]));
+    assert_eq!(
+        sent(&half),
+        (before + 3, before + 3),
+        "no step may come for a while"
+    );
+}
+
+#[test]
 fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
     let mut half = ready(2);
     half.on_new_request(0, "a", Adapter::Base, &[], false);

@@ -201,11 +201,36 @@ impl Link {
         self.submit_on_within(epoch, body, self.request_timeout)
     }
 
+    /// As [`Link::submit_on`], but the thread is not woken for it: of several requests in a row only the last need pay for that. It goes
+    /// out with the next request that is submitted, or with [`Link::wake`].
+    ///
+    /// # Errors
+    /// As [`Link::submit_on`].
+    pub fn queue_on(&self, epoch: u64, body: request::Body) -> Result<Ticket, Error> {
+        self.queue_on_within(epoch, body, self.request_timeout)
+    }
+
+    /// Sends what was only queued. Never waits.
+    pub fn wake(&self) {
+        self.shared.notify.wake();
+    }
+
+    fn submit_on_within(
+        &self,
+        epoch: u64,
+        body: request::Body,
+        timeout: Duration,
+    ) -> Result<Ticket, Error> {
+        let ticket = self.queue_on_within(epoch, body, timeout)?;
+        self.wake();
+        Ok(ticket)
+    }
+
     #[allow(
         clippy::disallowed_methods,
         reason = "requests are timed here, at the edge; vDSO, no system call"
     )]
-    fn submit_on_within(
+    fn queue_on_within(
         &self,
         epoch: u64,
         body: request::Body,
@@ -224,16 +249,13 @@ impl Link {
             epoch,
         };
         match self.queue.try_send(submitted) {
-            Ok(()) => {
-                self.shared.notify.wake();
-                Ok(Ticket::new(
-                    cell,
-                    self.queue.clone(),
-                    Arc::clone(&self.shared.notify),
-                    epoch,
-                    self.pid,
-                ))
-            }
+            Ok(()) => Ok(Ticket::new(
+                cell,
+                self.queue.clone(),
+                Arc::clone(&self.shared.notify),
+                epoch,
+                self.pid,
+            )),
             Err(TrySendError::Full(_)) => Err(Error::new(
                 ErrorKind::Busy,
                 "the link's queue is full: drop the request or try later",
