@@ -352,9 +352,9 @@ def _totals(vllm_config: VllmConfig) -> set[int]:
 
     for model in models:
         if model is not None:
-            totals.add(model.get_total_num_kv_heads())
             look(model.hf_text_config.to_dict(), False)
-    return totals
+            totals.add(model.get_total_num_kv_heads())
+    return totals - {0}  # a drafter without attention has none
 
 
 def _tensor_rank(vllm_config: VllmConfig) -> tuple[int, int]:
