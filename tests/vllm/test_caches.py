@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,14 +14,32 @@ pytest.importorskip("vllm")
 
 import models  # noqa: E402
 import torch  # noqa: E402
-from harness import Shape, make_config  # noqa: E402
+from daemon import Daemon  # noqa: E402
+from engine import patient  # noqa: E402
+from harness import ScriptedEngine, Shape, make_config  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MLAAttentionSpec  # noqa: E402
 from vllm.v1.worker.utils import allocate_kv_cache  # noqa: E402
 
 pytestmark = pytest.mark.plugin
 Model = Callable[[models.Recipe], pathlib.Path]
 SPARSE = Shape("sparse", block=64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForgetfulAttentionSpec(FullAttentionSpec):
+    """Of a layer of which kvd knows nothing."""
+
+
+class Mixed(Shape):
+    """Layers of full attention, and last one that is not what it looks like."""
+
+    def layers(self, spec_tokens: int = 0) -> dict[str, KVCacheSpec]:
+        odd = ForgetfulAttentionSpec(block_size=self.block, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+        return super().layers(spec_tokens) | {"model.layers.9.self_attn.attn": odd}
+
+
+MIXED = Mixed("mixed")
 
 
 class DeepseekV32IndexerCache:
@@ -92,6 +111,42 @@ def test_a_layer_without_a_place_must_be_another_s(model: Model) -> None:
     tensors["model.layers.9.self_attn.attn"] = torch.zeros_like(tensors["model.layers.1.self_attn.attn"])
     with pytest.raises(caches.Refusal, match="does not say where"):
         caches.read(config, kv, tensors)
+
+
+def test_a_group_without_layers_is_refused(model: Model) -> None:
+    """Of a pipeline stage: its groups would not be those of the others."""
+    from kvdaemon.vllm import caches
+
+    config = make_config(model(models.gqa()), None, async_scheduling=False, shape=SPARSE)
+    kv = sparse(config)
+    kv.kv_cache_groups[0].layer_names.clear()
+    assert "no layers" in (caches.refuse_config(config, kv) or "")
+
+
+def test_what_only_workers_see_is_told(model: Model, module_daemon: Daemon) -> None:
+    """The scheduler knows one layer of a group; a worker refuses for another's sake, and nobody waits for it."""
+    engine = ScriptedEngine(make_config(model(models.gqa()), patient(module_daemon.socket), async_scheduling=False, shape=MIXED), shape=MIXED)
+    try:
+        engine.ask(models.prompt(1, 100), 4)
+        assert "ForgetfulAttentionSpec" in str(engine.connector.debug_stats()["refusal"])
+        assert engine.connector.debug_stats()["asked_to_wait"] == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("size", "fits"), [(1, True), (2, False)])
+def test_pages_of_other_parts_than_heads(size: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K and V of all heads, say: those of two workers side by side are not what one has."""
+    from kvdaemon.vllm import caches
+
+    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=64, dtype=torch.bfloat16)
+    engine = _engine(size, 4 * size, {}, None)
+    if fits:
+        assert caches._heads(engine, [spec], 8) == (0, 8)
+    else:
+        with pytest.raises(caches.Refusal, match="8 parts for 4 KV heads"):
+            caches._heads(engine, [spec], 8)
 
 
 def _engine(size: int, total: int, config: dict[str, Any], drafter: int | None) -> Any:

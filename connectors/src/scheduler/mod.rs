@@ -150,6 +150,8 @@ pub struct Scheduler<P: Port> {
     held: u32,
     /// Blocks that it need not keep any more.
     released: Vec<u32>,
+    /// Requests that may not have been sent yet.
+    queued: u32,
     /// Until when (us) nothing is reserved, because the daemon had no room.
     no_room_until: u64,
     silence: Silence<P::Ticket>,
@@ -183,6 +185,7 @@ impl<P: Port> Scheduler<P> {
             in_flight: 0,
             held: 0,
             released: Vec::new(),
+            queued: 0,
             no_room_until: 0,
             silence: Silence::new(),
             belief: 0,
@@ -307,7 +310,7 @@ impl<P: Port> Scheduler<P> {
     pub(crate) fn orders(&mut self, now: u64) -> Option<StepMeta> {
         self.collect_reservations(now);
         self.push_tails(now);
-        self.port.wake();
+        self.send();
         self.tell_finished(now);
         self.meta.loads.append(&mut self.pending_loads);
         self.meta.namespaces = self.namespaces.introduce();

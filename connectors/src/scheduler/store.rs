@@ -14,6 +14,8 @@ use crate::meta::StoreOrder;
 
 /// For how long (us) nothing is reserved after the daemon had no room.
 const NO_ROOM_PAUSE: u64 = 100_000;
+/// Most reservations that wait to be sent: the port's queue is finite, and its thread wakes in the time that the next ones take.
+const QUEUED_MOST: u32 = 256;
 
 /// An order that not all ranks have reported.
 #[derive(Debug)]
@@ -121,7 +123,8 @@ impl<P: Port> Scheduler<P> {
         request.is_some_and(|request| request.leaving == Leaving::No && self.may_store(request))
     }
 
-    /// Asks for slots; whoever calls this wakes the port when all is asked for. Gives the blocks back when that is not possible now. `held`: the engine keeps the blocks until it is told.
+    /// Asks for slots; [`Scheduler::send`] is owed when all is asked for. Gives the blocks back when that is not possible now. `held`:
+    /// the engine keeps the blocks until it is told.
     fn reserve(
         &mut self,
         now: u64,
@@ -154,6 +157,10 @@ impl<P: Port> Scheduler<P> {
         let Ok(ticket) = self.port.queue_on(&name, body) else {
             return Err(blocks);
         };
+        self.queued += 1;
+        if self.queued >= QUEUED_MOST {
+            self.send();
+        }
         self.counters.reserves += 1;
         self.counters.reserve_blocks += blocks.len() as u64;
         self.in_flight += blocks.len() as u32;
@@ -174,6 +181,13 @@ impl<P: Port> Scheduler<P> {
         }
         self.list(id);
         Ok(())
+    }
+
+    /// Sends what was asked for.
+    pub(crate) fn send(&mut self) {
+        if std::mem::take(&mut self.queued) > 0 {
+            self.port.wake();
+        }
     }
 
     /// So many blocks are reserved or being copied no more.
@@ -423,7 +437,7 @@ impl<P: Port> Scheduler<P> {
         self.counters.held += 1;
         self.list(id);
         self.push_tail(now, id);
-        self.port.wake();
+        self.send();
         true
     }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvdaemon._native import KvCache
+from kvdaemon.identity import hf_dict
 from kvdaemon.vllm import capabilities
 
 if TYPE_CHECKING:
@@ -156,7 +157,12 @@ def _alike(kv_cache_config: KVCacheConfig, group: Any) -> tuple[list[list[str]],
     group of ours: they share blocks and hashes. And the layers that have no place in the KV cache: what they use is another's.
 
     Sizes are told apart by where vLLM places layers, which it tells the scheduler and the workers; their specs it tells only the latter.
+
+    Raises:
+        Refusal: it has no layers here, so that groups would be numbered otherwise than by others.
     """
+    if not group.layer_names:
+        raise Refusal("a KV-cache group has no layers in one of the pipeline stages")
     placed = {
         name: (tensor.layer_stride, tensor.block_stride)
         for tensor in getattr(kv_cache_config, "kv_cache_tensors", ())
@@ -188,7 +194,9 @@ def _rule(spec: Any) -> Rule:
         if modes == {"all"} or modes == {"align"}:
             return Rule("state", spec.block_size, offered=modes == {"align"})
         raise Refusal(f"recurrent states are kept only at the end of a request (mamba_cache_mode {'/'.join(sorted(modes))})")
-    raise Refusal(f"KV caches of the kind {type(inner[0]).__name__} are not supported yet")
+    unknown = [one for one in inner if capabilities.spec_kind([one]) is None]
+    kinds = sorted({type(one).__name__ for one in unknown or inner})
+    raise Refusal(f"KV caches of the kind {' beside '.join(kinds)} are not supported yet")
 
 
 def read(
@@ -308,7 +316,7 @@ def _layer(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _states(vllm_config: VllmConfig, specs: list[Any], heads: int) -> tuple[int, int]:
-    """The same for recurrent states. Nobody can cut one, so that each worker's is a head of its own, unless all have the same."""
+    """First head of this worker, and all heads, for recurrent states. Nobody can cut one, so that each worker's is a head of its own, unless all have the same."""
     if heads != 1:
         raise Refusal(f"recurrent states in {heads} parts are not supported")
     rank, size = _tensor_rank(vllm_config)
@@ -322,6 +330,9 @@ def _heads(vllm_config: VllmConfig, specs: list[Any], heads: int) -> tuple[int, 
     rank, size = _tensor_rank(vllm_config)
     if size == 1 or all(capabilities.is_latent(one) for one in specs):
         return 0, heads
+    if any(one.num_kv_heads != heads for one in specs):
+        # Of each worker K and V of its heads may be apart, say (FlashInfer's NVFP4): side by side they are not what one worker has.
+        raise Refusal(f"pages of {heads} parts for {specs[0].num_kv_heads} KV heads on each of {size} workers are not supported")
     totals = _totals(vllm_config)
     if len(totals) == 1:
         (total,) = totals
@@ -347,12 +358,12 @@ def _totals(vllm_config: VllmConfig) -> set[int]:
         elif isinstance(value, (list, tuple)):
             for inner in value:
                 look(inner, named)
-        elif named and isinstance(value, int):
+        elif named and type(value) is int:
             totals.add(value)
 
     for model in models:
         if model is not None:
-            look(model.hf_text_config.to_dict(), False)
+            look(hf_dict(model.hf_text_config), False)
             totals.add(model.get_total_num_kv_heads())
     return totals - {0}  # a drafter without attention has none
 

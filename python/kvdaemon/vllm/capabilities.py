@@ -50,7 +50,8 @@ FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     SPECS: {"KVCacheConfig": ("num_blocks", "kv_cache_groups"), "KVCacheGroupSpec": ("layer_names", "kv_cache_spec")},
     "vllm.v1.core.block_pool": {"BlockPool": ("blocks", "num_gpu_blocks", "touch", "free_blocks")},
-    "vllm.v1.core.kv_cache_utils": {"KVCacheBlock": ("block_hash",)},
+    "vllm.v1.core.kv_cache_utils": {"KVCacheBlock": ("block_hash", "block_id")},
+    "vllm.v1.core.kv_cache_manager": {"KVCacheManager": ("get_blocks",)},
     "vllm.v1.request": {
         "Request": ("request_id", "block_hashes", "num_tokens", "num_computed_tokens", "lora_request"),
     },

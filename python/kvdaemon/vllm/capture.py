@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
@@ -95,16 +95,17 @@ class Capture:
         tables = self._tables(output, name)
         before, after = self._full(request, computed), self._full(request, computed + ahead)
         for _, group, first in wants:
-            rule = self._rules[group]
-            table = tables[rule.of]
-            last = min((after if rule.outgrown else before) // rule.block_tokens, len(table))
-            if last > first:
-                ids = [getattr(one, "block_id", one) for one in table[first:last]]
-                self._keep(self._half.capture(name, group, self._hashes(request, group, first, last), ids))
+            tokens = after if self._rules[group].outgrown else before
+            found, blocks = self._blocks(request, group, first, tokens, tables)
+            if blocks:
+                self._keep(self._half.capture(name, group, found, [getattr(one, "block_id", one) for one in blocks]))
 
-    def _hashes(self, request: Request, group: int, first: int, last: int) -> bytes:
-        """Hashes of a group's blocks from `first` up to before `last`; in front the hash of the block before."""
-        return hashes(request, self._rules[group].block_tokens // self._hash_tokens, max(first - 1, 0), last)
+    def _blocks(self, request: Request, group: int, first: int, tokens: int, tables: Sequence[list[Any]]) -> tuple[bytes, list[Any]]:
+        """Hashes and blocks of a group from `first` on that lie within so many tokens; in front the hash of the block before."""
+        rule = self._rules[group]
+        last = min(tokens // rule.block_tokens, len(tables[rule.of]))
+        ratio = rule.block_tokens // self._hash_tokens
+        return hashes(request, ratio, max(first - 1, 0), last), tables[rule.of][first:last]
 
     def _full(self, request: Request, computed: int) -> int:
         """Tokens whose KV is computed and final, and hashed. The last token does not count: its KV may not be computed (async
@@ -115,8 +116,7 @@ class Capture:
         """A request's blocks, or their numbers, by vLLM's groups. Not copied where that can be helped: they are many."""
         if self.manager is not None:
             return tuple(self.manager.get_blocks(name).blocks)
-        state = getattr(output, "kv_connector_block_state", None)
-        return tuple(state.resolve_block_ids(name)) if state is not None else tuple([] for _ in self._rules)
+        return tuple(output.kv_connector_block_state.resolve_block_ids(name))
 
     # --- recurrent states -----------------------------------------------------------------------------------------------
 
@@ -168,7 +168,5 @@ class Capture:
         self._room.gone(name)
         tokens = self._full(request, request.num_computed_tokens)
         for group, first in half.finish_from(name, tokens) if block_ids else ():
-            rule = self._rules[group]
-            last = min(tokens // rule.block_tokens, len(block_ids[rule.of]))
-            half.last_blocks(name, group, self._hashes(request, group, first, last), block_ids[rule.of][first:last])
+            half.last_blocks(name, group, *self._blocks(request, group, first, tokens, block_ids))
         return half.finished(name)

@@ -311,7 +311,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self._refusal is not None:
-            return
+            # The scheduler may not see the reason: it knows less of the layers.
+            return self._start_worker([], self._refusal)
         shares: list[caches.Share] = []
         refusal = ""
         try:
