@@ -50,6 +50,7 @@ SHAPES = (
     "test_shapes::test_what_a_daemon_has_left_is_worth_a_local_hit",
     "test_shapes::test_a_preempted_request_goes_on_from_what_was_stored",
 )
+DRAFTED = "test_shapes::test_the_cache_of_a_drafter_comes_back_too"
 PARALLEL = "test_identical::test_any_tensor_parallel_degree_loads_what_any_other_stored"
 OURS = r"(\[.*kvd.*\]|\[(a?sync)\])"
 
@@ -62,7 +63,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("the same with a LoRA adapter", _kinds(SHAPES, "lora")),
         Row("the same with an image", _kinds(SHAPES, "image")),
         Row("full and partial hits: odd windows, windows in one group, an adapter on windows", _kinds(SHAPES[:1], "gemma-odd", "gemma-one-group", "gemma-lora")),
-        Row("full and partial hits with a drafter of its own cache (EAGLE, a draft model)", _kinds((SHAPES[0], "test_shapes::test_the_cache_of_a_drafter_comes_back_too"), "eagle", "draft-model", "odd-draft-model")),
+        Row("full and partial hits with a drafter of its own cache (EAGLE, a draft model, also of other KV heads)", _kinds((SHAPES[0], DRAFTED), "eagle", "draft-model", "odd-draft-model")),
+        Row("the same for layers of multi-token prediction (as in MiMo)", _kinds((SHAPES[0], DRAFTED), "mtp")),
         Row("a drafter with other KV heads than the target's, on two ranks", (r"test_hybrid::test_two_ranks_with_a_drafter_of_other_heads\[.*\]",)),
         Row("latent attention with an indexer (as in DeepSeek-V3.2): the cache is understood; no such model runs on a CPU", (r"test_caches::test_latent_attention_with_an_indexer\[.*\]",)),
         Row("a full hit, stored and loaded block by block as counted, also in another process", _kinds(SAME, "gqa", "mla")),

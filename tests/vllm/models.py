@@ -137,6 +137,12 @@ def eagle(**rest: Any) -> Recipe:
     return recipe("eagle", config | {"eagle_drafter": True}, **rest)
 
 
+def mtp(**rest: Any) -> Recipe:
+    """MiMo-like: Qwen2's layers, and one more in the same files that guesses the token after the next."""
+    config = _llama(4, 256, 4, 2, 64, 512, 8192, VOCABULARY) | {"attention_bias": True, "use_sliding_window": False}
+    return recipe("mtp", config | {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}, **rest)
+
+
 def multimodal(**rest: Any) -> Recipe:
     """LLaVA-like: an image of 56 by 56 pixels becomes 16 tokens of a Llama-like model."""
     config = {
@@ -175,7 +181,17 @@ def _attention_shapes(c: dict[str, Any], prefix: str) -> dict[str, tuple[int, ..
     if c["model_type"] == "gpt_oss":
         shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()}
         shapes[f"{prefix}.sinks"] = (heads,)
+    if c["model_type"] == "qwen2":
+        shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items() if ".o_proj." not in name}
     return shapes
+
+
+def _guessing_shapes(c: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
+    """A layer for multi-token prediction, as MiMo has it: it reads the last layer's output and the next token's embedding."""
+    hidden, prefix = c["hidden_size"], f"model.mtp_layers.{i}"
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.{norm}_layernorm.weight": (hidden,) for norm in ("token", "hidden", "final")}
+    shapes[f"{prefix}.input_proj.weight"] = (hidden, 2 * hidden)
+    return shapes | {name.replace(f"model.layers.{i}.", f"{prefix}."): shape for name, shape in _layer_shapes(c, i).items()}
 
 
 def _delta_net_shapes(c: dict[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
@@ -311,6 +327,8 @@ def weights(r: Recipe) -> dict[str, Any]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c["vocab_size"], c["hidden_size"])}
     for i in range(layers):
         shapes |= _layer_shapes(c, i)
+    for i in range(c.get("num_nextn_predict_layers", 0)):
+        shapes |= _guessing_shapes(c, i)
     shapes["model.norm.weight"] = (c["hidden_size"],)
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], c["hidden_size"])

@@ -9,7 +9,7 @@ import models
 import pytest
 
 
-@pytest.mark.parametrize("recipe", [models.gqa, models.qwen3, models.mla, models.gemma, models.gptoss, models.qwen3next, models.multimodal])
+@pytest.mark.parametrize("recipe", [models.gqa, models.qwen3, models.mla, models.gemma, models.gptoss, models.qwen3next, models.mtp, models.multimodal])
 def test_same_recipe_same_bytes(recipe: Callable[[], models.Recipe], tmp_path: pathlib.Path) -> None:
     one = models.make(recipe(), tmp_path / "a") / "model.safetensors"
     two = models.make(recipe(), tmp_path / "b") / "model.safetensors"

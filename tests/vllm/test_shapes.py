@@ -31,7 +31,8 @@ class Kind:
     """Of the engine."""
     adapter: bool = False
     images: tuple[int, ...] = ()
-    drafter: tuple[str, Callable[[], models.Recipe]] | None = None
+    drafter: tuple[str, Callable[[], models.Recipe] | None] | None = None
+    """Its method and its model, which may be the same."""
     """How tokens are guessed, by a model with a KV cache of its own."""
     small: str = "4MiB"
     """Host memory for less than the blocks of two prompts."""
@@ -55,12 +56,13 @@ KINDS = {
     "eagle": Kind(models.gqa, drafter=("eagle", models.eagle)),
     "draft-model": Kind(models.gqa, drafter=("draft_model", models.gqa)),
     "odd-draft-model": Kind(models.gqa, drafter=("draft_model", lambda: models.gqa(kv_heads=1))),  # its layers in the same group are smaller
+    "mtp": Kind(models.mtp, drafter=("mtp", None)),
     "image": Kind(models.multimodal, {"skip_tokenizer_init": False}, images=(1,)),
 }
 
 
 ALL = SOAK or os.environ.get("KVD_TEST_SHAPES") == "all"
-PREEMPTED = [name for name in KINDS if ALL or name not in ("gemma-odd", "gemma-one-group", "gemma-lora", "eagle", "draft-model", "odd-draft-model")]
+PREEMPTED = [name for name in KINDS if ALL or name not in ("gemma-odd", "gemma-one-group", "gemma-lora", "eagle", "draft-model", "odd-draft-model", "mtp")]
 EVICTED = [name for name in PREEMPTED if ALL or name not in ("qwen3", "lora", "image")]
 
 
@@ -70,13 +72,14 @@ class Case:
     def __init__(self, kind: Kind, engines: Engines, model: Model, where: pathlib.Path) -> None:
         self._engines, self._path, self._small, self._images = engines, model(kind.recipe()), kind.small, len(kind.images)
         self._options = dict(kind.options)
-        self.drops_last = kind.drafter is not None and kind.drafter[0] == "eagle"
+        self.drops_last = kind.drafter is not None and kind.drafter[0] in ("eagle", "mtp")
         """A hit is a block shorter than what is there."""
         self.guesses_right = kind.drafter is not None and kind.drafter[1] is models.gqa
         """The drafter is the model itself, so that it does wherever its cache is right."""
         if kind.drafter:
             method, drafter = kind.drafter
-            self._options["speculative_config"] = {"method": method, "model": str(model(drafter())), "num_speculative_tokens": 2}
+            own = {"model": str(model(drafter())), "num_speculative_tokens": 2} if drafter else {"num_speculative_tokens": 1}
+            self._options["speculative_config"] = {"method": method} | own
         self.ask: dict[str, Any] = {}
         """Fields of every request."""
         if kind.adapter:
@@ -191,7 +194,7 @@ def test_a_preempted_request_goes_on_from_what_was_stored(case: Case, daemon: Da
     assert own.samples[0].logprobs == batch.answers[0].samples[0].logprobs[at:]
 
 
-@pytest.mark.parametrize("case", ["eagle", "draft-model", "odd-draft-model"], indirect=True)
+@pytest.mark.parametrize("case", ["eagle", "draft-model", "odd-draft-model", "mtp"], indirect=True)
 def test_the_cache_of_a_drafter_comes_back_too(case: Case, daemon: Daemon) -> None:
     """Byte by byte: which guesses are taken hardly shows it. With EAGLE the last block is left out, as it depends on the token after it."""
     engine = case.start(daemon)

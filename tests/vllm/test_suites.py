@@ -16,9 +16,10 @@ pytest.importorskip("vllm")
 import daemon as daemon_module  # noqa: E402
 import memory_connector  # noqa: E402
 import models  # noqa: E402
-from engine import multi, patient  # noqa: E402
+from engine import multi, patient, wait_until  # noqa: E402
 from harness import BLOCK, SHAPES, ScriptedEngine, continuation  # noqa: E402
 from test_hybrid_scheduler import Rig, closing, idle, random_schedule, stops_when_it_loads  # noqa: E402
+from vllm.v1.core.sched.interface import PauseState  # noqa: E402
 
 pytestmark = pytest.mark.plugin
 Model = Callable[[models.Recipe], pathlib.Path]
@@ -205,6 +206,55 @@ def test_a_hit_that_waits_longer_than_its_lease(rig: Rig) -> None:
     assert engine.ours.debug_stats()["load_failures"] == 0
 
 
+def test_a_request_that_waits_ahead_of_a_load(rig: Rig) -> None:
+    """It is more important than one that loads, the pool has room for one of them, and its lookup is not answered: the load goes on behind it."""
+    few = {"full": 20, "windows": 48, "states": 48}[rig.shape.name]
+    prompt = rig.prompt(420)
+    stored(rig, rig.engine(blocks=512, budget=64), prompt)
+    engine = rig.engine(blocks=few, budget=64, scheduling_policy="priority")
+    stopped = stops_when_it_loads(engine, the_daemon(rig))
+    engine.add(prompt + models.prompt(1, 30), 60, priority=9)
+    engine.run_until("the load was ordered", lambda: bool(stopped))
+    waited = engine.ours.debug_stats()["asked_to_wait"]
+    engine.add(prompt + models.prompt(2, 30), 60, priority=1)
+    for _ in range(5):
+        engine.step()
+    assert engine.ours.debug_stats()["asked_to_wait"] > waited
+    the_daemon(rig).resume()
+    idle(engine)
+    engine.check_answers()
+    assert engine.ours.debug_stats()["load_failures"] == 0
+
+
+# Local hits that differ -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["windows", "states", "all", "sizes-windows"])
+def test_local_hits_that_differ_by_group(name: str, is_async: bool, model: Model, daemon: daemon_module.Daemon) -> None:
+    """vLLM's own cache has lost the end, or the middle, of one group alone: what is offered goes on from what all groups have, and nothing that is
+    computed anew could have been loaded."""
+    with closing(Rig(model(models.gqa()), daemon, is_async, SHAPES[name])) as rig:
+        engine = rig.engine(budget=64)
+        prompt = rig.prompt(330)
+        stored(rig, engine, prompt)
+        probe = engine.request(engine.add(prompt, 1))
+        assert probe is not None
+        hashes = list(probe.block_hashes)
+        idle(engine)
+        pool, groups = engine.scheduler.kv_cache_manager.block_pool, len(engine.model.kv.kv_cache_groups)
+        found = 0
+        for group in range(groups):
+            for lost in (slice(5, None), slice(3, 6), slice(0, None)):
+                engine.ask(prompt, 1)  # all is there again
+                cached = [pool.get_cached_block(one, [group]) for one in hashes[lost]]
+                numbers = {block.block_id for blocks in cached if blocks for block in blocks}
+                pool.evict_blocks(numbers)
+                found += len(numbers)
+                before = engine.model.computed_tokens
+                engine.ask(prompt, 1)
+                assert engine.model.computed_tokens - before == len(prompt) - rig.hit(len(prompt) - 1), (group, lost)
+                idle(engine)
+        assert found > 5 * groups
+
+
 def test_all_that_wait_with_loads_have_room_together() -> None:
     from kvdaemon.vllm.caches import Rule
     from kvdaemon.vllm.room import Room
@@ -276,6 +326,78 @@ def test_a_reset_while_a_load_is_under_way(rig: Rig) -> None:
     engine.reset()
     assert engine.ask(prompt, 4)[1] == rig.hit(329)
     idle(engine)
+
+
+def test_a_pause_with_a_load_under_way(rig: Rig) -> None:
+    """One that lets go on what has blocks: the load ends, and its request. One that stops all: the load ends, and what it brought is used when the
+    engine goes on."""
+    daemon = the_daemon(rig)
+    engine = rig.engine(budget=64)
+    prompt = rig.prompt(330)
+    stored(rig, engine, prompt)
+    # Before 0.32 the former stops what waits with blocks, too.
+    drains = "kv_holding_waiting" in type(engine.scheduler).get_num_unfinished_requests.__code__.co_names
+    for how in (PauseState.PAUSED_NEW, PauseState.PAUSED_ALL):
+        engine.reset()
+        hits, stopped = engine.external_hits, stops_when_it_loads(engine, daemon)
+        one = engine.add(prompt, 4)
+        engine.run_until("the load was ordered", lambda: bool(stopped))
+        engine.settle()
+        engine.scheduler.set_pause_state(how)
+        daemon.resume()
+        if how == PauseState.PAUSED_NEW and drains:
+            engine.run_until("nothing is to do", lambda: not engine.scheduler.has_requests())
+            assert one in engine.finish
+        else:
+            rank = engine.model.connector
+            wait_until("the load is over", lambda: rank.debug_stats()["loaded_blocks"] >= engine.ours.debug_stats()["loaded_blocks"], 20.0)
+            while engine.step():
+                pass
+            assert not engine.answers[one]
+        engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+        idle(engine)
+        engine.check_answers()
+        assert engine.external_hits - hits == rig.hit(329)
+        assert engine.scheduler.reset_prefix_cache(reset_connector=False)
+
+
+def test_a_reset_with_output_on_its_way(rig: Rig) -> None:
+    """Running requests lose their blocks while a step of theirs is under way, at any moment. Where vLLM raises for it, they come back all the same."""
+    engine = rig.engine(budget=64)
+    done = 0
+    for round in range(6):
+        prompts = [rig.prompt(150 + 40 * i) for i in range(3)]
+        for prompt in prompts:
+            engine.add(prompt, 60)
+        for _ in range(3 + 5 * round):
+            engine.step()
+        under_way = bool(engine.queue)
+        try:
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=round % 2 == 1)
+            done += 1
+        except RuntimeError:
+            assert under_way or engine.watch.kept or engine.scheduler.deferred_frees
+        idle(engine)
+        engine.check_answers()
+        engine.requests.clear()
+        engine.reset()
+    print(f"{done} of 6 resets were done")
+
+
+def test_every_order_is_worked_on_once(rig: Rig) -> None:
+    """vLLM hands a step's orders over twice, and some steps compute nothing: what was ordered was copied, no more."""
+    engine = rig.engine(budget=64)
+    for quiet in (False, True):
+        engine.model.quiet = quiet
+        prompt = rig.prompt(330)
+        engine.ask(prompt, 70)
+        stored(rig, engine, prompt)
+        assert engine.ask(prompt, 4)[1] == rig.hit(329)
+        rig.settle(engine)
+        ours, rank = engine.ours.debug_stats(), engine.model.connector.debug_stats()
+        assert ours["ordered_blocks"] == ours["done_blocks"] == rank["copied_blocks"] + rank["dropped_blocks"] > 10
+        assert ours["loaded_blocks"] == rank["loaded_blocks"] > 0
+        engine.reset()
 
 
 def test_more_important_requests(rig: Rig) -> None:

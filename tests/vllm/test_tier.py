@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -49,14 +50,14 @@ def keys(seed: int, count: int, group: int = 0) -> list[bytes]:
 class Bench:
     """A tier as TieringOffloadingManager holds it: rows of memory, jobs by number."""
 
-    def __init__(self, vllm_config: Any, socket: object, *, blocks_per_chunk: int = 1, **options: Any) -> None:
+    def __init__(self, vllm_config: Any, socket: object, *, blocks_per_chunk: int = 1, ranks: int = 1, **options: Any) -> None:
         from vllm.v1.kv_offload.config import OffloadingCacheConfig, OffloadingConfig, OffloadingGroupConfig, OffloadingModelConfig, OffloadingParallelConfig
         from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
         config = OffloadingConfig(
             groups=(OffloadingGroupConfig(32, ("layer.0",), 0), OffloadingGroupConfig(32, ("layer.1",), 1)), worker_kv_bytes_per_block=ROW,
             enable_kv_cache_events=False, extra_config={}, engine_id="bench", model=OffloadingModelConfig("bench", "bfloat16"),
-            cache=OffloadingCacheConfig(32, blocks_per_chunk), parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, True),
+            cache=OffloadingCacheConfig(32, blocks_per_chunk), parallel=OffloadingParallelConfig(0, ranks, ranks, 1, 1, 1, 0, 1, None, True),
             kv_cache_layout="LBHNC",
         )
         self.rows = np.random.default_rng(7).integers(0, 256, (16, ROW), dtype=np.uint8).astype(np.int8)
@@ -246,12 +247,90 @@ def test_what_may_differ_is_not_shared(bench: Callable[..., Bench], config: Any,
     assert bench(daemon.socket).attached().job("store", wanted, [0, 1]).success
     assert bench(daemon.socket, blocks_per_chunk=2).attached().found(wanted) == "MM"
     assert bench(daemon.socket, weights_id="other").attached().found(wanted) == "MM"
+    assert bench(daemon.socket, ranks=2).attached().found(wanted) == "MM", "rows of two ranks are one after the other"
     assert bench(daemon.socket, vllm_config=None).attached().found(wanted) == "MM", "without a configuration nothing is shared"
     said = differences(daemon)
     assert {"x.blocks_per_chunk"} in said and {"weights"} in said
     adapters = copy.copy(config)
     adapters.lora_config = SimpleNamespace()
     assert bench(daemon.socket, vllm_config=adapters).attached().found(wanted) == "MM", "vLLM does not say which adapter it is"
+
+
+def test_requests_that_leave_while_a_lookup_is_open(bench: Callable[..., Bench], daemon: Daemon) -> None:
+    """Those that asked for the same chunk, or ask for it later, are answered all the same."""
+    one = bench(daemon.socket).attached()
+    wanted = keys(11, 2)
+    assert one.job("store", wanted, [0, 1]).success
+    leaves, stays, alone = one.request(), one.request(), one.request()
+    daemon.pause()
+    try:
+        assert one.look(wanted, leaves) == one.look(wanted, stays) == "RR"
+        gone = keys(12, 1)
+        assert one.look(gone, alone) == "R"
+        for context in (leaves, alone):
+            one.tier.on_request_finished(context)
+        later = one.request()
+        assert one.look(gone + wanted, later) == "RRR"
+    finally:
+        daemon.resume()
+    wait_until("the one that stays is answered", lambda: one.look(wanted, stays) == "HH", every_s=0.002)
+    wait_until("so is the later one", lambda: one.look(gone + wanted, later) == "MHH", every_s=0.002)
+    assert one.job("store", gone, [2]).success
+    for context in (stays, later):
+        one.tier.on_request_finished(context)
+    assert one.found(gone) == "H", "an answer holds as long as those that asked for it"
+
+
+def test_rows_that_there_are_not(bench: Callable[..., Bench], daemon: Daemon) -> None:
+    """A failed job, and nothing is written, read or stored."""
+    one = bench(daemon.socket).attached()
+    wanted = keys(13, 2)
+    assert one.job("store", wanted, [0, 1]).success
+    before = one.rows.copy()
+    for row in (-1, 16, 1 << 30):
+        assert not one.job("load", wanted[:1], [row]).success
+        assert not one.job("store", keys(14, 1), [row]).success
+    assert (one.rows == before).all()
+    assert one.found(keys(14, 1)) == "M"
+    assert one.job("load", wanted[:1], [5]).success
+    assert (one.rows[5] == before[0]).all()
+
+
+def test_shutdown_with_jobs_and_lookups_open(bench: Callable[..., Bench], daemon: Daemon) -> None:
+    """Of a daemon that hangs, too: no thread is left, and no row is written afterwards."""
+    from vllm.v1.kv_offload.tiering.base import TransferJob
+
+    one = bench(daemon.socket, load_deadline_ms=500).attached()
+    wanted = keys(15, 2)
+    assert one.job("store", wanted, [0, 1]).success
+    context = one.request()
+    wait_until("all are found", lambda: one.look(wanted, context) == "HH", every_s=0.002)
+    mine = [thread for thread in threading.enumerate() if thread.name.startswith("kvd-tier")]
+    assert mine
+    before = one.rows.copy()
+    daemon.pause()
+    try:
+        for number, submit in enumerate([one.tier.submit_load, one.tier.submit_store] * 3):
+            rows = np.array([4 + 2 * number, 5 + 2 * number], dtype=np.int32)
+            submit(TransferJob(next(SERIALS), wanted, rows, submit == one.tier.submit_load, context))
+        assert one.look(keys(16, 3), context) == "RRR"
+        one.tier.shutdown()
+    finally:
+        daemon.resume()
+    assert not [thread for thread in mine if thread.is_alive()]
+    assert bench(daemon.socket).attached().found(wanted) == "HH"
+    assert (one.rows == before).all()
+
+
+def test_a_full_daemon_gives_up_what_is_old(bench: Callable[..., Bench], tmp_path: pathlib.Path) -> None:
+    with Daemon(tmp_path, "4MiB") as small:
+        one = bench(small.socket).attached()
+        sets = [keys(100 + number, 15) for number in range(12)]  # 180 rows, where 64 have room
+        for number, wanted in enumerate(sets):
+            assert one.job("store", wanted, list(range(15))).success, number
+        assert one.found(sets[-1]) == "H" * 15
+        assert one.found(sets[0]) == "M" * 15
+        assert one.job("load", sets[-1], list(range(15))).success
 
 
 def test_where_states_may_be_wrong_nothing_is_kept(
