@@ -33,6 +33,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
+try:
+    from vllm.v1.core import kv_cache_planning as planning  # since 0.33
+except ImportError:
+    planning = kv_cache_utils
+
 HEADS, HEAD_SIZE, BLOCK = 2, 64, 32
 STATES_OFFERED = hasattr(output, "KVConnectorBlockState") and "boundary_state_offloads" in output.KVConnectorBlockState.__annotations__
 """Whether this vLLM tells a connector of recurrent states. What the model does with drafts beside states is as in such a vLLM."""
@@ -143,8 +148,8 @@ def make_kv(config: VllmConfig, shape: Shape) -> KVCacheConfig:
     """The KV-cache groups that vLLM makes of these layers, as its workers see them."""
     register_all_kvcache_specs(config)
     drafts = config.speculative_config.num_speculative_tokens if config.speculative_config else 0
-    groups = kv_cache_utils.get_kv_cache_groups(config, shape.layers(drafts))
-    kv = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, 1 << 30)
+    groups = planning.get_kv_cache_groups(config, shape.layers(drafts))
+    kv = planning.get_kv_cache_config_from_groups(config, groups, 1 << 30)
     kv.kv_cache_layout = config.cache_config.kv_cache_layout
     scheduler = kv_cache_utils.generate_scheduler_kv_cache_config([kv])
     unit, hashes = kv_cache_utils.resolve_kv_cache_block_sizes(scheduler, config)

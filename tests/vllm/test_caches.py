@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from daemon import Daemon  # noqa: E402
 from engine import patient  # noqa: E402
 from harness import ScriptedEngine, Shape, make_config  # noqa: E402
+from scripted import planning  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MLAAttentionSpec  # noqa: E402
 from vllm.v1.worker.utils import allocate_kv_cache  # noqa: E402
@@ -69,9 +70,9 @@ def sparse(config: Any) -> KVCacheConfig:
         specs[latent] = MLAAttentionSpec(head_size=576, dtype=torch.bfloat16, **common)
         specs[keys] = MLAAttentionSpec(head_size=132, dtype=torch.uint8, **common)
         layers |= {latent: LatentLayer(), keys: DeepseekV32IndexerCache()}
-    groups = kv_cache_utils.get_kv_cache_groups(config, specs)
+    groups = planning.get_kv_cache_groups(config, specs)
     assert len(groups) == 1
-    return kv_cache_utils.get_kv_cache_config_from_groups(config, groups, 1 << 30)
+    return planning.get_kv_cache_config_from_groups(config, groups, 1 << 30)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
