@@ -152,7 +152,7 @@ def _plain(text: Any) -> str:
     return cleaned or "-"
 
 
-def hf_dict(config: Any) -> dict[str, Any]:
+def _hf_dict(config: Any) -> dict[str, Any]:
     """The effective model configuration, without what does not change values."""
     try:
         whole = dict(config.to_dict())
@@ -259,7 +259,7 @@ def facts(
         "hash": hash_identity(cache, none_hash, getattr(vllm_config, "num_hash_lookahead_tokens", 0)),
         "compute_dtype": str(model.dtype).removeprefix("torch."),
         "rope": _rope(text, model.max_model_len),
-        "overrides": "blake3:" + digest(_json(hf_dict(model.hf_config)).encode()),
+        "overrides": "blake3:" + digest(_json(_hf_dict(model.hf_config)).encode()),
     }
     if quantization := _quantization(model):
         found["quantization"] = quantization

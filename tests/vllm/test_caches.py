@@ -135,19 +135,22 @@ def test_what_only_workers_see_is_told(model: Model, module_daemon: Daemon) -> N
         engine.close()
 
 
-@pytest.mark.parametrize(("size", "fits"), [(1, True), (2, False)])
-def test_pages_of_other_parts_than_heads(size: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K and V of all heads, say: those of two workers side by side are not what one has."""
+def test_pages_of_other_parts_than_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K and then V of all heads, say: those of two workers side by side are not what one has, so that only engines of one degree share them."""
     from kvdaemon.vllm import caches
 
-    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
-    spec = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=64, dtype=torch.bfloat16)
-    engine = _engine(size, 4 * size, {}, None)
-    if fits:
-        assert caches._heads(engine, [spec], 8) == (0, 8)
-    else:
-        with pytest.raises(caches.Refusal, match="8 parts for 4 KV heads"):
-            caches._heads(engine, [spec], 8)
+    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(caches, "_backend", lambda *_: "FLASHINFER")
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=64, dtype=torch.bfloat16, num_head_slots=8)
+    named = set()
+    for size, expected in ((1, (0, 8)), (2, (8, 16)), (4, (8, 32))):
+        engine = _engine(size, 4 * size, {}, None)
+        engine.model_config.dtype = torch.bfloat16
+        assert caches._heads(engine, [spec], 8) == expected
+        named.add(caches._encoding(engine, ["layer"], 32, [spec]))
+    assert len(named) == 3, named
+    plain = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=64, dtype=torch.bfloat16)
+    assert ":parts:" not in caches._encoding(engine, ["layer"], 32, [plain])
 
 
 def _engine(size: int, total: int, config: dict[str, Any], drafter: int | None) -> Any:

@@ -32,8 +32,7 @@ class Kind:
     adapter: bool = False
     images: tuple[int, ...] = ()
     drafter: tuple[str, Callable[[], models.Recipe] | None] | None = None
-    """Its method and its model, which may be the same."""
-    """How tokens are guessed, by a model with a KV cache of its own."""
+    """How tokens are guessed, by layers with a KV cache of their own: the method, and a model, if it is not the same."""
     small: str = "4MiB"
     """Host memory for less than the blocks of two prompts."""
 

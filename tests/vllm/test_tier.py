@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import pathlib
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -305,8 +304,8 @@ def test_shutdown_with_jobs_and_lookups_open(bench: Callable[..., Bench], daemon
     assert one.job("store", wanted, [0, 1]).success
     context = one.request()
     wait_until("all are found", lambda: one.look(wanted, context) == "HH", every_s=0.002)
-    mine = [thread for thread in threading.enumerate() if thread.name.startswith("kvd-tier")]
-    assert mine
+    mine = list(one.tier._threads._threads)
+    assert mine and all(thread.is_alive() for thread in mine)
     before = one.rows.copy()
     daemon.pause()
     try:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvdaemon._native import KvCache
-from kvdaemon.identity import hf_dict
 from kvdaemon.vllm import capabilities
 
 if TYPE_CHECKING:
@@ -99,6 +98,12 @@ def refuse_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
     if getattr(vllm_config.model_config, "enable_sleep_mode", False) and not capabilities.found().sleep_hooks:
         return "sleep mode is not supported with this vLLM: it does not say when the KV cache goes (0.33 does)"
     return refuse_hits_within_blocks(vllm_config, kv_cache_config) or refuse_scales(vllm_config)
+
+
+def as_scheduled(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
+    """What vLLM tells the scheduler of a worker's KV cache: of each group one layer's spec."""
+    groups = [replace(group, kv_cache_spec=inner_specs(group.kv_cache_spec)[0]) for group in kv_cache_config.kv_cache_groups]
+    return replace(kv_cache_config, kv_cache_groups=groups)
 
 
 def refuse_hits_within_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | None) -> str | None:
@@ -254,7 +259,7 @@ def _share(
         page_tokens=page_tokens,
         cell_bytes=first.shape[3] * first.element_size(),
         window=rule.window,
-        encoding=_encoding(vllm_config, names, page_tokens, specs if state else None),
+        encoding=_encoding(vllm_config, names, page_tokens, specs),
         scales="" if state else _scales(vllm_config, names),
         blocks=blocks,
         device=_device(first.device),
@@ -330,9 +335,8 @@ def _heads(vllm_config: VllmConfig, specs: list[Any], heads: int) -> tuple[int, 
     rank, size = _tensor_rank(vllm_config)
     if size == 1 or all(capabilities.is_latent(one) for one in specs):
         return 0, heads
-    if any(one.num_kv_heads != heads for one in specs):
-        # Of each worker K and V of its heads may be apart, say (FlashInfer's NVFP4): side by side they are not what one worker has.
-        raise Refusal(f"pages of {heads} parts for {specs[0].num_kv_heads} KV heads on each of {size} workers are not supported")
+    if _parts(specs):
+        return rank * heads, size * heads
     totals = _totals(vllm_config)
     if len(totals) == 1:
         (total,) = totals
@@ -343,6 +347,12 @@ def _heads(vllm_config: VllmConfig, specs: list[Any], heads: int) -> tuple[int, 
     # How many this layer has is not known, or how they are spread: each worker's count as its own. Where there are no fewer heads than
     # workers they are that; else only engines of this degree share them.
     return rank * heads, size * heads
+
+
+def _parts(specs: list[Any]) -> bool:
+    """Whether the parts of a page are something else than KV heads: K of all heads, then V of all, say. Those of two workers side by side
+    are not what one worker of both has."""
+    return any(getattr(one, "num_head_slots", None) is not None for one in specs)
 
 
 def _totals(vllm_config: VllmConfig) -> set[int]:
@@ -363,7 +373,7 @@ def _totals(vllm_config: VllmConfig) -> set[int]:
 
     for model in models:
         if model is not None:
-            look(hf_dict(model.hf_text_config), False)
+            look(model.hf_text_config.to_dict(), False)
             totals.add(model.get_total_num_kv_heads())
     return totals - {0}  # a drafter without attention has none
 
@@ -392,13 +402,13 @@ def _backend(vllm_config: VllmConfig, name: str) -> str:
     raise Refusal(f"the attention backend of layer {name} is not known")
 
 
-def _encoding(vllm_config: VllmConfig, names: list[str], page_tokens: int, states: list[Any] | None = None) -> str:
+def _encoding(vllm_config: VllmConfig, names: list[str], page_tokens: int, specs: list[Any]) -> str:
     """What the bytes of a page mean. Two encodings that may differ in any way have different names."""
-    if states is not None:
+    if capabilities.spec_kind(specs) == "state":
         # Convolution and recurrent states side by side, laid out as the layer's kernels like.
         kinds = {
             f"{getattr(one, 'mamba_type', '?')}:{one.shapes}:{one.dtypes}".replace(" ", "").replace("torch.", "")
-            for one in states
+            for one in specs
         }
         return f"opaque:state:{'+'.join(sorted(kinds))}:vllm={_version()}:{_machine()}"
     backends = {_backend(vllm_config, name) for name in names}
@@ -414,7 +424,8 @@ def _encoding(vllm_config: VllmConfig, names: list[str], page_tokens: int, state
         return "mla:1:latent+rope"
     if backend == "FLASH_ATTN":
         return "kv:1:k|v"
-    return f"opaque:{backend}:vllm={_version()}:{_machine()}:page={page_tokens}"
+    parts = f":parts:tp={vllm_config.parallel_config.tensor_parallel_size}" if _parts(specs) else ""
+    return f"opaque:{backend}:vllm={_version()}:{_machine()}:page={page_tokens}{parts}"
 
 
 def machine_id() -> str:

@@ -311,8 +311,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self._refusal is not None:
-            # The scheduler may not see the reason: it knows less of the layers.
-            return self._start_worker([], self._refusal)
+            if caches.refuse_config(self._vllm_config, caches.as_scheduled(self._kv_cache_config)) is None:
+                self._start_worker([], self._refusal)  # for the scheduler does not see why
+            return
         shares: list[caches.Share] = []
         refusal = ""
         try:
