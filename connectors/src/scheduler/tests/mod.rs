@@ -34,6 +34,14 @@ impl Fake {
         self.answers.borrow_mut().insert(at, Ok(body));
     }
 
+    fn queue(&self, body: Body) -> Result<usize, Fault> {
+        if !self.connected.get() {
+            return Err(Fault::Unavailable);
+        }
+        self.asked.borrow_mut().push(body);
+        Ok(self.last())
+    }
+
     fn last(&self) -> usize {
         self.asked.borrow().len() - 1
     }
@@ -52,12 +60,9 @@ impl Port for Fake {
     type Namespace = usize;
 
     fn submit(&self, body: request::Body) -> Result<usize, Fault> {
-        if !self.connected.get() {
-            return Err(Fault::Unavailable);
-        }
-        self.asked.borrow_mut().push(body);
+        let ticket = self.queue(body)?;
         self.wake();
-        Ok(self.last())
+        Ok(ticket)
     }
 
     fn submit_on(&self, _: &Registered, body: request::Body) -> Result<usize, Fault> {
@@ -65,11 +70,7 @@ impl Port for Fake {
     }
 
     fn queue_on(&self, _: &Registered, body: request::Body) -> Result<usize, Fault> {
-        if !self.connected.get() {
-            return Err(Fault::Unavailable);
-        }
-        self.asked.borrow_mut().push(body);
-        Ok(self.last())
+        self.queue(body)
     }
 
     fn wake(&self) {
