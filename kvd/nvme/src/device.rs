@@ -57,6 +57,8 @@ pub struct DeviceStatus {
     pub path: PathBuf,
     /// Bytes of the store.
     pub bytes: u64,
+    /// Where in it the first segment begins, bytes.
+    pub segments_at: u64,
     /// Which adapter, and why.
     pub chosen: Chosen,
     /// What was found when it was opened.
@@ -318,6 +320,7 @@ fn open(
     let status = DeviceStatus {
         path: backing.path().to_owned(),
         bytes: backing.bytes(),
+        segments_at: opened.store.segments_at(),
         chosen,
         recovered: opened.report,
         opened_in: began.elapsed(),

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use kvd_arena::{Arena, ArenaView, HugePages};
 use kvd_core::tier::{
-    BlockHeader, BlockKey, HostRange, OpId, Place, ReadBlock, StoreDone, StoreOp, StoreShape,
-    stride_of,
+    BlockHeader, BlockKey, HostRange, OpId, Place, ReadBlock, STORE_PAGE, StoreDone, StoreOp,
+    StoreShape, stride_of,
 };
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 use kvd_device::{Device as _, HostDevice, OwnedPages, PartGeometry, StoreJob};
@@ -21,9 +21,9 @@ use kvd_nvme::store::Found;
 
 use super::super::{Random, Shape, progress};
 
-/// Bytes of blocks under way, at most, and most blocks.
-pub(super) const MEMORY: u64 = 128 << 20;
-const DEPTH_MOST: usize = 256;
+/// Bytes of blocks under way, at most, and most blocks: as many as a daemon lets be written at once.
+const MEMORY: u64 = 128 << 20;
+const DEPTH_MOST: usize = 1024;
 const EXTENT: u64 = 64 << 20;
 /// Operations of the device for one block: its header and its bytes. And those that a store keeps for flushes and records.
 const OPERATIONS: usize = 2;
@@ -122,9 +122,32 @@ impl Lane {
         self.device.status().path
     }
 
+    /// Where in that file the bytes of a block begin, by the number of its place.
+    pub(super) fn offsets(&self) -> impl Fn(u64) -> u64 + use<> {
+        let (first, segment) = (self.device.status().segments_at, self.shape.segment_bytes);
+        let (stride, each) = (stride_of(self.geometry.block_bytes()), self.per_segment());
+        move |at| first + at / each * segment + at % each * stride + STORE_PAGE
+    }
+
     /// Bytes of a page of its memory.
     pub(super) fn page_bytes(&self) -> u64 {
         self.arena.shape().page_bytes
+    }
+
+    /// The memory that blocks are stored from.
+    pub(super) fn source(&self) -> Result<ArenaRange> {
+        self.pieces_from(0)
+    }
+
+    /// The memory that blocks are loaded into.
+    pub(super) fn target(&self) -> Result<ArenaRange> {
+        self.pieces_from(self.depth())
+    }
+
+    fn pieces_from(&self, first: usize) -> Result<ArenaRange> {
+        let bytes = self.depth() * self.geometry.block_bytes() as usize;
+        let range = ArenaRange::new(Arc::clone(&self.arena), self.piece(first).0, bytes);
+        range.context("the arena is too small")
     }
 
     /// Most blocks under way.

@@ -2,8 +2,9 @@
 //!
 //! Every figure stands beside its limit, measured in turns; of several turns the best of each counts, because neighbours only ever
 //! slow things down. Depth is how many blocks the device is given at a time, in plain transfers as in the store's; the store is
-//! asked for more, as a daemon's is, and a run is over when the last block is durable. Plain reads are of the store's own file, so
-//! that both find the same in whatever caches there are, and each goes first in every other turn.
+//! asked for more, as a daemon's is, and a run is over when the last block is durable. Plain transfers are from and to the very memory
+//! that blocks are stored from and loaded into, and plain reads are of the very places in the store's file that loads are of, so that
+//! both find the same in whatever caches there are; each goes first in every other turn.
 //!
 //! Apart from that (`answered`): at most `depth` blocks asked for and not answered. A store is answered when block and record are
 //! durable; the plain run beside it flushes after each `depth` blocks. Deliberately absent: sockets, and the core that decides.
@@ -14,7 +15,7 @@ use anyhow::Result;
 use clap::{Arg, ArgMatches, Command};
 use comfy_table::{Table, presets};
 use kvd_arena::HugePages;
-use kvd_nvme::io::{RawReport, RawRun, raw};
+use kvd_nvme::io::{ArenaRange, RawReport, RawRun, raw};
 
 use self::lane::Lane;
 use super::scratch::Scratch;
@@ -128,10 +129,12 @@ fn measure(
         write,
         random,
         durable,
-        memory: lane::MEMORY as usize,
-        huge: pages == HugePages::Require,
     };
-    raw(&file, &run(most, 64, false, true, false))?;
+    let write = |run: &RawRun, from: &ArenaRange| raw(&file, run, from, &|at| at * block);
+    write(
+        &run(most, lane_depth.min(64), false, true, false),
+        &lane.source()?,
+    )?;
     lane.store(most, lane_depth, false)?;
     lane.drop_all()?;
     let wanted = |d: &usize| *d <= lane_depth && depth.is_none_or(|one| one == *d);
@@ -149,20 +152,28 @@ fn measure(
                 cpu_s_per_gb: f64::MAX,
             }; 7];
             for turn in 0..TURNS {
-                let own = lane.file();
-                let plain = || raw(&own, &run(blocks, depth, random, false, false));
-                let write = raw(&file, &run(blocks, depth, random, true, false))?;
-                let durable = raw(&file, &run(blocks, depth, random, true, true))?;
+                let (from, into) = (lane.source()?, lane.target()?);
+                let writes = || {
+                    let plain = |durable| write(&run(blocks, depth, random, true, durable), &from);
+                    anyhow::Ok((plain(false)?, plain(true)?))
+                };
+                let first = (turn % 2 == 0).then(writes).transpose()?;
                 let answered = [lane.store(blocks, depth, random)?, lane.load(depth)?];
                 lane.drop_all()?;
                 let store = lane.store(blocks, lane_depth, random)?;
-                let (read, load) = match turn % 2 {
-                    0 => (plain()?, lane.load(lane_depth)?),
-                    _ => {
-                        let load = lane.load(lane_depth)?;
-                        (plain()?, load)
-                    }
+                let (write, durable) = first.map_or_else(writes, Ok)?;
+                let (own, offset) = (lane.file(), lane.offsets());
+                let read = || {
+                    raw(
+                        &own,
+                        &run(blocks, depth, random, false, false),
+                        &into,
+                        &offset,
+                    )
                 };
+                let first = (turn % 2 == 0).then(read).transpose()?;
+                let load = lane.load(lane_depth)?;
+                let read = first.map_or_else(read, Ok)?;
                 lane.drop_all()?;
                 let turn = [write, durable, read, store, load, answered[0], answered[1]];
                 for (best, one) in best.iter_mut().zip(turn) {

@@ -1,7 +1,6 @@
 //! What a device gives without any store: one plain loop of direct transfers through a ring, for benches to print ratios against.
 //!
-//! Space that was taken but never written reads as zeros without touching the device, so a read run wants a file that a write run has
-//! filled. Deliberately absent: everything else that an adapter does.
+//! Deliberately absent: everything that an adapter does beside.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -11,11 +10,10 @@ use std::time::Instant;
 use io_uring::{IoUring, opcode, types};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::ring::{answer, begin, build, errno};
-use super::{DEPTH_MAX, OpenError, OpenErrorKind, PAGE};
+use super::{ArenaRange, DEPTH_MAX, OpenError, OpenErrorKind, PAGE};
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,11 +31,6 @@ pub struct RawRun {
     /// A flush after each `depth` blocks, which all wait for it, as one would who promises that they are durable; else one flush at
     /// the end. Of writes.
     pub durable: bool,
-    /// Bytes of memory that blocks go from or to, one place after the other; at least `depth` blocks. With little of it, it stays in
-    /// the caches.
-    pub memory: usize,
-    /// Whether that is to be of huge pages, of which the pool must have enough, or of small ones.
-    pub huge: bool,
 }
 
 /// What came of it.
@@ -49,11 +42,20 @@ pub struct RawReport {
     pub cpu_s_per_gb: f64,
 }
 
-/// Moves the blocks of a file, made if missing, once.
+/// Moves the blocks of a file, made if missing, once: from or to this memory, one place after the other, each as long as a block.
+/// It must have places for `depth` blocks. What is compared with it should use the same memory: a device fills what the caches hold
+/// faster than what they don't, and of little memory they hold all. What is written should not be zeros, which some devices don't store.
+/// `place` tells where in the file a block begins, by its number. A read run wants places that have been written: the rest of what
+/// a file has taken reads as zeros without touching the device.
 ///
 /// # Errors
-/// `Invalid` for sizes that can't be and for reading what was not written, else what the system said.
-pub fn raw(path: &Path, run: &RawRun) -> Result<RawReport, OpenError> {
+/// `Invalid` for sizes that can't be and for reading behind the file's end, else what the system said.
+pub fn raw(
+    path: &Path,
+    run: &RawRun,
+    memory: &ArenaRange,
+    place: &dyn Fn(u64) -> u64,
+) -> Result<RawReport, OpenError> {
     let RawRun {
         bytes,
         block,
@@ -64,36 +66,34 @@ pub fn raw(path: &Path, run: &RawRun) -> Result<RawReport, OpenError> {
         && block.is_multiple_of(PAGE)
         && block <= 1 << 30
         && (1..=DEPTH_MAX).contains(&depth)
-        && bytes >= block as u64;
+        && bytes >= block as u64
+        && memory.pages_len() / block >= depth;
     if !fits {
         return Err(invalid(format!(
-            "no run of {bytes} bytes in blocks of {block}, {depth} at once"
+            "no run of {bytes} bytes in blocks of {block}, {depth} at once in {} bytes of memory",
+            memory.pages_len()
         )));
     }
     let blocks = bytes / block as u64;
-    let file = open(path, run)?;
-    let count = depth.max((run.memory / block).min(usize::try_from(blocks).unwrap_or(usize::MAX)));
+    let end = (0..blocks).map(|number| place(number) + block as u64).max();
+    let file = open(path, run.write, end.unwrap_or(0))?;
+    let count = memory.pages_len() / block;
     let entries = (depth as u32).next_power_of_two();
     let ring = build(entries).map_err(|e| OpenError::new(OpenErrorKind::Unsupported, e))?;
     begin(&ring).map_err(|e| OpenError::os("cannot begin a ring", e))?;
     let mut load = Load {
         ring,
-        buffers: Memory::new(count * block, run.huge)
-            .map_err(|e| OpenError::os("no memory to measure with", e))?,
+        memory: memory.clone(),
         free: (0..count).collect(),
         fixed: false,
         under_way: 0,
         file,
     };
-    // Not zeros, which some devices don't store.
-    for (at, byte) in load.buffers.bytes_mut().iter_mut().enumerate() {
-        *byte = (at.wrapping_mul(2_654_435_761) >> 7) as u8;
-    }
     load.register()?;
     #[expect(clippy::disallowed_methods, reason = "a measurement is of this clock")]
     let start = Instant::now();
     let cpu = cpu_seconds();
-    let moved = load.run(run, blocks);
+    let moved = load.run(run, blocks, place);
     let seconds = start.elapsed().as_secs_f64();
     let cpu = cpu_seconds() - cpu;
     if load.under_way > 0 {
@@ -108,27 +108,23 @@ pub fn raw(path: &Path, run: &RawRun) -> Result<RawReport, OpenError> {
     })
 }
 
-fn open(path: &Path, run: &RawRun) -> Result<OwnedFd, OpenError> {
+/// Opens a file of at least so many bytes, made or grown if it is to be written.
+fn open(path: &Path, write: bool, bytes: u64) -> Result<OwnedFd, OpenError> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::DIRECT;
-    let flags = if run.write {
-        flags | OFlags::CREATE
-    } else {
-        flags
-    };
+    let flags = if write { flags | OFlags::CREATE } else { flags };
     let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)
         .map_err(|e| OpenError::os(&format!("cannot open {}", path.display()), e))?;
     let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).unwrap_or(0);
-    if size >= run.bytes {
+    if size >= bytes {
         return Ok(file);
     }
-    if !run.write {
+    if !write {
         return Err(invalid(format!(
-            "{} has {size} bytes, not {}: write it first",
-            path.display(),
-            run.bytes
+            "{} has {size} bytes, not {bytes}: write it first",
+            path.display()
         )));
     }
-    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, run.bytes)
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)
         .map_err(|e| OpenError::os(&format!("cannot take space for {}", path.display()), e))?;
     Ok(file)
 }
@@ -155,54 +151,10 @@ pub fn scattered(blocks: u64) -> u64 {
     (near.max(1)..).find(|s| gcd(*s, blocks) == 1).unwrap_or(1)
 }
 
-/// Memory of its own, of one kind of pages.
-struct Memory {
-    address: *mut u8,
-    len: usize,
-}
-
-impl Memory {
-    fn new(bytes: usize, huge: bool) -> Result<Self, Errno> {
-        let len = bytes.next_multiple_of(2 << 20);
-        let flags = match huge {
-            true => MapFlags::PRIVATE | MapFlags::HUGETLB,
-            false => MapFlags::PRIVATE,
-        };
-        // SAFETY: no address is asked for, so no mapping of this process is replaced.
-        let address = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                flags,
-            )
-        }?;
-        if !huge {
-            // SAFETY: it is ours, and the advice changes no content. Where it is not taken, pages are what they are.
-            let _ = unsafe { madvise(address, len, Advice::LinuxNoHugepage) };
-        }
-        let address = address.cast();
-        Ok(Memory { address, len })
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: mapped until it is dropped, and nobody else's. The kernel writes only where no reference is used meanwhile.
-        unsafe { std::slice::from_raw_parts_mut(self.address, self.len) }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: nobody uses it any more: the ring, which does, is dropped before it.
-        let _ = unsafe { munmap(self.address.cast(), self.len) };
-    }
-}
-
 struct Load {
     ring: IoUring,
-    /// One after the other.
-    buffers: Memory,
-    /// Those that are not under way; who was free longest comes first.
+    memory: ArenaRange,
+    /// Its places. Those that are not under way; who was free longest comes first.
     free: VecDeque<usize>,
     fixed: bool,
     under_way: usize,
@@ -216,21 +168,20 @@ impl Load {
             .register_files(&[self.file.as_fd().as_raw_fd()])
             .map_err(|e| OpenError::os("the ring takes no file", errno(&e)))?;
         let pieces = [libc::iovec {
-            iov_base: self.buffers.bytes_mut().as_mut_ptr().cast(),
-            iov_len: self.buffers.len,
+            iov_base: self.memory.address().cast(),
+            iov_len: self.memory.pages_len(),
         }];
-        // SAFETY: the buffers live as long as the ring, in the same struct.
+        // SAFETY: the memory lives as long as the ring, in the same struct.
         let registered = unsafe { self.ring.submitter().register_buffers(&pieces) };
         self.fixed = registered.is_ok();
         Ok(())
     }
 
-    fn push(&mut self, run: &RawRun, block: u64) {
+    fn push(&mut self, run: &RawRun, offset: u64) {
         let buffer = self.free.pop_front().expect("no more are under way");
         let file = types::Fixed(0);
         let (len, index) = (run.block as u32, 0);
-        let offset = block * run.block as u64;
-        let address = self.buffers.address.wrapping_add(buffer * run.block);
+        let address = self.memory.address().wrapping_add(buffer * run.block);
         let entry = match (run.write, self.fixed) {
             (false, true) => opcode::ReadFixed::new(file, address, len, index)
                 .offset(offset)
@@ -243,16 +194,16 @@ impl Load {
                 .offset(offset)
                 .build(),
         };
-        // SAFETY: nobody touches this buffer until its completion; all of them outlive the ring, or are forgotten with it.
+        // SAFETY: inside the memory, which outlives the ring, or is forgotten with it. It is shared, so there is no reference to it.
         let pushed = unsafe { self.ring.submission().push(&entry.user_data(buffer as u64)) };
         pushed.expect("a place for each buffer");
         self.under_way += 1;
     }
 
-    fn run(&mut self, run: &RawRun, blocks: u64) -> Result<(), Errno> {
+    fn run(&mut self, run: &RawRun, blocks: u64, place: &dyn Fn(u64) -> u64) -> Result<(), Errno> {
         let step = if run.random { scattered(blocks) } else { 1 };
-        let place =
-            |number: u64| (u128::from(number) * u128::from(step) % u128::from(blocks)) as u64;
+        let offset =
+            |turn: u64| place((u128::from(turn) * u128::from(step) % u128::from(blocks)) as u64);
         let (mut next, mut failed) = (0, None);
         while self.under_way > 0 || (next < blocks && failed.is_none()) {
             if self.under_way == 0 {
@@ -262,7 +213,7 @@ impl Load {
                 }
                 let left = usize::try_from(blocks - next).unwrap_or(usize::MAX);
                 for _ in 0..run.depth.min(left) {
-                    self.push(run, place(next));
+                    self.push(run, offset(next));
                     next += 1;
                 }
             }
@@ -282,7 +233,7 @@ impl Load {
                     Err(e) => failed = Some(e),
                 }
                 if next < blocks && failed.is_none() && !run.durable {
-                    self.push(run, place(next));
+                    self.push(run, offset(next));
                     next += 1;
                 }
             }
@@ -298,7 +249,7 @@ impl Load {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::testing::scratch;
+    use crate::io::testing::{arena, fill, scratch};
 
     #[test]
     fn every_block_is_moved_once_in_any_order() {
@@ -314,9 +265,10 @@ mod tests {
     fn a_run_writes_and_reads_a_file() {
         let scratch = scratch();
         let path = scratch.path().join("raw");
+        let memory = ArenaRange::new(arena(1 << 20), 0, 256 << 10).expect("inside");
+        fill(&memory, &vec![7; 256 << 10]);
+        let place = |number| number * (64 << 10);
         let mut run = RawRun {
-            memory: 0,
-            huge: false,
             bytes: 8 << 20,
             block: 64 << 10,
             depth: 4,
@@ -324,16 +276,22 @@ mod tests {
             random: true,
             durable: false,
         };
-        assert!(raw(&path, &run).is_err(), "nothing to read");
+        assert!(
+            raw(&path, &run, &memory, &place).is_err(),
+            "nothing to read"
+        );
         run.write = true;
-        assert!(raw(&path, &run).expect("written").gbps > 0.0);
+        assert!(raw(&path, &run, &memory, &place).expect("written").gbps > 0.0);
         run.durable = true;
-        assert!(raw(&path, &run).expect("written").gbps > 0.0);
+        assert!(raw(&path, &run, &memory, &place).expect("written").gbps > 0.0);
         run.write = false;
         run.random = false;
-        assert!(raw(&path, &run).expect("read").gbps > 0.0);
+        assert!(raw(&path, &run, &memory, &place).expect("read").gbps > 0.0);
+        run.depth = 5;
+        let refused = raw(&path, &run, &memory, &place).expect_err("memory for four");
+        assert_eq!(refused.kind(), OpenErrorKind::Invalid);
         run.block = 5;
-        let refused = raw(&path, &run).expect_err("no page");
+        let refused = raw(&path, &run, &memory, &place).expect_err("no page");
         assert_eq!(refused.kind(), OpenErrorKind::Invalid);
     }
 }

@@ -63,8 +63,6 @@ fn adapters_against_raw() {
     let directory = scratch.path().join("store");
     for block in [2 << 20, 64 << 10] {
         let mut run = RawRun {
-            memory: 0,
-            huge: false,
             bytes: BYTES,
             block,
             depth: DEPTH,
@@ -73,11 +71,18 @@ fn adapters_against_raw() {
             durable: false,
         };
         let path = scratch.path().join("raw");
+        let memory = ArenaRange::new(arena((DEPTH * block) as u64), 0, DEPTH * block);
+        let memory = memory.expect("inside");
+        fill(&memory, &vec![7; DEPTH * block]);
+        let place = |number| number * block as u64;
         for write in [true, false] {
             run.write = write;
             for random in [false, true] {
                 run.random = random;
-                println!("{run:?} {:?}", raw(&path, &run).expect("measured"));
+                println!(
+                    "{run:?} {:?}",
+                    raw(&path, &run, &memory, &place).expect("measured")
+                );
             }
             run.random = false;
             for choice in [Choice::Uring, Choice::Threads] {
@@ -90,7 +95,7 @@ fn adapters_against_raw() {
                 let (mut io, chosen) = DiskIo::open(Arc::new(backing), &options).expect("opened");
                 let first = through(&mut io, block, write);
                 let again = through(&mut io, block, write);
-                let raw = raw(&path, &run).expect("measured").gbps;
+                let raw = raw(&path, &run, &memory, &place).expect("measured").gbps;
                 let ratio = again / raw;
                 println!(
                     "{choice:?} write {write}: {first:.2} {again:.2} GB/s, raw {raw:.2}, ratio {ratio:.2}, {chosen:?}"

@@ -1,6 +1,7 @@
 //! When things are durable. Blocks that are written wait for company; one flush makes them durable; their records go to the journal
-//! together with those of drops, on fresh pages; the next flush makes these durable and at the same time the next blocks. One such
-//! cycle is under way at a time. Deliberately absent: the journal's other half, once this one is full (`merge`).
+//! together with those of drops, on fresh pages; the next flush makes these durable and at the same time the blocks that are written
+//! by then. Those wait for company again before their records go, so that under load there are one or two flushes for each company and
+//! not one for every block. One such cycle is under way at a time. Deliberately absent: the journal's other half, once this one is full (`merge`).
 
 use std::collections::VecDeque;
 
@@ -45,6 +46,8 @@ pub(crate) struct Cycle {
     covered: Vec<u64>,
     /// Writes whose bytes are durable, without a record.
     durable: VecDeque<u64>,
+    /// Those were company enough before they were made durable.
+    ripe: bool,
     /// Jobs whose records are under way or wait for the flush.
     pub(crate) named: Vec<Named>,
     /// A flush failed that may have been to the credit of `named`.
@@ -72,6 +75,7 @@ impl Cycle {
             drops: VecDeque::new(),
             covered: Vec::new(),
             durable: VecDeque::new(),
+            ripe: false,
             named: Vec::new(),
             spoilt: false,
             since: None,
@@ -95,8 +99,13 @@ impl Cycle {
         self.drops.retain(|other| *other != job);
     }
 
+    /// Writes that wait for company.
+    fn writes(&self) -> usize {
+        self.written.len() + self.durable.len()
+    }
+
     fn waiting(&self) -> usize {
-        self.written.len() + self.drops.len()
+        self.writes() + self.drops.len()
     }
 
     /// When the batch that is being collected must go, or must be given up.
@@ -127,15 +136,15 @@ impl<I: BlockIo> Store<I> {
             .since
             .is_some_and(|since| now >= since + self.config.flush_us);
         let due = late || cycle.waiting() >= self.config.flush_blocks.max(1) || self.is_much();
+        // Once all that was taken is written, there is no company to wait for.
+        let alone = cycle.writes() > 0 && self.unlisted == cycle.writes() as u64;
         match cycle.stage {
             Stage::Recorded => self.begin_flush(now),
-            Stage::Idle if !cycle.durable.is_empty() => self.begin_records(now),
+            Stage::Idle if !cycle.durable.is_empty() && (due || alone || cycle.ripe) => {
+                self.begin_records(now);
+            }
             Stage::Idle if due && !cycle.drops.is_empty() => self.begin_records(now),
-            // Once all that was taken is written, there is no company to wait for.
-            Stage::Idle
-                if !cycle.written.is_empty()
-                    && (due || self.unlisted == cycle.written.len() as u64) =>
-            {
+            Stage::Idle if !cycle.written.is_empty() && (due || alone) => {
                 self.begin_flush(now);
             }
             _ => {}
@@ -144,12 +153,14 @@ impl<I: BlockIo> Store<I> {
 
     /// Whether what is written is company enough by its bytes, counted as if all blocks were as large as the last.
     fn is_much(&self) -> bool {
-        let last = self.cycle.written.back().and_then(|id| self.jobs.get(*id));
+        let cycle = &self.cycle;
+        let last = cycle.written.back().or(cycle.durable.back());
+        let last = last.and_then(|id| self.jobs.get(*id));
         let bytes = match last.map(|job| &job.work) {
             Some(Work::Write(write)) => write.geometry.block_bytes(),
             _ => 0,
         };
-        self.cycle.written.len() as u64 * bytes >= self.config.flush_bytes
+        cycle.writes() as u64 * bytes >= self.config.flush_bytes
     }
 
     fn begin_records(&mut self, now: u64) {
@@ -201,6 +212,9 @@ impl<I: BlockIo> Store<I> {
         self.counters.journal_pages += pages as u64;
         self.cycle.at += pages as u64;
         self.cycle.stage = Stage::Records;
+        if self.cycle.durable.is_empty() {
+            self.cycle.ripe = false;
+        }
         if self.cycle.waiting() == 0 {
             self.cycle.since = None;
         }
@@ -271,7 +285,9 @@ impl<I: BlockIo> Store<I> {
             self.cycle.stage = Stage::Idle;
             return;
         }
-        self.cycle.covered = covered;
+        let cycle = &mut self.cycle;
+        cycle.ripe = cycle.named.is_empty() || (cycle.ripe && !cycle.durable.is_empty());
+        cycle.covered = covered;
         #[cfg(feature = "planted")]
         if self.plant == Some(super::Plant::JournalFirst) && self.cycle.named.is_empty() {
             self.cycle.durable.extend(self.cycle.covered.drain(..));

@@ -243,10 +243,15 @@ impl<I: BlockIo> Store<I> {
             .expect("a job stays until it is answered")
     }
 
-    /// Begins parts of jobs, as many as the device takes.
+    /// Begins parts of jobs, as many as the device takes. A block's header and bytes begin together: they lie side by side, and the
+    /// system makes one operation of both if it has them at once.
     pub(crate) fn start_pieces(&mut self, now: u64, done: &mut Vec<StoreDone>) {
         let most = self.io.depth().saturating_sub(RESERVE).max(1);
-        while self.flights.len() < most {
+        while self.parts < most && self.has_room() {
+            let heads = |piece: &Piece| matches!(piece.what, What::WriteHead | What::ReadHead);
+            if most - self.parts < 2.min(most) && self.pieces.front().is_some_and(heads) {
+                return;
+            }
             let Some(piece) = self.pieces.pop_front() else {
                 return;
             };

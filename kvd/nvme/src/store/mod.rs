@@ -113,6 +113,8 @@ pub struct Store<I: BlockIo> {
     /// Parts of jobs that wait for the device.
     pieces: VecDeque<Piece>,
     flights: Slots<Flight>,
+    /// Of those: parts of jobs.
+    parts: usize,
     cycle: Cycle,
     merge: Option<Merge>,
     health: Health,
@@ -176,6 +178,7 @@ impl<I: BlockIo> Store<I> {
             unlisted: 0,
             pieces: VecDeque::new(),
             flights: Slots::new(),
+            parts: 0,
             cycle,
             merge,
             health: Health::default(),
@@ -246,7 +249,10 @@ impl<I: BlockIo> Store<I> {
         let good = one.result.is_ok();
         self.judge(now, &flight.purpose, &one.result, done);
         match flight.purpose {
-            Purpose::Piece(piece) => self.piece_done(piece, good, one.buffer, done),
+            Purpose::Piece(piece) => {
+                self.parts -= 1;
+                self.piece_done(piece, good, one.buffer, done);
+            }
             Purpose::Records => self.records_written(good, done),
             Purpose::Flush => self.flushed(now, good, done),
             Purpose::Merge => self.merge_step_done(now, good, one.buffer, done),
@@ -267,8 +273,10 @@ impl<I: BlockIo> Store<I> {
     }
 
     fn start(&mut self, now: u64, purpose: Purpose, op: impl FnOnce(u64) -> Op<I::Host>) {
-        if matches!(purpose, Purpose::Flush) {
-            self.counters.flushes += 1;
+        match purpose {
+            Purpose::Piece(_) => self.parts += 1,
+            Purpose::Flush => self.counters.flushes += 1,
+            _ => {}
         }
         let since = now;
         let token = self.flights.insert(Flight { since, purpose });
@@ -306,6 +314,11 @@ impl<I: BlockIo> Store<I> {
     /// Whether the store is switched off.
     pub fn is_off(&self) -> bool {
         self.health.off
+    }
+
+    /// Where the first segment begins, bytes.
+    pub fn segments_at(&self) -> u64 {
+        self.layout.segments_at
     }
 
     /// Blocks that a restart would find.

@@ -66,7 +66,7 @@ fn what_the_device_may_still_write_is_lost_and_all_else_is_answered_at_once() {
     let mut done = Vec::new();
     turn(&mut test, &mut done);
     assert_eq!(done, []);
-    // Both parts of 14 and the header of the next are with the device.
+    // Both parts of 14 are with the device, which takes one operation more: not enough for the next.
     let lost = Vec::from_iter(first..first + 14);
     let others = Vec::from_iter(first + 14..first + 20);
     assert_eq!(abandon(&mut test), [others, vec![], lost]);

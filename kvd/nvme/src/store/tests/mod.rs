@@ -2,6 +2,7 @@
 //! simulated disk.
 
 mod abandon;
+mod cycle;
 mod fuzz;
 mod speed;
 

@@ -1,0 +1,67 @@
+//! How many flushes blocks take that come one after the other, and that none waits for company that does not come.
+
+use super::*;
+
+/// Writes so many blocks, each asked for as soon as less than `most` are asked for and not answered. Turns, flushes.
+fn stored(test: &mut Test, blocks: u32, most: u32) -> (u64, u64) {
+    let small = space("m", 1, 1);
+    let in_segment = (MIB / stride_of(small.2.block_bytes())) as u32;
+    let before = test.store().counters().flushes;
+    let (mut asked, mut over, mut turns) = (0, 0, 0);
+    let mut done = Vec::new();
+    while over < blocks {
+        while asked < blocks && asked - over < most {
+            let at = place(asked / in_segment, asked % in_segment, &small.2);
+            let (op, host) = test.write_op(&small, at, asked as u8);
+            assert_eq!(test.store().submit(op, host), None);
+            asked += 1;
+        }
+        test.now += 10;
+        turns += 1;
+        let now = test.now;
+        test.store().turn(now, Duration::ZERO, &mut done);
+        for one in done.drain(..) {
+            assert!(matches!(one, StoreDone::Written { result: Ok(()), .. }));
+            over += 1;
+        }
+        assert!(turns < 10_000, "{over} of {blocks} answered");
+    }
+    (turns, test.store().counters().flushes - before)
+}
+
+#[test]
+fn under_load_there_are_no_more_than_two_flushes_for_each_company() {
+    let mut test = Test::new();
+    (test.config.flush_us, test.config.flush_blocks) = (1_000_000, 100);
+    test.open().unwrap();
+    let (_, flushes) = stored(&mut test, 800, 400);
+    assert!(
+        (8..=16).contains(&flushes),
+        "{flushes} for 8 companies, where each turn writes a seventh of one"
+    );
+}
+
+#[test]
+fn nobody_waits_for_company_that_does_not_come() {
+    let mut test = Test::new();
+    // For ever, by the clock of this test.
+    (test.config.flush_us, test.config.flush_blocks) = (u64::MAX / 2, usize::MAX);
+    test.open().unwrap();
+    let (turns, flushes) = stored(&mut test, 30, 1);
+    assert_eq!(flushes, 60, "its bytes, then its record");
+    assert!(turns <= 30 * 6, "{turns} turns");
+    assert!(test.store().next_deadline().is_none());
+}
+
+#[test]
+fn what_is_durable_waits_for_company_only_so_long() {
+    let mut test = Test::new();
+    (test.config.flush_us, test.config.flush_blocks) = (100, usize::MAX);
+    test.open().unwrap();
+    // The company is never complete by number, and more always comes.
+    let (turns, flushes) = stored(&mut test, 1200, 800);
+    assert!(
+        turns < 800 && flushes > 4,
+        "{turns} turns, {flushes} flushes"
+    );
+}
