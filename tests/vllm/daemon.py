@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import pathlib
 import re
@@ -193,7 +194,8 @@ class Daemon:
                 if any(page):
                     if seen == skip:
                         where = offset + 2048
-                        os.pwrite(f.fileno(), bytes([page[2048] ^ 0x40]), where)
+                        with mmap.mmap(f.fileno(), 0) as memory:  # a file of huge pages can't be written to
+                            memory[where] ^= 0x40
                         return where
                     seen += 1
                 offset += 4096

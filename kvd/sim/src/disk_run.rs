@@ -90,6 +90,9 @@ struct Run {
     report: DiskReport,
 }
 
+/// More than there are operations, each of which may be checked in a turn of its own.
+const TURNS_TO_REST: usize = 200;
+
 fn config() -> StoreConfig {
     StoreConfig {
         segment_bytes: 1 << 20,
@@ -139,7 +142,11 @@ impl Run {
 
     fn begin(&mut self) {
         self.disk.set_faults(self.options.faults);
-        self.disk.set_depth(if self.rng.one_in(8) { 1 } else { 12 });
+        let depth = match self.rng.one_in(4) {
+            true => self.rng.range(1, 6) as usize,
+            false => 12,
+        };
+        self.disk.set_depth(depth);
         if let (Some(plant), Some(store)) = (self.options.plant, &mut self.store) {
             plant(store);
         }
@@ -263,7 +270,23 @@ impl Run {
             let most = 100 * wait.as_micros() as u64;
             self.disk.pass(self.rng.range(0, most));
         }
+        if self.rng.one_in(16) {
+            self.comes_to_rest(&mut done)?;
+        }
         done.into_iter().try_for_each(|done| self.answered(done))
+    }
+
+    /// Turns the store as long as it says that it is due, as its thread does: while nothing else happens, that ends.
+    fn comes_to_rest(&mut self, done: &mut Vec<StoreDone>) -> Result<(), String> {
+        let store = self.store.as_mut().ok_or("no store")?;
+        for _ in 0..TURNS_TO_REST {
+            let now = self.disk.now();
+            if store.next_deadline().is_none_or(|at| at > now) {
+                return Ok(());
+            }
+            store.turn(now, Duration::ZERO, done);
+        }
+        Err("due again and again, and nothing begins".into())
     }
 
     /// Whether the disk may fail an operation.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use comfy_table::{Table, presets};
-use kvd_nvme::io::{RawReport, RawRun, raw};
+use kvd_nvme::io::{RawReport, RawRun, raw, raw_memory};
 
 use self::disk::{Disk, Engine, Plan, take_space};
 
@@ -123,8 +123,6 @@ fn measure(
         depth,
     };
     let run = |blocks: u64, depth, random, write| RawRun {
-        memory: 0,
-        huge: false,
         bytes: blocks * block,
         block: block as usize,
         depth,
@@ -132,7 +130,11 @@ fn measure(
         random,
         durable: false,
     };
-    raw(&file, &run(most, 16, false, true))?;
+    let plain = |run: RawRun| {
+        let memory = raw_memory(run.depth * run.block)?;
+        raw(&file, &run, &memory, &|number| number * block)
+    };
+    plain(run(most, 16, false, true))?;
     take_space(&directory, plan(most, DEPTHS[DEPTHS.len() - 1]))?;
     for order in ["sequential", "random"] {
         let wanted = |d: &usize| only.is_none_or(|one| one == *d);
@@ -145,8 +147,8 @@ fn measure(
                 cpu_s_per_gb: f64::MAX,
             }; 4];
             for _ in 0..TURNS {
-                let raw_write = raw(&file, &run(blocks, depth, random, true))?;
-                let raw_read = raw(&file, &run(blocks, depth, random, false))?;
+                let raw_write = plain(run(blocks, depth, random, true))?;
+                let raw_read = plain(run(blocks, depth, random, false))?;
                 let mut disk = Disk::open(&directory, plan(blocks, depth))?;
                 disk.warm_up()?;
                 let turn = [raw_write, raw_read, disk.store(blocks)?, disk.load(random)?];

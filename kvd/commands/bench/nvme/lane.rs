@@ -134,18 +134,18 @@ impl Lane {
         self.arena.shape().page_bytes
     }
 
-    /// The memory that blocks are stored from.
-    pub(super) fn source(&self) -> Result<ArenaRange> {
-        self.pieces_from(0)
+    /// The memory that blocks are stored from while so many are under way.
+    pub(super) fn source(&self, depth: usize) -> Result<ArenaRange> {
+        self.pieces(0, depth)
     }
 
     /// The memory that blocks are loaded into.
     pub(super) fn target(&self) -> Result<ArenaRange> {
-        self.pieces_from(self.depth())
+        self.pieces(self.depth(), self.depth())
     }
 
-    fn pieces_from(&self, first: usize) -> Result<ArenaRange> {
-        let bytes = self.depth() * self.geometry.block_bytes() as usize;
+    fn pieces(&self, first: usize, count: usize) -> Result<ArenaRange> {
+        let bytes = count * self.geometry.block_bytes() as usize;
         let range = ArenaRange::new(Arc::clone(&self.arena), self.piece(first).0, bytes);
         range.context("the arena is too small")
     }

@@ -22,7 +22,7 @@ use super::scratch::Scratch;
 use super::{Shape, progress};
 
 /// Turns of each row.
-const TURNS: usize = 5;
+const TURNS: usize = 6;
 /// Blocks that a run moves are no more than this for each block of depth, so that small blocks at depth 1 end some day.
 const BLOCKS_PER_DEPTH: u64 = 400;
 const DEPTHS: [usize; 5] = [1, 4, 16, 64, 256];
@@ -133,7 +133,7 @@ fn measure(
     let write = |run: &RawRun, from: &ArenaRange| raw(&file, run, from, &|at| at * block);
     write(
         &run(most, lane_depth.min(64), false, true, false),
-        &lane.source()?,
+        &lane.source(lane_depth)?,
     )?;
     lane.store(most, lane_depth, false)?;
     lane.drop_all()?;
@@ -152,10 +152,12 @@ fn measure(
                 cpu_s_per_gb: f64::MAX,
             }; 7];
             for turn in 0..TURNS {
-                let (from, into) = (lane.source()?, lane.target()?);
+                let (from, into) = (lane.source(lane_depth)?, lane.target()?);
+                // As an answered run does, which has no more under way.
+                let less = lane.source(depth)?;
                 let writes = || {
-                    let plain = |durable| write(&run(blocks, depth, random, true, durable), &from);
-                    anyhow::Ok((plain(false)?, plain(true)?))
+                    let plain = |durable| run(blocks, depth, random, true, durable);
+                    anyhow::Ok((write(&plain(false), &from)?, write(&plain(true), &less)?))
                 };
                 let first = (turn % 2 == 0).then(writes).transpose()?;
                 let answered = [lane.store(blocks, depth, random)?, lane.load(depth)?];

@@ -5,9 +5,11 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use io_uring::{IoUring, opcode, types};
+use kvd_arena::{Arena, HugePages};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
@@ -106,6 +108,30 @@ pub fn raw(
         gbps: gb / seconds,
         cpu_s_per_gb: cpu / gb,
     })
+}
+
+/// Memory for [`raw`] of those who compare nothing with it that has memory of its own: of small pages, faulted in, and not zeros.
+///
+/// # Errors
+/// When there are none of so many bytes.
+pub fn raw_memory(bytes: usize) -> Result<ArenaRange, OpenError> {
+    let none = |why: &dyn std::fmt::Display| {
+        let text = format!("no memory of {bytes} bytes to measure with: {why}");
+        OpenError::new(OpenErrorKind::Unavailable, text)
+    };
+    let extent = 1 << 20;
+    let capacity = (bytes as u64).next_multiple_of(extent);
+    let arena = Arena::create(capacity, Some(extent), HugePages::Off).map_err(|e| none(&e))?;
+    for extent in 0..arena.extents() {
+        arena.populate(extent).map_err(|e| none(&e))?;
+    }
+    let memory = ArenaRange::new(Arc::new(arena), 0, bytes).ok_or_else(|| none(&"not as many"))?;
+    for at in 0..memory.pages_len() {
+        let byte = (at.wrapping_mul(2_654_435_761) >> 7) as u8;
+        // SAFETY: inside the range, whose arena was made here; nobody else has it yet.
+        unsafe { memory.address().wrapping_add(at).write(byte) };
+    }
+    Ok(memory)
 }
 
 /// Opens a file of at least so many bytes, made or grown if it is to be written.
@@ -249,7 +275,7 @@ impl Load {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::testing::{arena, fill, scratch};
+    use crate::io::testing::scratch;
 
     #[test]
     fn every_block_is_moved_once_in_any_order() {
@@ -265,8 +291,7 @@ mod tests {
     fn a_run_writes_and_reads_a_file() {
         let scratch = scratch();
         let path = scratch.path().join("raw");
-        let memory = ArenaRange::new(arena(1 << 20), 0, 256 << 10).expect("inside");
-        fill(&memory, &vec![7; 256 << 10]);
+        let memory = raw_memory(256 << 10).expect("memory");
         let place = |number| number * (64 << 10);
         let mut run = RawRun {
             bytes: 8 << 20,

@@ -71,9 +71,7 @@ fn adapters_against_raw() {
             durable: false,
         };
         let path = scratch.path().join("raw");
-        let memory = ArenaRange::new(arena((DEPTH * block) as u64), 0, DEPTH * block);
-        let memory = memory.expect("inside");
-        fill(&memory, &vec![7; DEPTH * block]);
+        let memory = raw_memory(DEPTH * block).expect("memory");
         let place = |number| number * block as u64;
         for write in [true, false] {
             run.write = write;

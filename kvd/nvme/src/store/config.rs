@@ -18,9 +18,10 @@ pub struct StoreConfig {
     pub small_block: u64,
     /// Most operations taken and not answered.
     pub max_queue: usize,
-    /// How long what was written may wait for company before it is made durable.
+    /// How long blocks may wait for company while others are being written: each once for the flush of its bytes or once for its record,
+    /// those that came in between for both.
     pub flush_us: u64,
-    /// How many blocks are company enough.
+    /// How many blocks are company enough. Records of 496 go to the journal at once.
     pub flush_blocks: usize,
     /// Or how many bytes of them, from one on.
     pub flush_bytes: u64,
@@ -43,7 +44,7 @@ impl StoreConfig {
             small_block: 64 << 10,
             max_queue: 1024,
             flush_us: 10_000,
-            flush_blocks: 512,
+            flush_blocks: 480,
             flush_bytes: 32 << 20,
             deadline_us: 5_000_000,
             start,

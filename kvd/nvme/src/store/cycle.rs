@@ -113,7 +113,7 @@ impl Cycle {
         if let (Some(since), false) = (self.jammed, self.wedged) {
             return Some(since + config.deadline_us + 1);
         }
-        let collecting = self.stage == Stage::Idle && self.jammed.is_none();
+        let collecting = self.stage == Stage::Idle && self.jammed.is_none() && self.waiting() > 0;
         self.since
             .filter(|_| collecting)
             .map(|since| since + config.flush_us)
@@ -125,9 +125,8 @@ impl<I: BlockIo> Store<I> {
     pub(crate) fn move_cycle(&mut self, now: u64, done: &mut Vec<StoreDone>) {
         self.look_at_jam(now, done);
         let cycle = &mut self.cycle;
-        if cycle.since.is_none() && cycle.waiting() > 0 {
-            cycle.since = Some(now);
-        }
+        // What waited may have failed meanwhile.
+        cycle.since = (cycle.waiting() > 0).then(|| cycle.since.unwrap_or(now));
         if self.health.off || !self.has_room() {
             return;
         }
@@ -137,13 +136,17 @@ impl<I: BlockIo> Store<I> {
             .is_some_and(|since| now >= since + self.config.flush_us);
         let due = late || cycle.waiting() >= self.config.flush_blocks.max(1) || self.is_much();
         // Once all that was taken is written, there is no company to wait for.
-        let alone = cycle.writes() > 0 && self.unlisted == cycle.writes() as u64;
+        let alone = self.unlisted == cycle.writes() as u64;
         match cycle.stage {
             Stage::Recorded => self.begin_flush(now),
             Stage::Idle if !cycle.durable.is_empty() && (due || alone || cycle.ripe) => {
                 self.begin_records(now);
             }
-            Stage::Idle if due && !cycle.drops.is_empty() => self.begin_records(now),
+            Stage::Idle
+                if !cycle.drops.is_empty() && (due || (alone && cycle.written.is_empty())) =>
+            {
+                self.begin_records(now);
+            }
             Stage::Idle if !cycle.written.is_empty() && (due || alone) => {
                 self.begin_flush(now);
             }
@@ -280,12 +283,12 @@ impl<I: BlockIo> Store<I> {
             }
         }
         self.cycle.written = left;
-        self.cycle.since = (!self.cycle.drops.is_empty()).then_some(now);
-        if self.cycle.named.is_empty() && covered.is_empty() {
-            self.cycle.stage = Stage::Idle;
+        let cycle = &mut self.cycle;
+        if cycle.named.is_empty() && covered.is_empty() {
+            cycle.stage = Stage::Idle;
             return;
         }
-        let cycle = &mut self.cycle;
+        cycle.since = (!cycle.drops.is_empty()).then_some(now);
         cycle.ripe = cycle.named.is_empty() || (cycle.ripe && !cycle.durable.is_empty());
         cycle.covered = covered;
         #[cfg(feature = "planted")]
@@ -347,6 +350,8 @@ impl<I: BlockIo> Store<I> {
         if self.cycle.stage == Stage::Recorded {
             self.cycle.stage = Stage::Idle;
         }
+        let flush = |flight: &Flight| matches!(flight.purpose, Purpose::Flush);
+        self.cycle.spoilt &= self.flights.values().any(flush);
     }
 
     /// A flush failed, and whatever the device had taken before and not flushed may be gone: no write that is under way can be

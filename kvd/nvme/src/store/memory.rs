@@ -25,6 +25,16 @@ impl HostBytes for Owned {
 /// The pages, which outlive the store.
 pub(crate) type Pages = Rc<RefCell<BTreeMap<u64, Box<[u8; PAGE]>>>>;
 
+/// What becomes of flushes.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Flushes {
+    #[default]
+    Good,
+    /// They are not over.
+    Held,
+    Failing,
+}
+
 /// A device over them.
 pub(crate) struct MemoryIo {
     pub(crate) pages: Pages,
@@ -33,6 +43,7 @@ pub(crate) struct MemoryIo {
     pub(crate) changes: Rc<RefCell<u64>>,
     /// Bytes of the device that can't be written.
     pub(crate) broken: Rc<RefCell<Range<u64>>>,
+    pub(crate) flushes: Rc<Cell<Flushes>>,
     /// Nothing completes, also when the device is given up.
     pub(crate) hangs: Rc<Cell<bool>>,
     /// Host memory comes back shorter than it was: a bug, and looking at it panics.
@@ -46,6 +57,7 @@ impl MemoryIo {
             queue: VecDeque::new(),
             changes: Rc::default(),
             broken: Rc::new(RefCell::new(0..0)),
+            flushes: Rc::default(),
             hangs: Rc::default(),
             shrinks: Rc::default(),
         }
@@ -71,8 +83,13 @@ impl BlockIo for MemoryIo {
             return;
         }
         let mut pages = self.pages.borrow_mut();
-        for op in self.queue.drain(..) {
+        let flushes = self.flushes.get();
+        for op in std::mem::take(&mut self.queue) {
             let mut result = Ok(());
+            if flushes == Flushes::Held && matches!(op, Op::Flush { .. }) {
+                self.queue.push_back(op);
+                continue;
+            }
             let (token, buffer) = match op {
                 Op::Read {
                     token,
@@ -107,6 +124,9 @@ impl BlockIo for MemoryIo {
                     (token, Some(buffer))
                 }
                 Op::Flush { token } => {
+                    if flushes == Flushes::Failing {
+                        result = Err(IoError::Os(rustix::io::Errno::IO));
+                    }
                     *self.changes.borrow_mut() += 1;
                     (token, None)
                 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Arg, Command, value_parser};
-use kvd_nvme::io::{RawRun, raw};
+use kvd_nvme::io::{RawRun, raw, raw_memory};
 
 fn main() -> Result<()> {
     let number = |name| {
@@ -31,8 +31,6 @@ fn main() -> Result<()> {
     let file = args.get_one::<PathBuf>("file").context("a file")?;
     let run = |write| -> Result<RawRun> {
         Ok(RawRun {
-            memory: 0,
-            huge: false,
             bytes: of("bytes")?,
             block: of("block")? as usize,
             depth: of("depth")? as usize,
@@ -41,8 +39,11 @@ fn main() -> Result<()> {
             durable: false,
         })
     };
-    let write = raw(file, &run(true)?)?;
-    let read = raw(file, &run(false)?)?;
+    let block = of("block")?;
+    let memory = of("depth")?.saturating_mul(block);
+    let memory = raw_memory(usize::try_from(memory).context("too much at once")?)?;
+    let plain = |run: RawRun| raw(file, &run, &memory, &|number| number * block);
+    let (write, read) = (plain(run(true)?)?, plain(run(false)?)?);
     let line = serde_json::json!({
         "write_gbps": write.gbps,
         "read_gbps": read.gbps,

@@ -1,5 +1,8 @@
 //! How many flushes blocks take that come one after the other, and that none waits for company that does not come.
 
+use std::rc::Rc;
+
+use super::super::memory::Flushes;
 use super::*;
 
 /// Writes so many blocks, each asked for as soon as less than `most` are asked for and not answered. Turns, flushes.
@@ -64,4 +67,39 @@ fn what_is_durable_waits_for_company_only_so_long() {
         turns < 800 && flushes > 4,
         "{turns} turns, {flushes} flushes"
     );
+}
+
+#[test]
+fn what_failed_while_it_waited_for_company_makes_nothing_due() {
+    let mut test = Test::new();
+    (test.config.flush_us, test.config.flush_blocks) = (100, usize::MAX);
+    test.open().unwrap();
+    let small = space("m", 1, 1);
+    let at = |n| place(0, n, &small.2);
+    assert_eq!(test.write(&small, at(0), 0), Ok(()));
+    let flushes = Rc::clone(&test.store().io.flushes);
+    flushes.set(Flushes::Held);
+    let mut done = Vec::new();
+    for n in 1..3 {
+        // The first is being flushed when the second is written.
+        let (op, host) = test.write_op(&small, at(n), n as u8);
+        assert_eq!(test.store().submit(op, host), None);
+        for _ in 0..3 {
+            test.now += 10;
+            let now = test.now;
+            test.store().turn(now, Duration::ZERO, &mut done);
+        }
+    }
+    assert!(done.is_empty());
+    flushes.set(Flushes::Failing);
+    for _ in 0..3 {
+        test.now += 1_000;
+        let now = test.now;
+        test.store().turn(now, Duration::ZERO, &mut done);
+    }
+    assert_eq!(done.len(), 2, "both may be gone");
+    let (now, next) = (test.now, test.store().next_deadline());
+    assert!(next.is_none_or(|at| at > now), "a thread would spin");
+    flushes.set(Flushes::Good);
+    assert_eq!(test.write(&small, at(3), 3), Ok(()));
 }
