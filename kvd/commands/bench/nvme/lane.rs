@@ -1,6 +1,7 @@
 //! One store under load: a device with its thread, memory for as many blocks as are under way, and blocks that it is asked to store
 //! and load. Deliberately absent: what is compared with what.
 
+use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -271,13 +272,14 @@ impl Lane {
 
     fn run(&mut self, doing: Doing, depth: usize) -> Result<RawReport> {
         let of = self.stored.len();
-        let mut free: Vec<usize> = (0..depth).rev().collect();
+        // Who was free longest comes first, as in plain transfers.
+        let mut free: VecDeque<usize> = (0..depth).collect();
         let mut last = vec![None; depth];
         let (mut next, mut over) = (0, 0);
         let (begun, cpu) = (Instant::now(), cpu_seconds());
         while over < of {
             while next < of
-                && let Some(piece) = free.pop()
+                && let Some(piece) = free.pop_front()
             {
                 if doing == Doing::Store {
                     self.stored[next] = piece;
@@ -289,7 +291,7 @@ impl Lane {
             let mut all = self.answers.recv_timeout(PATIENCE).context("no answer")?;
             for done in all.drain(..) {
                 let op = judge(&done)?;
-                free.push((op.0 % DEPTH_MOST as u64) as usize);
+                free.push_back((op.0 % DEPTH_MOST as u64) as usize);
                 over += 1;
                 if let StoreDone::Read { block, .. } = done {
                     self.spare.push(block);
