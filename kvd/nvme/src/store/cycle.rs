@@ -350,8 +350,13 @@ impl<I: BlockIo> Store<I> {
         if self.cycle.stage == Stage::Recorded {
             self.cycle.stage = Stage::Idle;
         }
+        self.cycle.spoilt &= self.is_flushing();
+    }
+
+    /// Whether a flush of the cycle is under way.
+    fn is_flushing(&self) -> bool {
         let flush = |flight: &Flight| matches!(flight.purpose, Purpose::Flush);
-        self.cycle.spoilt &= self.flights.values().any(flush);
+        self.flights.values().any(flush)
     }
 
     /// A flush failed, and whatever the device had taken before and not flushed may be gone: no write that is under way can be
@@ -359,8 +364,7 @@ impl<I: BlockIo> Store<I> {
     pub(crate) fn flush_failed(&mut self, now: u64, done: &mut Vec<StoreDone>) {
         self.names.lose();
         // If it was a checkpoint's, one of the cycle may still be under way.
-        let another = |flight: &Flight| matches!(flight.purpose, Purpose::Flush);
-        let another = self.flights.values().any(another);
+        let another = self.is_flushing();
         if self.cycle.stage == Stage::Flush && !another {
             self.cycle.stage = Stage::Idle;
         }
