@@ -6,6 +6,7 @@ once, whatever becomes of the bytes.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import pathlib
@@ -22,13 +23,15 @@ from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-__all__ = ["BLOCK", "FULL", "SHAPES", "ScriptedEngine", "Shape", "Watch", "WrongCache", "continuation", "make_config"]
+__all__ = ["BLOCK", "FULL", "SHAPES", "ScriptedEngine", "Shape", "Watch", "WrongCache", "continuation", "make_config", "make_kv", "smallest_pool"]
 
 
 # The engine ---------------------------------------------------------------------------------------------------
@@ -67,6 +70,19 @@ def make_config(
         cache.mamba_cache_mode = "align"
     config.compilation_config.static_forward_context.update((name, _Layer()) for name in shape.layers())
     return config
+
+
+def smallest_pool(config: VllmConfig, kv: KVCacheConfig, longest: int) -> int:
+    """Blocks of the smallest pool with which vLLM starts if its longest request has so many tokens. (One of them is nobody's.)"""
+    with mock.patch.object(config.model_config, "max_model_len", longest):
+        specs = [group.kv_cache_spec for group in kv.kv_cache_groups]
+        return 1 + sum(cdiv(one.max_memory_usage_bytes(config), one.page_size_bytes) for one in specs)
+
+
+def longest_request(config: VllmConfig, kv: KVCacheConfig) -> int:
+    """Tokens of the longest request with which vLLM starts, as `--max-model-len -1` finds it. One that outgrows the pool would wait for ever."""
+    lengths = range(1, config.model_config.max_model_len + 1)
+    return bisect.bisect_right(lengths, kv.num_blocks, key=lambda longest: smallest_pool(config, kv, longest))
 
 
 class Watch:
@@ -139,6 +155,7 @@ class ScriptedEngine:
         self.config, self.shape = config, shape
         kv = make_kv(config, shape)
         hashes = hash_tokens(config, kv)
+        config.model_config.max_model_len = self.longest = longest_request(config, kv)
         self.model = ScriptedModel(config, kv, spec_tokens)
         algorithm = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(algorithm)
@@ -185,6 +202,7 @@ class ScriptedEngine:
         skip, priority = params.pop("skip_reading_prefix_cache", None), params.pop("priority", 0)
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0, skip_reading_prefix_cache=skip, **params)
         request = Request(name, list(prompt), sampling, None, block_hasher=self.hasher, priority=priority)
+        assert len(prompt) + max_tokens <= self.longest, f"the pool has room for {self.longest} tokens of a request: vLLM takes none that is longer"
         self.requests[name] = (list(prompt), max_tokens)
         self.scheduler.add_request(request)
         return name

@@ -475,7 +475,8 @@ def random_schedule(rig: Rig, seed: int) -> dict[str, int]:
         if act < 0.30 and len(live) < 7:
             root = rng.choice(roots)
             head = root[: rng.randrange(1, len(root) + 1)] if rng.random() < 0.3 else root + continuation(root, rng.randrange(0, 120))
-            engine.add(head + models.prompt(rng.randrange(5), rng.randrange(1, 40)), rng.randrange(1, 90))
+            asked = (head + models.prompt(rng.randrange(5), rng.randrange(1, 40)))[: engine.longest - 1]
+            engine.add(asked, min(rng.randrange(1, 90), engine.longest - len(asked)))
         elif act < 0.36 and live:
             aborted.add(name := rng.choice(live))
             engine.abort(name)
@@ -499,7 +500,7 @@ def random_schedule(rig: Rig, seed: int) -> dict[str, int]:
     # Whatever was stored on the way is right: load it.
     for root in roots:
         engine.scheduler.reset_prefix_cache()
-        engine.ask(root + continuation(root, 130), 2)
+        engine.ask((root + continuation(root, 130))[: engine.longest - 2], 2)
     if daemon is None:
         return {"preempted": preempted, "copied": engine.model.copied_blocks}
     idle(engine)

@@ -203,6 +203,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             elif found == -2:
                 half.ask(request.request_id, self._loadable(request))
                 found = half.matched(request.request_id, computed)
+            if found > 0 and self._room.never(request.request_id, self._capture.pool):
+                found = 0
             if found > 0 and not self._room.fits(request, computed * self._unit, (computed + found) * self._unit, self._capture.pool):
                 found = -1
         if found < 0:
@@ -212,6 +214,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         half = self._scheduler
         if half is not None:
+            self._room.taken()
             external = -(-num_external_tokens // self._unit)
             ids: list[list[int]] = []
             if external:

@@ -4,17 +4,25 @@ A request whose load is over holds its blocks until vLLM finds room for the rest
 full attention it admits a load only if that leaves room for the rest of all others. Of sliding windows and recurrent states it counts too
 little for requests that hold blocks already (0.32): loads may fill the pool until nobody can go on, and with nobody running that is
 for good. So all that wait with loads must have room together, to the ends of their prompts; else a load is put off.
+
+And vLLM may want more for a load than there is: room for drafts beside it, say, which a prompt that is computed may do without (0.32). It asks
+again and again then, with all others behind. What vLLM does not take in a pool that is all free, it never will: such a hit is none.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvdaemon.vllm.caches import Rule
+
+
+UNTAKEN_S = 1.0
+"""How long a hit is offered to an engine that has its whole pool free. (Another connector beside ours may make vLLM ask again for a while.)"""
 
 
 @dataclass
@@ -46,6 +54,8 @@ class Room:
         """How many of those that wait have this block in common."""
         self._offered = Waits(0, [], 0)
         """Of the request that last fitted."""
+        self._untaken = ("", 0.0)
+        """The request that was offered a hit, and since when nothing has been taken since, in a pool that was all free."""
         self.full = False
         """A load was put off in this step. Those behind it are not asked about: else they would overtake it, step by step."""
 
@@ -75,6 +85,19 @@ class Room:
                 blocks -= local // rule.block_tokens
             needs += blocks
         return needs
+
+    def never(self, name: str, pool: Any) -> bool:
+        """Whether vLLM does not take the hit that this request is offered, though nobody has a block."""
+        if pool is None or pool.get_usage():
+            self.taken()
+            return False
+        if self._untaken[0] != name:
+            self._untaken = (name, monotonic())
+        return monotonic() - self._untaken[1] > UNTAKEN_S
+
+    def taken(self) -> None:
+        """vLLM has blocks for somebody, or may have."""
+        self._untaken = ("", 0.0)
 
     def fits(self, request: Request, local: int, loaded: int, pool: Any) -> bool:
         """Whether a request that has `local` tokens may load up to `loaded`. One that nobody else waits with always may: vLLM knows."""
