@@ -435,6 +435,12 @@ impl Run {
         self.disk.set_faults(DiskFaults::default());
         let mut found: Vec<Recovered> = Vec::new();
         next_start(&mut self.config);
+        // Company enough by its bytes, or by its number.
+        self.config.flush_bytes = if self.rng.one_in(2) {
+            64 << 10
+        } else {
+            u64::MAX
+        };
         let opened = Store::open(self.disk.clone(), &self.config, &mut |one| {
             if let Found::Block(block) = one {
                 found.push(block);

@@ -37,14 +37,6 @@ fn nothing_answered_is_lost_and_nothing_dropped_comes_back() {
     assert_eq!(sum.corrupt, 0);
 }
 
-/// Seeds that found torn pages of the journal: with sound records of an earlier epoch, and of an earlier start.
-#[test]
-fn kept_seeds_hold() {
-    for seed in [132_858_865_155_530, 171_167_350_181_345] {
-        run_disk(&DiskMix::CUTS.options(seed)).unwrap_or_else(|text| panic!("{text}"));
-    }
-}
-
 #[test]
 fn errors_and_short_transfers_cost_only_what_they_hit() {
     let sum = many(5, DiskMix::ERRORS);

@@ -131,7 +131,7 @@ fn measure(
         durable: false,
     };
     let plain = |run: RawRun| {
-        let memory = raw_memory(run.depth * run.block)?;
+        let memory = raw_memory(run.block, run.depth)?;
         raw(&file, &run, &memory, &|number| number * block)
     };
     plain(run(most, 16, false, true))?;

@@ -17,15 +17,15 @@ use kvd_core::tier::{
 use kvd_core::{BlockHash, Cut, GroupGeometry, NamespaceId, NamespaceRecord, TenantId};
 use kvd_device::{Device as _, HostDevice, OwnedPages, PartGeometry, StoreJob};
 use kvd_nvme::device::{Device, DeviceConfig, DeviceNews};
-use kvd_nvme::io::{ArenaRange, IoOptions, RawReport, cpu_seconds, scattered};
+use kvd_nvme::io::{
+    ArenaRange, IoOptions, RAW_BLOCKS, RawReport, cpu_seconds, raw_blocks, scattered,
+};
 use kvd_nvme::store::Found;
 
 use super::super::{Random, Shape, progress};
 
-/// Bytes of blocks under way, at most, and most blocks: as many as a daemon lets be written at once.
-const MEMORY: u64 = 128 << 20;
-const DEPTH_MOST: usize = 1024;
-const EXTENT: u64 = 64 << 20;
+/// Most blocks asked for: as many as a daemon lets be written at once.
+const DEPTH_MOST: usize = RAW_BLOCKS;
 /// Operations of the device for one block: its header and its bytes. And those that a store keeps for flushes and records.
 const OPERATIONS: usize = 2;
 const RESERVED: usize = kvd_nvme::store::RESERVE;
@@ -76,12 +76,10 @@ impl Lane {
         let directory = directory.join("store");
         let _ = std::fs::remove_dir_all(&directory);
         let (device, answers, made) = device(&directory, capacity, IoOptions::default().depth)?;
-        let in_extent = EXTENT / geometry.slot_bytes();
-        let extents = (2 * depth(&geometry) as u64).div_ceil(in_extent);
-        let arena = Arena::create(extents * EXTENT, Some(EXTENT), pages)?;
-        for extent in 0..arena.extents() {
-            arena.populate(extent)?;
-        }
+        // All in one extent, so that there is nothing between the pieces.
+        let extent = (2 * depth(&geometry) as u64 * geometry.slot_bytes()).next_power_of_two();
+        let arena = Arena::create(extent, Some(extent), pages)?;
+        arena.populate(0)?;
         let mut lane = Lane {
             device,
             path: directory,
@@ -167,12 +165,7 @@ impl Lane {
 
     /// Where a piece of memory begins, and its number as a slot.
     fn piece(&self, piece: usize) -> (u64, u32) {
-        let shape = self.arena.shape();
-        let in_extent = EXTENT / self.geometry.slot_bytes();
-        let (extent, at) = (piece as u64 / in_extent, piece as u64 % in_extent);
-        let slot = extent * u64::from(shape.slots_per_extent) + at;
-        let offset = extent * EXTENT + at * self.geometry.slot_bytes();
-        (offset, slot as u32)
+        (piece as u64 * self.geometry.slot_bytes(), piece as u32)
     }
 
     fn fill(&mut self, part: PartGeometry) -> Result<()> {
@@ -394,7 +387,7 @@ fn device(
 }
 
 fn depth(geometry: &GroupGeometry) -> usize {
-    DEPTH_MOST.min((MEMORY / geometry.slot_bytes()) as usize)
+    raw_blocks(geometry.slot_bytes() as usize, 1)
 }
 
 fn judge(done: &StoreDone) -> Result<OpId> {

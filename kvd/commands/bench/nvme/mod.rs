@@ -1,7 +1,8 @@
 //! `kvd bench nvme`: storing and loading through a store on a real file, against plain direct transfers on the same file system.
 //!
 //! Every figure stands beside its limit, measured in turns; of several turns the best of each counts, because neighbours only ever
-//! slow things down. Depth is how many blocks the device is given at a time, in plain transfers as in the store's; the store is
+//! slow things down. Depth is how many blocks the device is given at a time. A store gives it two operations for a block, its header
+//! and its bytes, so it is given room for as many pairs; a header that is over early makes room for another block. The store is
 //! asked for more, as a daemon's is, and a run is over when the last block is durable. Plain transfers are from and to the very memory
 //! that blocks are stored from and loaded into, and plain reads are of the very places in the store's file that loads are of, so that
 //! both find the same in whatever caches there are; each goes first in every other turn.

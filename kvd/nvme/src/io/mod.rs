@@ -35,7 +35,7 @@ pub use error::{OpenError, OpenErrorKind};
 pub use faulty::{Fault, Faults, Faulty, Rules};
 pub use file::{Backing, FILE_NAME, Found};
 pub use fixed::FixedReport;
-pub use raw::{RawReport, RawRun, cpu_seconds, raw, raw_memory, scattered};
+pub use raw::{RAW_BLOCKS, RawReport, RawRun, cpu_seconds, raw, raw_blocks, raw_memory, scattered};
 pub use threads::{THREADS_MAX, ThreadsIo};
 pub use uring::UringIo;
 

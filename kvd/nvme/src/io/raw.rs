@@ -110,11 +110,22 @@ pub fn raw(
     })
 }
 
-/// Memory for [`raw`] of those who compare nothing with it that has memory of its own: of small pages, faulted in, and not zeros.
+/// Most blocks of the memory of a measurement, and most of its bytes.
+pub const RAW_BLOCKS: usize = 1024;
+const RAW_BYTES: usize = 128 << 20;
+
+/// How many blocks the memory of a measurement has: as many for everything that is measured, because the caches hold all of less. At least
+/// those that are under way at once.
+pub fn raw_blocks(block: usize, depth: usize) -> usize {
+    (RAW_BYTES / block.max(1)).min(RAW_BLOCKS).max(depth)
+}
+
+/// Memory for [`raw`] where what is compared with it can't use the same: small pages, faulted in, not zeros, for [`raw_blocks`].
 ///
 /// # Errors
-/// When there are none of so many bytes.
-pub fn raw_memory(bytes: usize) -> Result<ArenaRange, OpenError> {
+/// When there is none of so many bytes.
+pub fn raw_memory(block: usize, depth: usize) -> Result<ArenaRange, OpenError> {
+    let bytes = raw_blocks(block, depth).saturating_mul(block);
     let none = |why: &dyn std::fmt::Display| {
         let text = format!("no memory of {bytes} bytes to measure with: {why}");
         OpenError::new(OpenErrorKind::Unavailable, text)
@@ -291,7 +302,7 @@ mod tests {
     fn a_run_writes_and_reads_a_file() {
         let scratch = scratch();
         let path = scratch.path().join("raw");
-        let memory = raw_memory(256 << 10).expect("memory");
+        let memory = raw_memory(64 << 10, 4).expect("memory");
         let place = |number| number * (64 << 10);
         let mut run = RawRun {
             bytes: 8 << 20,
@@ -312,8 +323,8 @@ mod tests {
         run.write = false;
         run.random = false;
         assert!(raw(&path, &run, &memory, &place).expect("read").gbps > 0.0);
-        run.depth = 5;
-        let refused = raw(&path, &run, &memory, &place).expect_err("memory for four");
+        run.depth = raw_blocks(64 << 10, 4) + 1;
+        let refused = raw(&path, &run, &memory, &place).expect_err("memory for less");
         assert_eq!(refused.kind(), OpenErrorKind::Invalid);
         run.block = 5;
         let refused = raw(&path, &run, &memory, &place).expect_err("no page");

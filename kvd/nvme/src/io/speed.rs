@@ -71,7 +71,7 @@ fn adapters_against_raw() {
             durable: false,
         };
         let path = scratch.path().join("raw");
-        let memory = raw_memory(DEPTH * block).expect("memory");
+        let memory = raw_memory(block, DEPTH).expect("memory");
         let place = |number| number * block as u64;
         for write in [true, false] {
             run.write = write;

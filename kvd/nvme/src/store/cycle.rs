@@ -114,9 +114,8 @@ impl Cycle {
             return Some(since + config.deadline_us + 1);
         }
         let collecting = self.stage == Stage::Idle && self.jammed.is_none() && self.waiting() > 0;
-        self.since
-            .filter(|_| collecting)
-            .map(|since| since + config.flush_us)
+        // What came after the last turn waits from the next one on.
+        collecting.then(|| self.since.map_or(0, |since| since + config.flush_us))
     }
 }
 
@@ -285,7 +284,9 @@ impl<I: BlockIo> Store<I> {
         self.cycle.written = left;
         let cycle = &mut self.cycle;
         if cycle.named.is_empty() && covered.is_empty() {
+            // The name of all that is written is not: they wait once more.
             cycle.stage = Stage::Idle;
+            cycle.since = Some(now);
             return;
         }
         cycle.since = (!cycle.drops.is_empty()).then_some(now);
@@ -350,6 +351,7 @@ impl<I: BlockIo> Store<I> {
         if self.cycle.stage == Stage::Recorded {
             self.cycle.stage = Stage::Idle;
         }
+        // What was to be flushed with these records may be so still.
         self.cycle.spoilt &= self.is_flushing();
     }
 

@@ -43,6 +43,8 @@ pub(crate) struct MemoryIo {
     pub(crate) changes: Rc<RefCell<u64>>,
     /// Bytes of the device that can't be written.
     pub(crate) broken: Rc<RefCell<Range<u64>>>,
+    /// Bytes of the device whose writes are not over.
+    pub(crate) slow: Rc<RefCell<Range<u64>>>,
     pub(crate) flushes: Rc<Cell<Flushes>>,
     /// Nothing completes, also when the device is given up.
     pub(crate) hangs: Rc<Cell<bool>>,
@@ -56,7 +58,8 @@ impl MemoryIo {
             pages: pages.clone(),
             queue: VecDeque::new(),
             changes: Rc::default(),
-            broken: Rc::new(RefCell::new(0..0)),
+            broken: Rc::default(),
+            slow: Rc::default(),
             flushes: Rc::default(),
             hangs: Rc::default(),
             shrinks: Rc::default(),
@@ -86,7 +89,12 @@ impl BlockIo for MemoryIo {
         let flushes = self.flushes.get();
         for op in std::mem::take(&mut self.queue) {
             let mut result = Ok(());
-            if flushes == Flushes::Held && matches!(op, Op::Flush { .. }) {
+            let held = match &op {
+                Op::Flush { .. } => flushes == Flushes::Held,
+                Op::Write { offset, .. } => self.slow.borrow().contains(offset),
+                Op::Read { .. } => false,
+            };
+            if held {
                 self.queue.push_back(op);
                 continue;
             }

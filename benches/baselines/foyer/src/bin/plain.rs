@@ -40,8 +40,8 @@ fn main() -> Result<()> {
         })
     };
     let block = of("block")?;
-    let memory = of("depth")?.saturating_mul(block);
-    let memory = raw_memory(usize::try_from(memory).context("too much at once")?)?;
+    let (size, depth) = (usize::try_from(block)?, usize::try_from(of("depth")?)?);
+    let memory = raw_memory(size, depth)?;
     let plain = |run: RawRun| raw(file, &run, &memory, &|number| number * block);
     let (write, read) = (plain(run(true)?)?, plain(run(false)?)?);
     let line = serde_json::json!({

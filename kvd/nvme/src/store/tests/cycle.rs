@@ -70,6 +70,58 @@ fn what_is_durable_waits_for_company_only_so_long() {
 }
 
 #[test]
+fn a_name_that_takes_its_time_makes_nothing_due() {
+    let mut test = Test::new();
+    (test.config.flush_us, test.config.flush_blocks) = (100, usize::MAX);
+    test.open().unwrap();
+    let small = space("m", 1, 1);
+    let name_at = test.store().layout.name_at(0);
+    let slow = Rc::clone(&test.store().io.slow);
+    *slow.borrow_mut() = name_at..name_at + 1;
+    // The first writes the name for all.
+    for n in 0..3 {
+        let (op, host) = test.write_op(&small, place(0, n, &small.2), n as u8);
+        assert_eq!(test.store().submit(op, host), None);
+    }
+    let mut done = Vec::new();
+    for _ in 0..5 {
+        test.now += 1_000;
+        let now = test.now;
+        test.store().turn(now, Duration::ZERO, &mut done);
+        test.store().turn(now, Duration::ZERO, &mut done);
+        let next = test.store().next_deadline();
+        assert!(next.is_none_or(|at| at > now), "a thread would spin");
+    }
+    assert!(done.is_empty());
+    *slow.borrow_mut() = 0..0;
+    assert_eq!(test.write(&small, place(0, 3, &small.2), 3), Ok(()));
+    assert_eq!(test.store().pending(), 0);
+}
+
+#[test]
+fn what_comes_after_a_turn_is_seen_by_the_next() {
+    let mut test = Test::new();
+    (test.config.flush_us, test.config.flush_blocks) = (100, usize::MAX);
+    test.open().unwrap();
+    let small = space("m", 1, 1);
+    let at = |n| place(0, n, &small.2);
+    assert_eq!(test.write(&small, at(0), 0), Ok(()));
+    // A drop has company in a write that is not over.
+    let slow = Rc::clone(&test.store().io.slow);
+    *slow.borrow_mut() = 0..u64::MAX;
+    let (op, host) = test.write_op(&small, at(1), 1);
+    assert_eq!(test.store().submit(op, host), None);
+    let (now, mut done) = (test.now, Vec::new());
+    test.store().turn(now, Duration::ZERO, &mut done);
+    let drop = test.drop_op(small.0, at(0), 0);
+    assert_eq!(test.store().submit(drop, None), None);
+    assert_eq!(test.store().next_deadline(), Some(0));
+    test.store().turn(now, Duration::ZERO, &mut done);
+    assert_eq!(test.store().next_deadline(), Some(now + 100));
+    assert!(done.is_empty());
+}
+
+#[test]
 fn what_failed_while_it_waited_for_company_makes_nothing_due() {
     let mut test = Test::new();
     (test.config.flush_us, test.config.flush_blocks) = (100, usize::MAX);

@@ -177,10 +177,10 @@ impl Test {
         }
     }
 
-    fn forget(&mut self, namespace: NamespaceId, place: Place, name: u8) {
+    fn drop_op(&mut self, namespace: NamespaceId, place: Place, name: u8) -> StoreOp {
         self.op += 1;
         let hash = BlockHash([name; 32]);
-        let op = StoreOp::Drop {
+        StoreOp::Drop {
             op: OpId(self.op),
             place,
             key: BlockKey {
@@ -188,7 +188,11 @@ impl Test {
                 group: 0,
                 hash,
             },
-        };
+        }
+    }
+
+    fn forget(&mut self, namespace: NamespaceId, place: Place, name: u8) {
+        let op = self.drop_op(namespace, place, name);
         match self.run(op, None) {
             StoreDone::Dropped { result: Ok(()), .. } => {}
             other => panic!("{other:?}"),
