@@ -98,7 +98,8 @@ class Capture:
             tokens = after if self._rules[group].outgrown else before
             found, blocks = self._blocks(request, group, first, tokens, tables)
             if blocks:
-                self._keep(self._half.capture(name, group, found, [getattr(one, "block_id", one) for one in blocks]))
+                ids = blocks if isinstance(blocks[0], int) else [one.block_id for one in blocks]
+                self._keep(self._half.capture(name, group, found, ids))
 
     def _blocks(self, request: Request, group: int, first: int, tokens: int, tables: Sequence[list[Any]]) -> tuple[bytes, list[Any]]:
         """Hashes and blocks of a group from `first` on that lie within so many tokens; in front the hash of the block before."""
