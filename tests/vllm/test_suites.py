@@ -292,8 +292,8 @@ def test_all_that_wait_with_loads_have_room_together() -> None:
                 room.loads(one)
         return said
 
-    # Ten blocks of full attention, three that the window reaches, one state; and to go on 1 + 2, 1 + 2 and 3 + 1.
-    own = 10 + 3 + 1 + 3 + 3 + 4
+    # Ten blocks of full attention, two that the window reaches, one state; and to go on 1 + 2, 1 + 2 and 3 + 1.
+    own = 10 + 2 + 1 + 3 + 3 + 4
     assert anew(1, 0) == [True], "vLLM knows of one alone"
     assert anew(2 * own + 1, 0, 0) == [True, True]
     assert anew(2 * own, 0, 0) == [True, False]
@@ -321,6 +321,35 @@ def test_all_that_wait_with_loads_have_room_together() -> None:
         assert room.fits(waits[2], 0, 320, pool)
         room.gone("a")
         assert not room._own and not room._waiting and not room._common
+
+
+def test_a_hit_that_vllm_never_takes_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvdaemon.vllm import room as module
+    from kvdaemon.vllm.caches import Rule
+
+    clock = [100.0]
+    monkeypatch.setattr(module, "monotonic", lambda: clock[0])
+
+    def pool(blocks: int, usage: float = 0.0) -> SimpleNamespace:
+        return SimpleNamespace(num_gpu_blocks=blocks, get_usage=lambda: usage)
+
+    # By its count: ten blocks, of the window two; and for 1 + 20 + 20 tokens two more of each.
+    room = module.Room([Rule("full", 32), Rule("sliding_window", 32, 64)], 32, 64, 20, 20)
+    assert room.never("a", 320, pool(16)) and not room.never("a", 320, pool(17))
+    # By what it does: nothing is taken for ten seconds, while all is free.
+    for between in ("", "taken", "used", "another", "gone"):
+        room = module.Room([Rule("full", 32)], 32, 64, 0)
+        assert not room.never("a", 320, pool(100))
+        clock[0] += 6
+        if between == "taken":
+            room.taken()
+        elif between == "gone":
+            room.gone("a")
+        elif between:
+            assert not room.never("b" if between == "another" else "a", 320, pool(100, 0.5 if between == "used" else 0.0))
+        assert not room.never("a", 320, pool(100))
+        clock[0] += 6
+        assert room.never("a", 320, pool(100)) == (not between)
 
 
 # Resets, pauses, importance -----------------------------------------------------------------------------------------

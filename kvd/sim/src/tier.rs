@@ -70,12 +70,16 @@ impl TierConfig {
     }
 
     fn store(rng: &mut Rng) -> StoreConfig {
+        let (max_queue, flush_us) = (rng.spread(4, 64) as usize, rng.spread(50, 1_000));
+        let flush_blocks = rng.spread(1, 8) as usize;
         StoreConfig {
             segment_bytes: 1 << 20,
             journal_bytes: Some(1),
-            max_queue: rng.spread(4, 64) as usize,
-            flush_us: rng.spread(50, 1_000),
-            flush_blocks: rng.spread(1, 8) as usize,
+            max_queue,
+            flush_us,
+            flush_blocks,
+            // Company enough by its bytes, or only by its number.
+            flush_bytes: [u64::MAX, 64 << 10][flush_blocks % 2],
             deadline_us: rng.spread(20_000, 100_000),
             ..StoreConfig::new((3 << 19) + (rng.range(1, 2) << 20), rng.id())
         }

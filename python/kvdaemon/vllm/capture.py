@@ -93,25 +93,33 @@ class Capture:
         if request is None:
             return
         tables = self._tables(output, name)
-        before, after = self._full(request, computed), self._full(request, computed + ahead)
+        final = self._final(request)
+        before, after = min(computed, final), min(computed + ahead, final)
+        same: tuple[int, int, int] | None = None
+        found = b""
         for _, group, first in wants:
-            tokens = after if self._rules[group].outgrown else before
-            found, blocks = self._blocks(request, group, first, tokens, tables)
-            if blocks:
-                ids = blocks if isinstance(blocks[0], int) else [one.block_id for one in blocks]
-                self._keep(self._half.capture(name, group, found, ids))
+            rule = self._rules[group]
+            ids, last = self._table(rule, tables, first, after if rule.outgrown else before)
+            if not ids:
+                continue
+            # Groups alike have the same hashes, and there may be many.
+            ratio = rule.block_tokens // self._hash_tokens
+            if same != (ratio, first, last):
+                same, found = (ratio, first, last), hashes(request, ratio, max(first - 1, 0), last)
+            self._keep(self._half.capture(name, group, found, ids))
 
-    def _blocks(self, request: Request, group: int, first: int, tokens: int, tables: Sequence[list[Any]]) -> tuple[bytes, list[Any]]:
-        """Hashes and blocks of a group from `first` on that lie within so many tokens; in front the hash of the block before."""
-        rule = self._rules[group]
-        last = min(tokens // rule.block_tokens, len(tables[rule.of]))
-        ratio = rule.block_tokens // self._hash_tokens
-        return hashes(request, ratio, max(first - 1, 0), last), tables[rule.of][first:last]
+    @staticmethod
+    def _table(rule: Rule, tables: Sequence[list[Any]], first: int, tokens: int) -> tuple[list[int], int]:
+        """Numbers of a group's blocks from `first` on that lie within so many tokens, and where they end."""
+        table = tables[rule.of]
+        last = min(tokens // rule.block_tokens, len(table))
+        blocks = table[first:last]
+        return [one.block_id for one in blocks] if blocks and not isinstance(blocks[0], int) else blocks, last
 
-    def _full(self, request: Request, computed: int) -> int:
-        """Tokens whose KV is computed and final, and hashed. The last token does not count: its KV may not be computed (async
-        scheduling), and in a streaming session the token may still be replaced."""
-        return int(min(computed, request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens))
+    def _final(self, request: Request) -> int:
+        """Tokens that are hashed, and whose KV is final once it is computed. The last token does not count: its KV may not be computed
+        (async scheduling), and in a streaming session the token may still be replaced."""
+        return int(min(request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens))
 
     def _tables(self, output: SchedulerOutput, name: str) -> tuple[list[Any], ...]:
         """A request's blocks, or their numbers, by vLLM's groups. Not copied where that can be helped: they are many."""
@@ -167,7 +175,9 @@ class Capture:
         half, name = self._half, request.request_id
         self.requests.pop(name, None)
         self._room.gone(name)
-        tokens = self._full(request, request.num_computed_tokens)
+        tokens = min(request.num_computed_tokens, self._final(request))
         for group, first in half.finish_from(name, tokens) if block_ids else ():
-            half.last_blocks(name, group, *self._blocks(request, group, first, tokens, block_ids))
+            rule = self._rules[group]
+            ids, last = self._table(rule, block_ids, first, tokens)
+            half.last_blocks(name, group, hashes(request, rule.block_tokens // self._hash_tokens, max(first - 1, 0), last), ids)
         return half.finished(name)

@@ -96,6 +96,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self._stream: Callable[[], int] | None = None
         self._adapters: set[str] = set()
         self._inplace = 0
+        self._hopeless = ""
         self._begun: KVConnectorMetadata | None = None
         self._finder = identity.Finder(logger.warning)
         self._refusal = caches.refuse_config(vllm_config, kv_cache_config)
@@ -125,8 +126,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self._unit, grain = half.unit_and_grain()
         self._grain = grain // self._hash_tokens
         drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
+        ahead = getattr(vllm_config, "num_lookahead_tokens", drafts + 1)
         at_a_time = getattr(vllm_config, "max_in_flight_tokens", None) or 2 * vllm_config.scheduler_config.max_num_batched_tokens
-        self._room = Room(list({rule.of: rule for rule in self._rules}.values()), self._hash_tokens, at_a_time, drafts)
+        self._room = Room(list({rule.of: rule for rule in self._rules}.values()), self._hash_tokens, at_a_time, drafts, ahead)
         self._capture = Capture(half, self._rules, self._hash_tokens, self._room)
         self._finder.start("kvd-identity", self._find_facts)
         return None
@@ -203,7 +205,10 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             elif found == -2:
                 half.ask(request.request_id, self._loadable(request))
                 found = half.matched(request.request_id, computed)
-            if found > 0 and self._room.never(request.request_id, self._capture.pool):
+            if found > 0 and self._room.never(request.request_id, (computed + found) * self._unit, self._capture.pool):
+                if self._hopeless != request.request_id:
+                    self._hopeless = request.request_id
+                    logger.info("kvd: a hit of %d tokens is computed: vLLM has no room for it, ever", found * self._unit)
                 found = 0
             if found > 0 and not self._room.fits(request, computed * self._unit, (computed + found) * self._unit, self._capture.pool):
                 found = -1

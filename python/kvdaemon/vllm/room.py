@@ -5,8 +5,9 @@ full attention it admits a load only if that leaves room for the rest of all oth
 little for requests that hold blocks already (0.32): loads may fill the pool until nobody can go on, and with nobody running that is
 for good. So all that wait with loads must have room together, to the ends of their prompts; else a load is put off.
 
-And vLLM may want more for a load than there is: room for drafts beside it, say, which a prompt that is computed may do without (0.32). It asks
-again and again then, with all others behind. What vLLM does not take in a pool that is all free, it never will: such a hit is none.
+And vLLM (0.31 to 0.33) wants room for a step's drafts beside a load, which a prompt that is computed may do without: a load that leaves none
+in an empty pool would be asked for again and again, with all others behind. Such a hit is none. Nor is one that vLLM does not take for
+long in a pool that is all free, whatever the reason.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from kvdaemon.vllm.caches import Rule
 
 
-UNTAKEN_S = 1.0
-"""How long a hit is offered to an engine that has its whole pool free. (Another connector beside ours may make vLLM ask again for a while.)"""
+UNTAKEN_S = 10.0
+"""How long a hit is offered to an engine that has its whole pool free. Another connector beside ours, or one for what encoders make, may have
+vLLM ask again for a while."""
 
 
 @dataclass
@@ -40,10 +42,13 @@ class Waits:
 class Room:
     """Counts what waits. Only for models with groups that are outgrown: in others vLLM counts right."""
 
-    def __init__(self, rules: list[Rule], hash_tokens: int, step_tokens: int, draft_tokens: int) -> None:
-        """`rules`: one for each of vLLM's groups. `step_tokens`: most tokens that are computed at a time, in all steps under way."""
+    def __init__(self, rules: list[Rule], hash_tokens: int, step_tokens: int, draft_tokens: int, ahead_tokens: int = 0) -> None:
+        """`rules`: one for each of vLLM's groups. `step_tokens`: most tokens that are computed at a time, in all steps under way.
+        `ahead_tokens`: how far beyond its step a draft model writes."""
         self._rules, self._step_tokens, self._draft_tokens = rules, step_tokens, draft_tokens
         self._counts = any(rule.outgrown for rule in rules)
+        drafts = 1 + draft_tokens + ahead_tokens if draft_tokens else 0
+        self._beside_load = sum(-(-drafts // rule.block_tokens) for rule in rules if rule.kind != "state")
         whole = [rule.block_tokens for rule in rules if not rule.outgrown]
         self._ratio = max(whole, default=hash_tokens) // hash_tokens
         self._hash_tokens = hash_tokens
@@ -78,7 +83,7 @@ class Room:
         for rule in self._rules:
             blocks = -(-loaded // rule.block_tokens)
             if rule.kind == "sliding_window":
-                blocks = min(blocks, -(-rule.window // rule.block_tokens) + 1)
+                blocks -= max(0, loaded - rule.window + 1) // rule.block_tokens
             elif rule.kind == "state":
                 blocks = 1
             else:
@@ -86,8 +91,11 @@ class Room:
             needs += blocks
         return needs
 
-    def never(self, name: str, pool: Any) -> bool:
-        """Whether vLLM does not take the hit that this request is offered, though nobody has a block."""
+    def never(self, name: str, loaded: int, pool: Any) -> bool:
+        """Whether vLLM will not take a hit of so many tokens that this request is offered, though nobody else had a block."""
+        # One block of the pool is nobody's.
+        if pool is not None and self._loaded(0, loaded) + self._beside_load >= int(pool.num_gpu_blocks):
+            return True
         if pool is None or pool.get_usage():
             self.taken()
             return False
@@ -134,6 +142,8 @@ class Room:
                 self.gone(name)
 
     def gone(self, name: str) -> None:
+        if name == self._untaken[0]:
+            self.taken()
         one = self._waiting.pop(name, None)
         if one is None:
             return

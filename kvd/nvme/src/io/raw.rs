@@ -114,8 +114,8 @@ pub fn raw(
 pub const RAW_BLOCKS: usize = 1024;
 const RAW_BYTES: usize = 128 << 20;
 
-/// How many blocks the memory of a measurement has: as many for everything that is measured, because the caches hold all of less. At least
-/// those that are under way at once.
+/// How many blocks the memory of a measurement has: the same in every bench that prints a ratio to it, because the caches hold all of
+/// less. At least those that are under way at once.
 pub fn raw_blocks(block: usize, depth: usize) -> usize {
     (RAW_BYTES / block.max(1)).min(RAW_BLOCKS).max(depth)
 }

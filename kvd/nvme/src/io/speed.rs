@@ -6,6 +6,7 @@
     reason = "a measurement is of the clock, and to be seen"
 )]
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,17 +18,20 @@ const DEPTH: usize = 16;
 
 /// Moves the whole device once, from and to an arena, in 10^9 bytes a second.
 fn through(io: &mut DiskIo, block: usize, write: bool) -> f64 {
-    let arena = arena((DEPTH * block) as u64);
-    let mut free: Vec<ArenaRange> = (0..DEPTH)
+    let pieces = raw_blocks(block, DEPTH);
+    let arena = arena((pieces * block) as u64);
+    // Who was free longest comes first, as in plain transfers.
+    let mut free: VecDeque<ArenaRange> = (0..pieces)
         .map(|n| ArenaRange::new(Arc::clone(&arena), (n * block) as u64, block).expect("inside"))
         .inspect(|range| fill(range, &vec![7; block]))
         .collect();
     let mut offset = 0;
     let mut done = Vec::new();
     let start = Instant::now();
-    while offset < BYTES || free.len() < DEPTH {
+    while offset < BYTES || free.len() < pieces {
         while offset < BYTES
-            && let Some(range) = free.pop()
+            && pieces - free.len() < DEPTH
+            && let Some(range) = free.pop_front()
         {
             let (token, buffer) = (0, Buffer::Host(range));
             io.start(if write {
@@ -49,7 +53,7 @@ fn through(io: &mut DiskIo, block: usize, write: bool) -> f64 {
         for done in done.drain(..) {
             assert_eq!(done.result, Ok(()));
             if let Some(Buffer::Host(range)) = done.buffer {
-                free.push(range);
+                free.push_back(range);
             }
         }
     }
