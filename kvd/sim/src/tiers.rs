@@ -105,6 +105,7 @@ impl World {
                 if ["checkpoints", "switched_off", "journal_jams"].contains(&name) {
                     self.counters.add_n(name, n);
                 }
+                self.kept.stores[at].forgets |= name == "checkpoint_pages_unreadable" && n > 0;
             }
         }
     }
