@@ -333,14 +333,17 @@ def test_a_hit_that_vllm_never_takes_is_none(monkeypatch: pytest.MonkeyPatch) ->
     def pool(blocks: int, usage: float = 0.0) -> SimpleNamespace:
         return SimpleNamespace(num_gpu_blocks=blocks, get_usage=lambda: usage)
 
-    # By its count: ten blocks, of the window two; and for 1 + 20 + 20 tokens two more of each.
-    room = module.Room([Rule("full", 32), Rule("sliding_window", 32, 64)], 32, 64, 20, 20)
-    assert room.never("a", 320, pool(16)) and not room.never("a", 320, pool(17))
+    # By its count: ten blocks, of the window two, a state; and for 1 + 20 + 20 tokens two more.
+    room = module.Room([Rule("full", 32), Rule("sliding_window", 32, 64), Rule("state", 32, offered=True)], 32, 64, 20, 20)
+    assert room.never("a", 320, pool(15)) and not room.never("a", 320, pool(16))
     # By what it does: nothing is taken for ten seconds, while all is free.
     for between in ("", "taken", "used", "another", "gone"):
-        room = module.Room([Rule("full", 32)], 32, 64, 0)
-        assert not room.never("a", 320, pool(100))
-        clock[0] += 6
+        room = module.Room([Rule("full", 32), Rule("state", 32, offered=True)], 32, 64, 0)
+        asked = SimpleNamespace(request_id="a", num_tokens=330, block_hashes=[])
+        for _ in range(2):
+            assert not room.never("a", 320, pool(100)) and room.fits(asked, 0, 320, pool(100))
+            room.step([], [], [], [])
+            clock[0] += 3
         if between == "taken":
             room.taken()
         elif between == "gone":

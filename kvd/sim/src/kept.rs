@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use kvd_core::tier::{BlockKey, OpId, Place, Recovered};
 use kvd_core::{Cut, GroupGeometry};
+use kvd_nvme::store::PER_PAGE;
 
 use crate::memory::Memory;
 use crate::model::{Held, Key};
@@ -90,8 +91,8 @@ pub(crate) struct Places {
     pub(crate) blocks: BTreeMap<Place, Kept>,
     /// All that ever was written there.
     history: BTreeMap<Place, Vec<Kept>>,
-    /// A checkpoint could not read some pages of records, though nothing had damaged them: the next start does not know what was there.
-    pub(crate) forgets: bool,
+    /// Pages of records that a checkpoint could not read, though nothing had damaged them: the next start does not know what was there.
+    pub(crate) unreadable: usize,
 }
 
 impl Places {
@@ -145,9 +146,14 @@ impl Places {
         let lost = self
             .blocks
             .iter()
-            .find(|(place, kept)| kept.known == Known::There && !blocks.contains_key(place));
-        let may = media || std::mem::take(&mut self.forgets);
-        ensure!(may || lost.is_none(), 4, "stored, but lost: {lost:?}");
+            .filter(|(place, kept)| kept.known == Known::There && !blocks.contains_key(place));
+        let most = std::mem::take(&mut self.unreadable) * PER_PAGE;
+        let lost: Vec<_> = lost.collect();
+        ensure!(
+            media || lost.len() <= most,
+            4,
+            "stored, but lost: {lost:?}, and {most} may be"
+        );
         self.blocks = blocks;
         Ok(())
     }

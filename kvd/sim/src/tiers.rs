@@ -105,7 +105,9 @@ impl World {
                 if ["checkpoints", "switched_off", "journal_jams"].contains(&name) {
                     self.counters.add_n(name, n);
                 }
-                self.kept.stores[at].forgets |= name == "checkpoint_pages_unreadable" && n > 0;
+                if name == "checkpoint_pages_unreadable" {
+                    self.kept.stores[at].unreadable = n as usize;
+                }
             }
         }
     }

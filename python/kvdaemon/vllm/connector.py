@@ -96,7 +96,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self._stream: Callable[[], int] | None = None
         self._adapters: set[str] = set()
         self._inplace = 0
-        self._hopeless = ""
+        self._hopeless: set[str] = set()
+        """Requests whose hits vLLM will not take."""
         self._begun: KVConnectorMetadata | None = None
         self._finder = identity.Finder(logger.warning)
         self._refusal = caches.refuse_config(vllm_config, kv_cache_config)
@@ -126,7 +127,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         self._unit, grain = half.unit_and_grain()
         self._grain = grain // self._hash_tokens
         drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
-        ahead = getattr(vllm_config, "num_lookahead_tokens", drafts + 1)
+        ahead = getattr(vllm_config, "num_lookahead_tokens", 0)
         at_a_time = getattr(vllm_config, "max_in_flight_tokens", None) or 2 * vllm_config.scheduler_config.max_num_batched_tokens
         self._room = Room(list({rule.of: rule for rule in self._rules}.values()), self._hash_tokens, at_a_time, drafts, ahead)
         self._capture = Capture(half, self._rules, self._hash_tokens, self._room)
@@ -206,9 +207,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
                 half.ask(request.request_id, self._loadable(request))
                 found = half.matched(request.request_id, computed)
             if found > 0 and self._room.never(request.request_id, (computed + found) * self._unit, self._capture.pool):
-                if self._hopeless != request.request_id:
-                    self._hopeless = request.request_id
-                    logger.info("kvd: a hit of %d tokens is computed: vLLM has no room for it, ever", found * self._unit)
+                if request.request_id not in self._hopeless:
+                    self._hopeless.add(request.request_id)
+                    logger.info("kvd: a hit of %d tokens is computed: vLLM does not take it, even with its whole pool free", found * self._unit)
                 found = 0
             if found > 0 and not self._room.fits(request, computed * self._unit, (computed + found) * self._unit, self._capture.pool):
                 found = -1
@@ -264,6 +265,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        self._hopeless.discard(request.request_id)
         hold = self._scheduler is not None and self._capture.finished(request, block_ids)
         return hold, None
 

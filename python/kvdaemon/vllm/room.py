@@ -48,7 +48,8 @@ class Room:
         self._rules, self._step_tokens, self._draft_tokens = rules, step_tokens, draft_tokens
         self._counts = any(rule.outgrown for rule in rules)
         drafts = 1 + draft_tokens + ahead_tokens if draft_tokens else 0
-        self._beside_load = sum(-(-drafts // rule.block_tokens) for rule in rules if rule.kind != "state")
+        # So many in every group, from 0.32 on; before, once.
+        self._beside_load = -(-drafts // max(rule.block_tokens for rule in rules))
         whole = [rule.block_tokens for rule in rules if not rule.outgrown]
         self._ratio = max(whole, default=hash_tokens) // hash_tokens
         self._hash_tokens = hash_tokens
@@ -93,7 +94,7 @@ class Room:
 
     def never(self, name: str, loaded: int, pool: Any) -> bool:
         """Whether vLLM will not take a hit of so many tokens that this request is offered, though nobody else had a block."""
-        # One block of the pool is nobody's.
+        # Of a state vLLM may want more than is counted, and of drafts. One block of the pool is nobody's.
         if pool is not None and self._loaded(0, loaded) + self._beside_load >= int(pool.num_gpu_blocks):
             return True
         if pool is None or pool.get_usage():
@@ -113,7 +114,7 @@ class Room:
             return True
         if self.full:
             return False
-        self.gone(request.request_id)
+        self._waits_no_more(request.request_id)
         own = self._loaded(local, loaded) + self._rest(request.num_tokens - loaded)
         common = request.block_hashes[self._ratio - 1 : local // self._hash_tokens : self._ratio]
         self._offered = Waits(own, common, request.num_tokens)
@@ -137,13 +138,17 @@ class Room:
         if self._waiting:
             for name, before, more in zip(ids, computed, ahead):
                 if name in self._waiting and before + more >= self._waiting[name].end:
-                    self.gone(name)
+                    self._waits_no_more(name)
             for name in preempted:
-                self.gone(name)
+                self._waits_no_more(name)
 
     def gone(self, name: str) -> None:
+        """The request is over."""
         if name == self._untaken[0]:
             self.taken()
+        self._waits_no_more(name)
+
+    def _waits_no_more(self, name: str) -> None:
         one = self._waiting.pop(name, None)
         if one is None:
             return

@@ -63,8 +63,8 @@ impl UringIo {
     pub fn open(backing: Arc<Backing>, depth: usize) -> Result<Self, String> {
         probe(&backing)?;
         let depth = depth.clamp(1, DEPTH_MAX) as u32;
-        // One more for the bell, and one for a pair's company.
-        let ring = build((depth + 2).next_power_of_two())?;
+        // One more for the bell, and some for pairs' company, should the kernel take a pair in parts.
+        let ring = build((depth + 4).next_power_of_two())?;
         let submitter = ring.submitter();
         submitter
             .register_files(&[backing.as_fd().as_raw_fd()])

@@ -20,7 +20,7 @@ pub(crate) const NAME_MAGIC: [u8; 8] = *b"KVDNAME1";
 pub(crate) const PAGE_MAGIC: [u8; 8] = *b"KVDPAGE1";
 
 /// Records of one page, after its header.
-pub(crate) const PER_PAGE: usize = 31;
+pub const PER_PAGE: usize = 31;
 /// Bytes of a record, and of the header of a page of them.
 pub(crate) const RECORD: usize = 128;
 

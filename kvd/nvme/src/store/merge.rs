@@ -270,7 +270,10 @@ impl<I: BlockIo> Store<I> {
         };
         merge.failures += 1;
         match merge.stage {
-            Stage::Read if merge.chunk > 1 => merge.chunk = (merge.chunk / 8).max(1),
+            // Of these pages any may be good.
+            Stage::Read if merge.chunk > 1 => {
+                (merge.chunk, merge.failures) = ((merge.chunk / 8).max(1), 0)
+            }
             Stage::Read if merge.failures >= MOST_FAILURES => {
                 merge.at += 1;
                 merge.failures = 0;

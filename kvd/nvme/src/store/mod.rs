@@ -44,6 +44,7 @@ use kvd_core::tier::{OpId, StoreDone, StoreError, StoreOp, StoreShape};
 
 pub use self::block::Flaw;
 pub use self::config::{Counters, OpenError, RecoveryReport, StoreConfig};
+pub use self::format::PER_PAGE;
 pub use self::format::VERSION;
 pub use self::fsck::{Finding, FsckReport, fsck};
 pub use self::jobs::RESERVE;
