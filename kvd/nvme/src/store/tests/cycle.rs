@@ -5,6 +5,27 @@ use std::rc::Rc;
 use super::super::memory::Flushes;
 use super::*;
 
+/// An empty store whose writes wait so long for company, by the clock and by number.
+fn waiting(flush_us: u64, flush_blocks: usize) -> Test {
+    let mut test = Test::new();
+    (test.config.flush_us, test.config.flush_blocks) = (flush_us, flush_blocks);
+    test.open().unwrap();
+    test
+}
+
+/// Asks for a write, which is taken.
+fn ask(test: &mut Test, space: &Space, at: Place, name: u8) {
+    let (op, host) = test.write_op(space, at, name);
+    assert_eq!(test.store().submit(op, host), None);
+}
+
+/// A turn so much later.
+fn turn(test: &mut Test, later: u64, done: &mut Vec<StoreDone>) {
+    test.now += later;
+    let now = test.now;
+    test.store().turn(now, Duration::ZERO, done);
+}
+
 /// Writes so many blocks, each asked for as soon as less than `most` are asked for and not answered. Turns, flushes.
 fn stored(test: &mut Test, blocks: u32, most: u32) -> (u64, u64) {
     let small = space("m", 1, 1);
@@ -15,14 +36,11 @@ fn stored(test: &mut Test, blocks: u32, most: u32) -> (u64, u64) {
     while over < blocks {
         while asked < blocks && asked - over < most {
             let at = place(asked / in_segment, asked % in_segment, &small.2);
-            let (op, host) = test.write_op(&small, at, asked as u8);
-            assert_eq!(test.store().submit(op, host), None);
+            ask(test, &small, at, asked as u8);
             asked += 1;
         }
-        test.now += 10;
+        turn(test, 10, &mut done);
         turns += 1;
-        let now = test.now;
-        test.store().turn(now, Duration::ZERO, &mut done);
         for one in done.drain(..) {
             assert!(matches!(one, StoreDone::Written { result: Ok(()), .. }));
             over += 1;
@@ -34,9 +52,7 @@ fn stored(test: &mut Test, blocks: u32, most: u32) -> (u64, u64) {
 
 #[test]
 fn under_load_there_are_no_more_than_two_flushes_for_each_company() {
-    let mut test = Test::new();
-    (test.config.flush_us, test.config.flush_blocks) = (1_000_000, 100);
-    test.open().unwrap();
+    let mut test = waiting(1_000_000, 100);
     let (_, flushes) = stored(&mut test, 800, 400);
     assert!(
         (8..=16).contains(&flushes),
@@ -46,10 +62,8 @@ fn under_load_there_are_no_more_than_two_flushes_for_each_company() {
 
 #[test]
 fn nobody_waits_for_company_that_does_not_come() {
-    let mut test = Test::new();
     // For ever, by the clock of this test.
-    (test.config.flush_us, test.config.flush_blocks) = (u64::MAX / 2, usize::MAX);
-    test.open().unwrap();
+    let mut test = waiting(u64::MAX / 2, usize::MAX);
     let (turns, flushes) = stored(&mut test, 30, 1);
     assert_eq!(flushes, 60, "its bytes, then its record");
     assert!(turns <= 30 * 6, "{turns} turns");
@@ -58,9 +72,7 @@ fn nobody_waits_for_company_that_does_not_come() {
 
 #[test]
 fn what_is_durable_waits_for_company_only_so_long() {
-    let mut test = Test::new();
-    (test.config.flush_us, test.config.flush_blocks) = (100, usize::MAX);
-    test.open().unwrap();
+    let mut test = waiting(100, usize::MAX);
     // The company is never complete by number, and more always comes.
     let (turns, flushes) = stored(&mut test, 1200, 800);
     assert!(
@@ -71,25 +83,20 @@ fn what_is_durable_waits_for_company_only_so_long() {
 
 #[test]
 fn a_name_that_takes_its_time_makes_nothing_due() {
-    let mut test = Test::new();
-    (test.config.flush_us, test.config.flush_blocks) = (100, usize::MAX);
-    test.open().unwrap();
+    let mut test = waiting(100, usize::MAX);
     let small = space("m", 1, 1);
     let name_at = test.store().layout.name_at(0);
     let slow = Rc::clone(&test.store().io.slow);
     *slow.borrow_mut() = name_at..name_at + 1;
     // The first writes the name for all.
     for n in 0..3 {
-        let (op, host) = test.write_op(&small, place(0, n, &small.2), n as u8);
-        assert_eq!(test.store().submit(op, host), None);
+        ask(&mut test, &small, place(0, n, &small.2), n as u8);
     }
     let mut done = Vec::new();
     for _ in 0..5 {
-        test.now += 1_000;
-        let now = test.now;
-        test.store().turn(now, Duration::ZERO, &mut done);
-        test.store().turn(now, Duration::ZERO, &mut done);
-        let next = test.store().next_deadline();
+        turn(&mut test, 1_000, &mut done);
+        turn(&mut test, 0, &mut done);
+        let (now, next) = (test.now, test.store().next_deadline());
         assert!(next.is_none_or(|at| at > now), "a thread would spin");
     }
     assert!(done.is_empty());
@@ -100,32 +107,27 @@ fn a_name_that_takes_its_time_makes_nothing_due() {
 
 #[test]
 fn what_comes_after_a_turn_is_seen_by_the_next() {
-    let mut test = Test::new();
-    (test.config.flush_us, test.config.flush_blocks) = (100, usize::MAX);
-    test.open().unwrap();
+    let mut test = waiting(100, usize::MAX);
     let small = space("m", 1, 1);
     let at = |n| place(0, n, &small.2);
     assert_eq!(test.write(&small, at(0), 0), Ok(()));
     // A drop has company in a write that is not over.
     let slow = Rc::clone(&test.store().io.slow);
     *slow.borrow_mut() = 0..u64::MAX;
-    let (op, host) = test.write_op(&small, at(1), 1);
-    assert_eq!(test.store().submit(op, host), None);
+    ask(&mut test, &small, at(1), 1);
     let (now, mut done) = (test.now, Vec::new());
-    test.store().turn(now, Duration::ZERO, &mut done);
+    turn(&mut test, 0, &mut done);
     let drop = test.drop_op(small.0, at(0), 0);
     assert_eq!(test.store().submit(drop, None), None);
     assert_eq!(test.store().next_deadline(), Some(0));
-    test.store().turn(now, Duration::ZERO, &mut done);
+    turn(&mut test, 0, &mut done);
     assert_eq!(test.store().next_deadline(), Some(now + 100));
     assert!(done.is_empty());
 }
 
 #[test]
 fn what_failed_while_it_waited_for_company_makes_nothing_due() {
-    let mut test = Test::new();
-    (test.config.flush_us, test.config.flush_blocks) = (100, usize::MAX);
-    test.open().unwrap();
+    let mut test = waiting(100, usize::MAX);
     let small = space("m", 1, 1);
     let at = |n| place(0, n, &small.2);
     assert_eq!(test.write(&small, at(0), 0), Ok(()));
@@ -134,20 +136,15 @@ fn what_failed_while_it_waited_for_company_makes_nothing_due() {
     let mut done = Vec::new();
     for n in 1..3 {
         // The first is being flushed when the second is written.
-        let (op, host) = test.write_op(&small, at(n), n as u8);
-        assert_eq!(test.store().submit(op, host), None);
+        ask(&mut test, &small, at(n), n as u8);
         for _ in 0..3 {
-            test.now += 10;
-            let now = test.now;
-            test.store().turn(now, Duration::ZERO, &mut done);
+            turn(&mut test, 10, &mut done);
         }
     }
     assert!(done.is_empty());
     flushes.set(Flushes::Failing);
     for _ in 0..3 {
-        test.now += 1_000;
-        let now = test.now;
-        test.store().turn(now, Duration::ZERO, &mut done);
+        turn(&mut test, 1_000, &mut done);
     }
     assert_eq!(done.len(), 2, "both may be gone");
     let (now, next) = (test.now, test.store().next_deadline());
