@@ -321,10 +321,13 @@ class Engine:
         return parent
 
     def tail(self, lines: int = 30) -> str:
+        """The end of the engine's log, and before it the first error in it: of several processes the first to fail is not the last to speak."""
         try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+            log = self.log.read_text(errors="replace").splitlines()
         except OSError:
             return ""
+        errors = [line for line in log[:-lines] if " ERROR " in line][: 2 * lines]
+        return "\n".join([*errors, *(["..."] if errors else []), *log[-lines:]])
 
     def exit(self, deadline_s: float = 60.0) -> None:
         """An orderly end: the engine shuts down, then its process goes."""

@@ -22,12 +22,22 @@ import hooks
 
 
 def adjust_platform(mla_prefix_caching: bool, spawn: bool) -> None:
-    """Two choices of vLLM's CPU platform that tests need otherwise.
+    """Three choices of vLLM that tests need otherwise.
 
-    It switches prefix caching off for its reference MLA backend; `mla_prefix_caching` allows it again, because the local prefix hit
-    is what a load is compared with. It starts its processes by spawn, which imports everything again in each; unless
-    `spawn`, they are forked here (nothing has run on OpenMP threads in the forking process)."""
+    Its CPU platform switches prefix caching off for its reference MLA backend; `mla_prefix_caching` allows it again, because the local
+    prefix hit is what a load is compared with. It starts its processes by spawn, which imports everything again in each; unless `spawn`,
+    they are forked here (nothing has run on OpenMP threads in the forking process).
+
+    Its processes poll each other with sched_yield. With Linux 6.18.44, where two ranks and one more busy process had two cores, that kept
+    every other process from running for up to 13 s (seen by a process that did nothing but sleep 5 ms at a time); here they sleep."""
+    from vllm.distributed import utils
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms.cpu import CpuPlatform
+
+    def rest() -> None:
+        time.sleep(0.0001)
+
+    utils.sched_yield = shm_broadcast.sched_yield = rest
 
     usual = CpuPlatform.check_and_update_config.__func__
 
