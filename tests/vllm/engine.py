@@ -257,6 +257,9 @@ class Engine:
     # The verbs ------------------------------------------------------------------------------------------------
     def begin(self, prompts: Iterable[list[int]], **fields: Any) -> None:
         """Starts a batch; `finish` waits for it."""
+        if "dump" in fields:
+            # The engine goes on while the dump is asked for; on a busy machine, for many tokens.
+            fields = {"max_tokens": 64} | fields
         common = {k: fields.pop(k) for k in list(fields) if k in ("progress", "dump", "stop_after", "preempt_after")}
         self.send("generate", prompts=[{"tokens": p} | fields for p in prompts], **common)
 

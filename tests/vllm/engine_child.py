@@ -85,7 +85,9 @@ def dump_blocks(worker: Any, request: str, blocks: int) -> dict[str, Any]:
     import torch
 
     runner = worker.model_runner
-    name = next(n for n in runner.requests if n == request or n.startswith(request + "-"))
+    name = next((n for n in runner.requests if n == request or n.startswith(request + "-")), None)
+    if name is None:
+        raise LookupError(f"request {request} is over: it needs more tokens for its blocks to be dumped meanwhile")
     ids = runner.requests[name].block_ids[0][:blocks]
     layers = []
     for group in runner.kv_cache_config.kv_cache_groups[:1]:
