@@ -12,7 +12,7 @@ use common::{fresh_seed, soak};
 
 /// Runs many seeds, and gives the sum of what happened.
 fn many(seeds: u64, mix: DiskMix) -> DiskReport {
-    let seeds = if soak() { seeds * 200 } else { seeds };
+    let seeds = if soak() { 1_500 } else { seeds };
     let first = fresh_seed();
     let mut sum = DiskReport::default();
     for seed in first..first + seeds {
@@ -45,7 +45,8 @@ fn errors_and_short_transfers_cost_only_what_they_hit() {
 
 #[test]
 fn a_disk_that_stalls_or_keeps_failing_is_switched_off_and_on() {
-    assert!(many(5, DiskMix::FAILING).switched_off > 0);
+    // Nearly half of the seeds have no fault that lasts for long enough.
+    assert!(many(20, DiskMix::FAILING).switched_off > 0);
 }
 
 #[test]
