@@ -29,7 +29,7 @@ def adjust_platform(mla_prefix_caching: bool, spawn: bool) -> None:
     they are forked here (nothing has run on OpenMP threads in the forking process).
 
     Its processes poll each other with sched_yield. With Linux 6.18.44, where two ranks and one more busy process had two cores, that kept
-    every other process from running for up to 13 s (seen by a process that did nothing but sleep 5 ms at a time); here they sleep."""
+    others from running for up to 13 s (seen by a process that did nothing but sleep 5 ms at a time); here they sleep."""
     from vllm.distributed import utils
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms.cpu import CpuPlatform

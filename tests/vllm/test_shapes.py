@@ -202,10 +202,10 @@ def test_the_cache_of_a_drafter_comes_back_too(case: Case, daemon: Daemon) -> No
     """Byte by byte: which guesses are taken hardly shows it. With EAGLE the last block is left out, as it depends on the token after it."""
     engine = case.start(daemon)
     blocks, long = 45, case.long
-    stored = engine.batch([long], dump=blocks, max_tokens=24)
+    stored = engine.batch([long], dump=blocks)
     engine.reset_local()
     settled(daemon)
-    loaded = engine.batch([long], dump=blocks, max_tokens=24)
+    loaded = engine.batch([long], dump=blocks)
     assert loaded.external >= blocks * 32
     ((before,),), ((after,),) = stored.dumps, loaded.dumps
     assert len(before["layers"]) == (5 if case.drops_last else 8), "the target's four layers, and the drafter's"

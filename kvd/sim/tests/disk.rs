@@ -12,7 +12,7 @@ use common::{fresh_seed, soak};
 
 /// Runs many seeds, and gives the sum of what happened.
 fn many(seeds: u64, mix: DiskMix) -> DiskReport {
-    let seeds = if soak() { 1_500 } else { seeds };
+    let seeds = if soak() { 1_600 } else { seeds };
     let first = fresh_seed();
     let mut sum = DiskReport::default();
     for seed in first..first + seeds {

@@ -15,12 +15,6 @@ fn written(test: &mut Test, blocks: u8) -> (Space, impl Fn(u32) -> Place + use<>
     (small, at)
 }
 
-fn turn(test: &mut Test, done: &mut Vec<StoreDone>) {
-    test.now += 10_000;
-    let now = test.now;
-    test.store().turn(now, Duration::ZERO, done);
-}
-
 /// Gives it up: what was answered before the device ended, what after, all of it with `Io` but what is lost; and that.
 fn abandon(test: &mut Test) -> [Vec<u64>; 3] {
     let (mut first, mut lost) = (Vec::new(), Vec::new());
@@ -57,14 +51,14 @@ fn what_the_device_may_still_write_is_lost_and_all_else_is_answered_at_once() {
     test.store().io.hangs.set(true);
     let first = test.op + 1;
     for n in 0..20 {
-        let (op, host) = match n {
+        let operation = match n {
             0..15 => test.read_op(&small, at(n), n as u8),
             _ => test.write_op(&small, at(n), n as u8),
         };
-        assert_eq!(test.store().submit(op, host), None);
+        test.ask(operation);
     }
     let mut done = Vec::new();
-    turn(&mut test, &mut done);
+    test.turn(10_000, &mut done);
     assert_eq!(done, []);
     // Both parts of 14 are with the device, which takes one operation more: not enough for the next.
     let lost = Vec::from_iter(first..first + 14);
@@ -77,10 +71,10 @@ fn a_block_that_is_written_is_no_memory_that_the_device_writes() {
     let mut test = Test::new();
     let (small, at) = written(&mut test, 1);
     test.store().io.hangs.set(true);
-    let (op, host) = test.write_op(&small, at(1), 1);
-    let op_id = op.op().0;
-    assert_eq!(test.store().submit(op, host), None);
-    turn(&mut test, &mut Vec::new());
+    let operation = test.write_op(&small, at(1), 1);
+    let op_id = operation.0.op().0;
+    test.ask(operation);
+    test.turn(10_000, &mut Vec::new());
     assert_eq!(abandon(&mut test), [vec![op_id], vec![], vec![]]);
 }
 
@@ -89,10 +83,10 @@ fn a_device_that_ends_its_reads_loses_none() {
     let mut test = Test::new();
     let (small, at) = written(&mut test, 1);
     test.store().io.hangs.set(true);
-    let (op, host) = test.read_op(&small, at(0), 0);
-    let op_id = op.op().0;
-    assert_eq!(test.store().submit(op, host), None);
-    turn(&mut test, &mut Vec::new());
+    let operation = test.read_op(&small, at(0), 0);
+    let op_id = operation.0.op().0;
+    test.ask(operation);
+    test.turn(10_000, &mut Vec::new());
     test.store().io.hangs.set(false);
     assert_eq!(abandon(&mut test), [vec![], vec![op_id], vec![]]);
 }
@@ -103,15 +97,15 @@ fn what_waits_for_a_flush_that_hangs_is_answered() {
     let (small, at) = written(&mut test, 1);
     let first = test.op + 1;
     for n in 1..4 {
-        let (op, host) = test.write_op(&small, at(n), 1);
-        assert_eq!(test.store().submit(op, host), None);
+        let operation = test.write_op(&small, at(n), 1);
+        test.ask(operation);
     }
     let flushes = test.store().counters().flushes;
     let mut done = Vec::new();
-    turn(&mut test, &mut done);
+    test.turn(10_000, &mut done);
     assert_eq!(test.store().counters().flushes, flushes + 1);
     test.store().io.hangs.set(true);
-    turn(&mut test, &mut done);
+    test.turn(10_000, &mut done);
     assert_eq!(done, []);
     // The device has all of their bytes, and nothing of their memory.
     let all = vec![first, first + 1, first + 2];
@@ -125,11 +119,11 @@ fn a_panic_over_the_bytes_of_a_block_loses_no_answer() {
     test.store().io.shrinks.set(true);
     let first = test.op + 1;
     for n in 0..3 {
-        let (op, host) = test.read_op(&small, at(n), n as u8);
-        assert_eq!(test.store().submit(op, host), None);
+        let operation = test.read_op(&small, at(n), n as u8);
+        test.ask(operation);
     }
     let mut done = Vec::new();
-    let turned = catch_unwind(AssertUnwindSafe(|| turn(&mut test, &mut done)));
+    let turned = catch_unwind(AssertUnwindSafe(|| test.turn(10_000, &mut done)));
     assert!(turned.is_err(), "it looks at memory that is not there");
     assert_eq!(done, []);
     assert!((first..first + 3).all(|op| test.store().has(OpId(op))));

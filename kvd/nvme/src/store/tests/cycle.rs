@@ -13,19 +13,6 @@ fn waiting(flush_us: u64, flush_blocks: usize) -> Test {
     test
 }
 
-/// Asks for a write, which is taken.
-fn ask(test: &mut Test, space: &Space, at: Place, name: u8) {
-    let (op, host) = test.write_op(space, at, name);
-    assert_eq!(test.store().submit(op, host), None);
-}
-
-/// A turn so much later.
-fn turn(test: &mut Test, later: u64, done: &mut Vec<StoreDone>) {
-    test.now += later;
-    let now = test.now;
-    test.store().turn(now, Duration::ZERO, done);
-}
-
 /// Writes so many blocks, each asked for as soon as less than `most` are asked for and not answered. Turns, flushes.
 fn stored(test: &mut Test, blocks: u32, most: u32) -> (u64, u64) {
     let small = space("m", 1, 1);
@@ -36,10 +23,11 @@ fn stored(test: &mut Test, blocks: u32, most: u32) -> (u64, u64) {
     while over < blocks {
         while asked < blocks && asked - over < most {
             let at = place(asked / in_segment, asked % in_segment, &small.2);
-            ask(test, &small, at, asked as u8);
+            let write = test.write_op(&small, at, asked as u8);
+            test.ask(write);
             asked += 1;
         }
-        turn(test, 10, &mut done);
+        test.turn(10, &mut done);
         turns += 1;
         for one in done.drain(..) {
             assert!(matches!(one, StoreDone::Written { result: Ok(()), .. }));
@@ -90,12 +78,13 @@ fn a_name_that_takes_its_time_makes_nothing_due() {
     *slow.borrow_mut() = name_at..name_at + 1;
     // The first writes the name for all.
     for n in 0..3 {
-        ask(&mut test, &small, place(0, n, &small.2), n as u8);
+        let write = test.write_op(&small, place(0, n, &small.2), n as u8);
+        test.ask(write);
     }
     let mut done = Vec::new();
     for _ in 0..5 {
-        turn(&mut test, 1_000, &mut done);
-        turn(&mut test, 0, &mut done);
+        test.turn(1_000, &mut done);
+        test.turn(0, &mut done);
         let (now, next) = (test.now, test.store().next_deadline());
         assert!(next.is_none_or(|at| at > now), "a thread would spin");
     }
@@ -114,13 +103,14 @@ fn what_comes_after_a_turn_is_seen_by_the_next() {
     // A drop has company in a write that is not over.
     let slow = Rc::clone(&test.store().io.slow);
     *slow.borrow_mut() = 0..u64::MAX;
-    ask(&mut test, &small, at(1), 1);
+    let write = test.write_op(&small, at(1), 1);
+    test.ask(write);
     let (now, mut done) = (test.now, Vec::new());
-    turn(&mut test, 0, &mut done);
+    test.turn(0, &mut done);
     let drop = test.drop_op(small.0, at(0), 0);
-    assert_eq!(test.store().submit(drop, None), None);
+    test.ask((drop, None));
     assert_eq!(test.store().next_deadline(), Some(0));
-    turn(&mut test, 0, &mut done);
+    test.turn(0, &mut done);
     assert_eq!(test.store().next_deadline(), Some(now + 100));
     assert!(done.is_empty());
 }
@@ -136,15 +126,16 @@ fn what_failed_while_it_waited_for_company_makes_nothing_due() {
     let mut done = Vec::new();
     for n in 1..3 {
         // The first is being flushed when the second is written.
-        ask(&mut test, &small, at(n), n as u8);
+        let write = test.write_op(&small, at(n), n as u8);
+        test.ask(write);
         for _ in 0..3 {
-            turn(&mut test, 10, &mut done);
+            test.turn(10, &mut done);
         }
     }
     assert!(done.is_empty());
     flushes.set(Flushes::Failing);
     for _ in 0..3 {
-        turn(&mut test, 1_000, &mut done);
+        test.turn(1_000, &mut done);
     }
     assert_eq!(done.len(), 2, "both may be gone");
     let (now, next) = (test.now, test.store().next_deadline());

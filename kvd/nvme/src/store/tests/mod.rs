@@ -99,15 +99,25 @@ impl Test {
         self.store.as_mut().unwrap()
     }
 
+    /// Asks for an operation, which is taken.
+    fn ask(&mut self, (op, host): (StoreOp, Option<Owned>)) {
+        assert_eq!(self.store().submit(op, host), None);
+    }
+
+    /// A turn so much later.
+    fn turn(&mut self, later: u64, done: &mut Vec<StoreDone>) {
+        self.now += later;
+        let now = self.now;
+        self.store().turn(now, Duration::ZERO, done);
+    }
+
     fn run(&mut self, op: StoreOp, host: Option<Owned>) -> StoreDone {
         if let Some(done) = self.store().submit(op, host) {
             return done;
         }
         let mut done = Vec::new();
         for _ in 0..1000 {
-            self.now += 10_000;
-            let now = self.now;
-            self.store().turn(now, Duration::ZERO, &mut done);
+            self.turn(10_000, &mut done);
             if let Some(done) = done.pop() {
                 return done;
             }
@@ -414,9 +424,7 @@ fn a_full_journal_does_not_keep_writes_for_ever() {
     *broken.borrow_mut() = 0..0;
     let mut done = Vec::new();
     for _ in 0..500 {
-        test.now += 10_000;
-        let now = test.now;
-        test.store().turn(now, Duration::ZERO, &mut done);
+        test.turn(10_000, &mut done);
     }
     assert_eq!(test.store().counters().checkpoints, 1);
     assert_eq!(test.write(&small, at(room), 1), Ok(()));
