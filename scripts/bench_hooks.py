@@ -22,21 +22,36 @@ sys.path.insert(0, str(ROOT / "tests" / "vllm"))
 import models  # noqa: E402
 from checks import attached, reference_us  # noqa: E402
 from daemon import Daemon  # noqa: E402
-from engine import Engine, patient  # noqa: E402
+from engine import Batch, Engine, patient  # noqa: E402
 
 SHAPES = {"llama": models.gqa, "qwen3": models.qwen3, "deepseek": models.mla, "gemma": models.gemma, "gpt-oss": models.gptoss, "qwen3-next": models.qwen3next}
 AT_ONCE = 8
 
 
-def rounds(engine: Engine, count: int) -> float:
-    """`count` times eight prompts at once, half of which begin alike, each with an answer; gives the share of prompt tokens that were loaded."""
-    loaded = asked = 0
-    for number in range(count):
-        prompts = [models.prompt(number, 512) + models.prompt(1000 + number * AT_ONCE + i, 200 + 100 * i) for i in range(AT_ONCE // 2)]
-        prompts += [models.prompt(2000 + number * AT_ONCE + i, 300 + 200 * i) for i in range(AT_ONCE // 2)]
-        loaded += engine.batch(prompts, max_tokens=48, logprobs=None).external
-        asked += sum(map(len, prompts))
-    return loaded / asked
+def prompts_of(number: int) -> list[list[int]]:
+    """Eight prompts, half of which begin alike."""
+    prompts = [models.prompt(number, 512) + models.prompt(1000 + number * AT_ONCE + i, 200 + 100 * i) for i in range(AT_ONCE // 2)]
+    return prompts + [models.prompt(2000 + number * AT_ONCE + i, 300 + 200 * i) for i in range(AT_ONCE // 2)]
+
+
+def share_loaded(batches: list[Batch]) -> float:
+    """Of all prompts' tokens."""
+    return sum(one.external for one in batches) / sum(answer.prompt for one in batches for answer in one.answers)
+
+
+def bursts(engine: Engine, count: int) -> float:
+    """`count` times eight prompts in the same moment, each with an answer of 48 tokens; gives the share of prompt tokens that were loaded."""
+    return share_loaded([engine.batch(prompts_of(number), max_tokens=48, logprobs=None) for number in range(count)])
+
+
+def steady(engine: Engine, count: int) -> float:
+    """As many prompts, always eight under way: answers have 32 to 95 tokens, and the next prompt comes when one is over."""
+    prompts = [one for number in range(count) for one in prompts_of(10_000 + number)]
+    lengths = [32 + 37 * at % 64 for at in range(len(prompts))]
+    return share_loaded([engine.batch(prompts, max_tokens=lengths, logprobs=None, at_once=AT_ONCE)])
+
+
+TRAFFIC = {"steady": steady, "bursts": bursts}
 
 
 def scheduler_row(hooks: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -64,33 +79,36 @@ def worker_row(engine: Engine, count: int) -> dict[str, Any]:
 
 def shape(name: str, where: pathlib.Path, count: int) -> dict[str, Any]:
     path = models.make(SHAPES[name](), where)
-    with Daemon(where / "d", "512MiB") as daemon:
+    with Daemon(where / "d", "1GiB") as daemon:
         engine = Engine(path, where / "engine.log", connector=patient(daemon.socket), mla_prefix_caching=True, threads=1)
         with engine:
             attached(engine, daemon)
-            engine.hooks()
-            rounds(engine, count)
-            storing = scheduler_row(engine.hooks())
-            engine.reset_local()
-            engine.hooks()
-            share = rounds(engine, count)
-            if share < 0.3:
-                raise SystemExit(f"{name}: only {share:.0%} of the prompts was loaded; the numbers would say nothing")
-            loading = scheduler_row(engine.hooks()) | {"loaded_share": share}
-            return {"storing": storing, "loading": loading, "idle_worker": worker_row(engine, 4 * count)}
+            rows = {}
+            for traffic, run in TRAFFIC.items():
+                engine.hooks()
+                run(engine, count)
+                rows[traffic] = {"storing": scheduler_row(engine.hooks())}
+            for traffic, run in TRAFFIC.items():
+                engine.reset_local()
+                engine.hooks()
+                share = run(engine, count)
+                if share < 0.3:
+                    raise SystemExit(f"{name}: only {share:.0%} of the prompts was loaded; the numbers would say nothing")
+                rows[traffic]["loading"] = scheduler_row(engine.hooks()) | {"loaded_share": share}
+            return rows | {"idle_worker": worker_row(engine, 4 * count)}
 
 
 def table(results: dict[str, Any]) -> str:
     p50, p99 = results["reference_us"]
     lines = [
         "scheduler's hooks (us): by the clock, and of the thread's own time on a CPU",
-        f"{'shape':<12}{'':<9}{'calls':>7}{'p50':>8}{'p99':>8}{'cpu p99':>9}   slowest kind of hook: p99, cpu p99",
+        f"{'shape':<12}{'prompts':<8}{'':<9}{'calls':>7}{'p50':>8}{'p99':>8}{'cpu p99':>9}   slowest kind of hook: p99, cpu p99",
     ]
     for name, row in results["shapes"].items():
-        for phase in ("storing", "loading"):
-            one = row[phase]
+        for traffic, phase in itertools.product(TRAFFIC, ("storing", "loading")):
+            one = row[traffic][phase]
             lines.append(
-                f"{name:<12}{phase:<9}{one['calls']:>7}{one['p50_us']:>8.1f}{one['p99_us']:>8.1f}{one['cpu_p99_us']:>9.1f}"
+                f"{name:<12}{traffic:<8}{phase:<9}{one['calls']:>7}{one['p50_us']:>8.1f}{one['p99_us']:>8.1f}{one['cpu_p99_us']:>9.1f}"
                 f"{one['slowest_p99_us']:>11.1f}{one['slowest_cpu_p99_us']:>9.1f} {one['slowest']}"
             )
     lines += [f"beside it, json.dumps of 8 numbers after a sleep of 3 ms: p50 {p50:.1f}, p99 {p99:.1f}", ""]

@@ -3,6 +3,7 @@
 //!
 //! No block bytes, no token ids and no file descriptors travel here.
 
+use bytes::Bytes;
 use prost::Message;
 
 /// The version of these messages. Both halves come from one package, so another version is a broken installation.
@@ -106,8 +107,8 @@ pub struct StoreOrder {
     #[prost(uint32, tag = "4")]
     pub group: u32,
     /// 32 bytes a block.
-    #[prost(bytes = "vec", tag = "5")]
-    pub hashes: Vec<u8>,
+    #[prost(bytes = "bytes", tag = "5")]
+    pub hashes: Bytes,
     /// The engine's block numbers.
     #[prost(uint32, repeated, tag = "6")]
     pub blocks: Vec<u32>,

@@ -213,7 +213,10 @@ impl Engine {
                     return;
                 }
                 Match::NeedHashes => self.scheduler.ask(0, id, &hash),
-                Match::Wait => std::thread::yield_now(),
+                Match::Wait => {
+                    self.finish_step();
+                    std::thread::yield_now();
+                }
                 other => panic!("{other:?}"),
             }
         }
@@ -526,7 +529,7 @@ fn replicas_take_turns_by_hash() {
             order: 1,
             request: "a".into(),
             namespace: 3,
-            hashes: hashes(0..1),
+            hashes: hashes(0..1).into(),
             blocks: vec![0],
             slots: vec![0],
             generations: vec![1],

@@ -20,6 +20,9 @@ use crate::clock::now_us;
 use crate::errors::{error, from_client, invalid};
 use crate::observed::dict;
 
+/// So many tokens of an answer are stored at a time: four blocks of vLLM's usual size. What is left is stored when the request finishes.
+const GATHER_TOKENS: u32 = 64;
+
 /// See `kvdaemon/_native.pyi`.
 #[pyclass(frozen, module = "kvdaemon._native")]
 pub(crate) struct SchedulerHalf {
@@ -33,8 +36,15 @@ pub(crate) fn instance_id(py: Python<'_>, bytes: &[u8]) -> PyResult<[u8; 16]> {
         .map_err(|_| invalid(py, "an instance id has 16 bytes"))
 }
 
-/// Blocks wanted (position in the ids, group, first block), orders if none are, whether there are notices.
-type Step<'py> = (Vec<(usize, u32, u32)>, Option<Bound<'py, PyBytes>>, bool);
+/// Blocks wanted (position in the ids, group, first block); orders and blocks to let go, if none are; whether there are notices.
+type Step<'py> = (
+    Vec<(usize, u32, u32)>,
+    Option<(Bound<'py, PyBytes>, Vec<u32>)>,
+    bool,
+);
+
+/// Blocks of a running request: its id, the group, their hashes and numbers.
+type Captured = (PyBackedStr, u32, PyBackedBytes, Vec<u32>);
 
 fn strings(list: &[PyBackedStr]) -> Vec<&str> {
     list.iter().map(|text| -> &str { text }).collect()
@@ -90,6 +100,7 @@ impl SchedulerHalf {
             hold_deadline: hold_deadline_ms * 1000,
             lease_ms,
             max_in_flight,
+            gather: GATHER_TOKENS,
             stores,
             drop_last,
             ..Settings::default()
@@ -163,8 +174,8 @@ impl SchedulerHalf {
         self.inner.lock().allocated(id, external, &blocks);
     }
 
-    /// Begins a step, and ends it at once if no blocks are wanted, unless it is to stay open: (wanted, orders, whether there are
-    /// notices).
+    /// Begins a step, and ends it at once if no blocks are wanted, unless it is to stay open: (wanted, (orders, blocks to let go),
+    /// whether there are notices).
     fn step<'py>(
         &self,
         py: Python<'py>,
@@ -181,24 +192,34 @@ impl SchedulerHalf {
         let wanted = guard
             .with(|half| half.begin_step(now, &preempted, &ids, &computed, &ahead))
             .unwrap_or_default();
-        let orders = (wanted.is_empty() && !open).then(|| guard.end_step(now));
+        let ended = (wanted.is_empty() && !open).then(|| {
+            let orders = guard.end_step(now);
+            (PyBytes::new(py, &orders), guard.released())
+        });
         let half = guard.half();
         let notices = half.map_or(guard.has_failure(), Scheduler::has_notices);
-        Ok((
-            wanted,
-            orders.map(|bytes| PyBytes::new(py, &bytes)),
-            notices,
-        ))
+        Ok((wanted, ended, notices))
     }
 
-    fn capture(&self, id: &str, group: u32, hashes: &[u8], blocks: Vec<u32>) -> Vec<u32> {
+    /// Takes the blocks that were wanted, and states in blocks of their own, and ends the step: (blocks to keep, orders, blocks to let
+    /// go).
+    fn end_step<'py>(
+        &self,
+        py: Python<'py>,
+        captured: Vec<Captured>,
+        states: Vec<(PyBackedStr, u32, PyBackedBytes, u32)>,
+    ) -> (Vec<u32>, Bound<'py, PyBytes>, Vec<u32>) {
+        let now = now_us();
         let mut guard = self.inner.lock();
-        guard.capture(now_us(), id, group, hashes, &blocks)
-    }
-
-    fn capture_state(&self, id: &str, group: u32, hash: &[u8], block: u32) -> Vec<u32> {
-        let mut guard = self.inner.lock();
-        guard.capture_state(now_us(), id, group, hash, block)
+        let mut kept = Vec::new();
+        for (id, group, hashes, blocks) in &captured {
+            kept.append(&mut guard.capture(now, id, *group, hashes, blocks));
+        }
+        for (id, group, hash, block) in &states {
+            kept.append(&mut guard.capture_state(now, id, *group, hash, *block));
+        }
+        let orders = guard.end_step(now);
+        (kept, PyBytes::new(py, &orders), guard.released())
     }
 
     /// Fails as by a bug: for tests.
@@ -216,10 +237,6 @@ impl SchedulerHalf {
 
     fn released(&self) -> Vec<u32> {
         self.inner.lock().released()
-    }
-
-    fn end_step<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.inner.lock().end_step(now_us()))
     }
 
     fn on_output(

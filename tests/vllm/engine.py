@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -256,12 +257,14 @@ class Engine:
 
     # The verbs ------------------------------------------------------------------------------------------------
     def begin(self, prompts: Iterable[list[int]], **fields: Any) -> None:
-        """Starts a batch; `finish` waits for it."""
+        """Starts a batch; `finish` waits for it. `max_tokens` may be a list: one for each prompt."""
         if "dump" in fields:
             # The engine goes on while the dump is asked for; on a busy machine, for many tokens.
             fields = {"max_tokens": 64} | fields
-        common = {k: fields.pop(k) for k in list(fields) if k in ("progress", "dump", "stop_after", "preempt_after")}
-        self.send("generate", prompts=[{"tokens": p} | fields for p in prompts], **common)
+        common = {k: fields.pop(k) for k in list(fields) if k in ("progress", "dump", "stop_after", "preempt_after", "at_once")}
+        lengths = fields.pop("max_tokens", 8)
+        each = lengths if isinstance(lengths, list) else itertools.repeat(lengths)
+        self.send("generate", prompts=[{"tokens": p, "max_tokens": one} | fields for p, one in zip(prompts, each)], **common)
 
     def finish(self, deadline_s: float = CALL_S) -> Batch:
         raw = self._reply(deadline_s)

@@ -8,6 +8,7 @@ Logprobs travel as float hex: tests compare bits, not decimals.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -251,17 +252,18 @@ class Child:
         }
 
     def generate(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Runs all prompts at once. With `progress`, sends a line for every new token. `dump` = blocks of each to digest after
+        """Runs all prompts at once, or so many (`at_once`): then the next comes when one is done. With `progress`, sends a line for every new token. `dump` = blocks of each to digest after
         its first token. `stop_after` aborts a request that has that many tokens. `preempt_after`: once the first request has that many
         tokens and the connector keeps no blocks (vLLM could not forget those) and copies none, all requests lose their blocks, and vLLM its prefix cache."""
         before = self.counters()
         begin = time.monotonic()
-        names = [self.submit(one) for one in command["prompts"]]
+        left = iter(command["prompts"])
+        names = [self.submit(one) for one in itertools.islice(left, command.get("at_once"))]
         first: dict[str, float] = {}
         done: dict[str, dict[str, Any]] = {}
         dumps: dict[str, Any] = {}
         preempted_at = 0
-        while len(done) < len(names):
+        while len(done) < len(command["prompts"]):
             for output in self.engine.step():
                 index = names.index(output.request_id)
                 tokens = max((len(c.token_ids) for c in output.outputs), default=0)
@@ -281,6 +283,7 @@ class Child:
                     output.finished = True
                 if output.finished:
                     done[output.request_id] = self.result(output, first.get(output.request_id), begin)
+                    names += [self.submit(one) for one in itertools.islice(left, 1)]
         seconds = time.monotonic() - begin
         self.settle()
         after = self.counters()

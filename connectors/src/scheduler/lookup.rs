@@ -1,5 +1,6 @@
 //! What can be loaded for a request: asked when it comes, polled when the engine wants to know, believed only for so long.
 
+use bytes::Bytes;
 use kvd_core::hit::{self, GroupRule, Run};
 use kvd_wire::session::{Chain, Lookup as LookupBody, Presence, Release, reply, request::Body};
 
@@ -26,7 +27,7 @@ pub enum Match {
 }
 
 impl<P: Port> Scheduler<P> {
-    /// Sends a lookup for a request's blocks: `hashes` of all that may be loaded, from its first block on, one for every
+    /// Asks for a request's blocks, with the step's end at the latest: `hashes` of all that may be loaded, from its first block on, one for every
     /// [grain](super::Settings::grain) of tokens.
     pub fn ask(&mut self, now: u64, id: &str, hashes: &[u8]) {
         let Some(request) = self.requests.get(id) else {
@@ -53,22 +54,24 @@ impl<P: Port> Scheduler<P> {
         if hashes.is_empty() || self.is_silent(now) {
             return Lookup::Settled;
         }
+        let hashes = Bytes::copy_from_slice(hashes);
         let body = Body::Lookup(LookupBody {
             namespace: name.namespace,
-            chains: self.chains(hashes),
+            chains: self.chains(&hashes),
             lease_ms: self.settings.lease_ms,
             leading: true,
             hit: self.settings.groups.len() > 1
                 || self.settings.groups.iter().any(GroupRule::stands_alone),
             drop_last: self.settings.drop_last,
         });
-        match self.port.submit_on(&name, body) {
+        match self.port.queue_on(&name, body) {
             Ok(ticket) => {
+                self.queued();
                 self.counters.lookups += 1;
                 Lookup::Asked {
                     ticket,
                     at: now,
-                    hashes: hashes.to_vec(),
+                    hashes,
                     namespace: index,
                     belief: self.belief,
                 }
@@ -81,22 +84,23 @@ impl<P: Port> Scheduler<P> {
     }
 
     /// The chain of each group: the hash of a block is that at its end.
-    fn chains(&self, hashes: &[u8]) -> Vec<Chain> {
+    fn chains(&self, hashes: &Bytes) -> Vec<Chain> {
         let (all, _) = hashes.as_chunks::<HASH_BYTES>();
         let grain = self.settings.grain();
         let chain = |(group, rule): (u32, &GroupRule)| {
             let each = (rule.span() / grain) as usize;
-            let hashes: Vec<u8> = match each {
-                1 => hashes.to_vec(),
+            let hashes = match each {
+                1 => hashes.clone(),
                 _ => all
                     .chunks_exact(each)
                     .flat_map(|block| block[each - 1])
-                    .collect(),
+                    .collect::<Vec<u8>>()
+                    .into(),
             };
             Chain {
                 group,
-                hashes: hashes.into(),
-                parent: Vec::new().into(),
+                hashes,
+                parent: Bytes::new(),
             }
         };
         (0..).zip(&self.settings.groups).map(chain).collect()
@@ -313,7 +317,8 @@ impl<P: Port> Scheduler<P> {
             lease,
             ..Release::default()
         });
-        if self.port.submit_and_forget(body).is_ok() {
+        if self.port.queue_and_forget(body).is_ok() {
+            self.queued();
             self.counters.leases_released += 1;
         }
     }

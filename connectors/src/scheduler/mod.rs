@@ -66,6 +66,8 @@ pub struct Settings {
     pub max_in_flight: u32,
     /// Most blocks asked for in one request.
     pub batch: u32,
+    /// A request that computes token after token is asked for its blocks when they have so many tokens.
+    pub gather: u32,
     /// Most blocks that the engine keeps for us beyond what its requests need.
     pub max_held: u32,
     /// Whether blocks are stored at all.
@@ -87,6 +89,7 @@ impl Default for Settings {
             lease_ms: 10_000,
             max_in_flight: 4096,
             batch: 1024,
+            gather: 0,
             max_held: 4096,
             stores: true,
             drop_last: false,
@@ -112,6 +115,25 @@ impl Settings {
             true => blocks.to_vec(),
             false => beyond,
         }
+    }
+
+    /// Whether blocks of a group are to be captured now: `first..end` are full and are not yet, and the request has come from `before`
+    /// tokens to `computed`.
+    fn wants(
+        &self,
+        rule: &GroupRule,
+        (first, end): (u32, u32),
+        before: u32,
+        computed: u32,
+    ) -> bool {
+        // Those of a window must still be there when they are wanted: the engine gives them up when the next token does not look at
+        // them.
+        let may_wait = match rule.window() {
+            Some(window) => window >= self.gather + 2 * rule.span(),
+            None => !rule.stands_alone(),
+        };
+        let many = (end - first).saturating_mul(rule.span()) >= self.gather;
+        many || !may_wait || computed.saturating_sub(before) >= rule.span()
     }
 
     /// Tokens from hash to hash, as this half is given them: the most that divides the blocks of all groups.
@@ -150,8 +172,8 @@ pub struct Scheduler<P: Port> {
     held: u32,
     /// Blocks that it need not keep any more.
     released: Vec<u32>,
-    /// Requests that may not have been sent yet.
-    queued: u32,
+    /// Requests to the daemon that may not have been sent yet.
+    unsent: u32,
     /// Until when (us) nothing is reserved, because the daemon had no room.
     no_room_until: u64,
     silence: Silence<P::Ticket>,
@@ -185,7 +207,7 @@ impl<P: Port> Scheduler<P> {
             in_flight: 0,
             held: 0,
             released: Vec::new(),
-            queued: 0,
+            unsent: 0,
             no_room_until: 0,
             silence: Silence::new(),
             belief: 0,
@@ -227,7 +249,7 @@ impl<P: Port> Scheduler<P> {
     }
 
     /// A request has come. `hashes` are those of the full blocks of its prompt that may be loaded (32 bytes each); `skip`: it
-    /// reads no cache. A lookup is sent if that is possible now.
+    /// reads no cache. What the daemon has of them is asked if that is possible now.
     pub fn on_new_request(
         &mut self,
         now: u64,
@@ -261,7 +283,8 @@ impl<P: Port> Scheduler<P> {
     /// which block on, are wanted by [`Scheduler::capture`].
     ///
     /// Blocks that are worth something alone (those of a window, say) are wanted in the step that computes them: the engine may give
-    /// them up in the next. Others stay with the request, and are wanted once they are computed.
+    /// them up in the next. Others stay with the request, and are wanted once they are computed. While a request computes token after
+    /// token, they are [gathered](Settings::gather): a block at a time costs the engine and the daemon as much as several.
     pub fn begin_step(
         &mut self,
         now: u64,
@@ -283,16 +306,21 @@ impl<P: Port> Scheduler<P> {
                 continue;
             };
             request.ran = true;
+            let before = std::mem::replace(&mut request.computed, *computed);
             if !can_reserve || !request.may_store(epoch) {
                 continue;
             }
             let soon = ahead.get(at).copied().unwrap_or(0);
             for (group, (rule, next)) in (0..).zip(self.settings.groups.iter().zip(&request.next)) {
-                let computed = match rule.stands_alone() {
-                    true => computed.saturating_add(soon),
-                    false => *computed,
+                let (before, computed) = match rule.stands_alone() {
+                    true => (*computed, computed.saturating_add(soon)),
+                    false => (before, *computed),
                 };
-                if computed / rule.span() > *next && !self.settings.offered.contains(&group) {
+                let end = computed / rule.span();
+                if end > *next
+                    && !self.settings.offered.contains(&group)
+                    && self.settings.wants(rule, (*next, end), before, computed)
+                {
                     wanted.push((at, group, *next));
                 }
             }
@@ -354,6 +382,7 @@ impl<P: Port> Scheduler<P> {
                 self.requests.remove(*id);
             }
         }
+        self.send_if_last();
         result
     }
 

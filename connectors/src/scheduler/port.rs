@@ -27,39 +27,34 @@ pub struct Registered {
     pub incarnation: [u8; 16],
 }
 
-/// The daemon, as the scheduler half sees it. No call waits.
+/// The daemon, as the scheduler half sees it. No call waits. Requests may stay here until [`Port::wake`]: to wake the thread that sends
+/// them is what costs most, and once a step is enough.
 pub trait Port {
     /// A request under way. Dropping it gives the request up: what it took is given back when the reply comes.
     type Ticket;
     /// A namespace that is registered now and after every reconnect.
     type Namespace;
 
-    /// Sends a request.
+    /// Takes a request to be sent.
     ///
     /// # Errors
     /// When it can't be sent now.
-    fn submit(&self, body: request::Body) -> Result<Self::Ticket, Fault>;
+    fn queue(&self, body: request::Body) -> Result<Self::Ticket, Fault>;
 
-    /// Sends a request that names a namespace, on the connection that this name is of.
+    /// Takes a request that names a namespace, to be sent on the connection that this name is of.
     ///
     /// # Errors
     /// When it can't be sent now, or there is another connection now.
-    fn submit_on(&self, name: &Registered, body: request::Body) -> Result<Self::Ticket, Fault>;
-
-    /// As [`Port::submit_on`], but it may stay here until the next request is sent, or until [`Port::wake`].
-    ///
-    /// # Errors
-    /// As [`Port::submit_on`].
     fn queue_on(&self, name: &Registered, body: request::Body) -> Result<Self::Ticket, Fault>;
 
-    /// Sends what was queued.
-    fn wake(&self);
-
-    /// Sends a request whose reply nobody waits for.
+    /// Takes a request whose reply nobody waits for.
     ///
     /// # Errors
     /// When it can't be sent now.
-    fn submit_and_forget(&self, body: request::Body) -> Result<(), Fault>;
+    fn queue_and_forget(&self, body: request::Body) -> Result<(), Fault>;
+
+    /// Sends what was queued.
+    fn wake(&self);
 
     /// The reply, if it has come. The ticket is spent then.
     fn poll(&self, ticket: &mut Self::Ticket) -> Option<Result<reply::Body, Fault>>;
@@ -98,25 +93,21 @@ impl Port for Link {
     type Ticket = Ticket;
     type Namespace = NamespaceSlot;
 
-    fn submit(&self, body: request::Body) -> Result<Ticket, Fault> {
-        Ok(Link::submit(self, body)?)
-    }
-
-    fn submit_on(&self, name: &Registered, body: request::Body) -> Result<Ticket, Fault> {
-        Ok(Link::submit_on(self, name.epoch, body)?)
+    fn queue(&self, body: request::Body) -> Result<Ticket, Fault> {
+        Ok(Link::queue(self, body)?)
     }
 
     fn queue_on(&self, name: &Registered, body: request::Body) -> Result<Ticket, Fault> {
         Ok(Link::queue_on(self, name.epoch, body)?)
     }
 
-    fn wake(&self) {
-        Link::wake(self);
+    fn queue_and_forget(&self, body: request::Body) -> Result<(), Fault> {
+        // What is sent this way takes nothing that could have to be given back.
+        Link::queue(self, body).map(drop).map_err(Fault::from)
     }
 
-    fn submit_and_forget(&self, body: request::Body) -> Result<(), Fault> {
-        // What is sent this way takes nothing that could have to be given back.
-        Link::submit(self, body).map(drop).map_err(Fault::from)
+    fn wake(&self) {
+        Link::wake_soon(self);
     }
 
     fn poll(&self, ticket: &mut Ticket) -> Option<Result<reply::Body, Fault>> {

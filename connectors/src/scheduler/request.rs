@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use bytes::Bytes;
 use kvd_core::hit::Run;
 use kvd_wire::session::Presence;
 
@@ -21,9 +22,9 @@ pub enum Adapter {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Blocks {
     /// Hash of the block before the first; empty when there is none or it is not known.
-    pub(crate) parent: Vec<u8>,
+    pub(crate) parent: Bytes,
     /// 32 bytes a block.
-    pub(crate) hashes: Vec<u8>,
+    pub(crate) hashes: Bytes,
     /// The engine's block numbers.
     pub(crate) blocks: Vec<u32>,
 }
@@ -31,12 +32,14 @@ pub(crate) struct Blocks {
 impl Blocks {
     /// `hashes` has 32 bytes for each of `blocks`, or 32 more in front: the hash of the block before them.
     pub(crate) fn new(hashes: &[u8], blocks: &[u32]) -> Blocks {
+        let mut hashes = Bytes::copy_from_slice(hashes);
         let extra = hashes.len() == (blocks.len() + 1) * HASH_BYTES;
-        let (parent, hashes) = hashes.split_at(if extra { HASH_BYTES } else { 0 });
+        let parent = hashes.split_to(if extra { HASH_BYTES } else { 0 });
         let count = blocks.len().min(hashes.len() / HASH_BYTES);
+        hashes.truncate(count * HASH_BYTES);
         Blocks {
-            parent: parent.to_vec(),
-            hashes: hashes[..count * HASH_BYTES].to_vec(),
+            parent,
+            hashes,
             blocks: blocks[..count].to_vec(),
         }
     }
@@ -46,7 +49,11 @@ impl Blocks {
     }
 
     /// Leaves out the blocks that the engine has given up already: it says 0, which is no block of a request's.
-    pub(crate) fn without_gaps(self) -> Blocks {
+    pub(crate) fn without_gaps(mut self) -> Blocks {
+        self.parent = Bytes::new();
+        if !self.blocks.contains(&0) {
+            return self;
+        }
         let (hashes, _) = self.hashes.as_chunks::<HASH_BYTES>();
         let kept = || {
             hashes
@@ -55,7 +62,7 @@ impl Blocks {
                 .filter(|(_, block)| **block != 0)
         };
         Blocks {
-            parent: Vec::new(),
+            parent: self.parent.clone(),
             hashes: kept().flat_map(|(hash, _)| *hash).collect(),
             blocks: kept().map(|(_, block)| *block).collect(),
         }
@@ -66,8 +73,8 @@ impl Blocks {
         let count = count.min(self.len());
         let rest_hashes = self.hashes.split_off(count * HASH_BYTES);
         let rest_blocks = self.blocks.split_off(count);
-        let rest_parent = match self.hashes.last_chunk::<HASH_BYTES>() {
-            Some(last) => last.to_vec(),
+        let rest_parent = match self.hashes.len().checked_sub(HASH_BYTES) {
+            Some(last) => self.hashes.slice(last..),
             None => self.parent.clone(),
         };
         Blocks {
@@ -87,7 +94,7 @@ pub(crate) enum Lookup<T> {
     Asked {
         ticket: T,
         at: u64,
-        hashes: Vec<u8>,
+        hashes: Bytes,
         namespace: u32,
         /// Counts what has made earlier answers void.
         belief: u64,
@@ -99,7 +106,7 @@ pub(crate) enum Lookup<T> {
         places: Vec<Presence>,
         at: u64,
         lease: u64,
-        hashes: Vec<u8>,
+        hashes: Bytes,
         namespace: u32,
         belief: u64,
     },
@@ -169,6 +176,8 @@ pub(crate) struct Request<T> {
     pub(crate) sources: ByTier,
     /// The engine has computed something for it since it (re)started: blocks that it says are computed hold what they should.
     pub(crate) ran: bool,
+    /// Tokens that were computed when its last step began.
+    pub(crate) computed: u32,
     /// Of each KV-cache group: blocks before this are stored, reserved, or need not be.
     pub(crate) next: Vec<u32>,
     /// Blocks to reserve as soon as that is possible; only of a finished request.
@@ -196,6 +205,7 @@ impl<T> Request<T> {
             loading: false,
             sources: ByTier::default(),
             ran: false,
+            computed: 0,
             next: vec![0; groups],
             tails: VecDeque::new(),
             reservations: VecDeque::new(),
@@ -210,6 +220,7 @@ impl<T> Request<T> {
         self.start_over();
         self.offer = None;
         self.ran = false;
+        self.computed = 0;
         self.next.fill(0);
         self.tails.clear();
     }
@@ -274,10 +285,7 @@ mod tests {
         assert_eq!(all.blocks, [9]);
         assert_eq!(all.hashes[0], 96);
         let gaps = Blocks::new(&hashes, &[0, 8, 0]).without_gaps();
-        assert_eq!(
-            (gaps.blocks, gaps.hashes.as_slice()),
-            (vec![8], &hashes[64..96])
-        );
+        assert_eq!((gaps.blocks, &gaps.hashes[..]), (vec![8], &hashes[64..96]));
         assert_eq!(all.split_front(9).len(), 1);
         assert_eq!(all.len(), 0);
     }

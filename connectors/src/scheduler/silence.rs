@@ -79,7 +79,8 @@ impl<P: Port> Scheduler<P> {
         }
         if self.silence.open.is_none() && now.saturating_sub(since) >= PING_EVERY {
             self.silence.since = Some(now);
-            self.silence.open = self.port.submit(Body::Ping(Ping {})).ok();
+            self.silence.open = self.port.queue(Body::Ping(Ping {})).ok();
+            self.queued();
         }
         true
     }

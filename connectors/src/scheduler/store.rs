@@ -3,6 +3,7 @@
 //! Reserve -> (reply) -> order -> (reports of all ranks). A running request's blocks are reserved as they fill; a finished
 //! request's last blocks likewise, while the engine holds them for us, for a bounded time.
 
+use bytes::Bytes;
 use kvd_wire::session::{Chain, Reserve, ReserveReply, ReserveState, reply, request::Body};
 
 use super::Scheduler;
@@ -14,8 +15,8 @@ use crate::meta::StoreOrder;
 
 /// For how long (us) nothing is reserved after the daemon had no room.
 const NO_ROOM_PAUSE: u64 = 100_000;
-/// Most reservations that wait to be sent: the port's queue is finite, and its thread wakes in the time that the next ones take.
-const QUEUED_MOST: u32 = 256;
+/// Most requests that wait to be sent: the port's queue is finite, and its thread wakes in the time that the next ones take.
+const UNSENT_MOST: u32 = 256;
 
 /// An order that not all ranks have reported.
 #[derive(Debug)]
@@ -123,8 +124,8 @@ impl<P: Port> Scheduler<P> {
         request.is_some_and(|request| request.leaving == Leaving::No && self.may_store(request))
     }
 
-    /// Asks for slots; [`Scheduler::send`] is owed when all is asked for. Gives the blocks back when that is not possible now. `held`:
-    /// the engine keeps the blocks until it is told.
+    /// Asks for slots, with the step's end at the latest. Gives the blocks back when that is not possible now. `held`: the engine keeps
+    /// the blocks until it is told.
     fn reserve(
         &mut self,
         now: u64,
@@ -150,17 +151,14 @@ impl<P: Port> Scheduler<P> {
             namespace: name.namespace,
             chain: Some(Chain {
                 group,
-                hashes: blocks.hashes.clone().into(),
-                parent: blocks.parent.clone().into(),
+                hashes: blocks.hashes.clone(),
+                parent: blocks.parent.clone(),
             }),
         });
         let Ok(ticket) = self.port.queue_on(&name, body) else {
             return Err(blocks);
         };
-        self.queued += 1;
-        if self.queued >= QUEUED_MOST {
-            self.send();
-        }
+        self.queued();
         self.counters.reserves += 1;
         self.counters.reserve_blocks += blocks.len() as u64;
         self.in_flight += blocks.len() as u32;
@@ -183,10 +181,25 @@ impl<P: Port> Scheduler<P> {
         Ok(())
     }
 
-    /// Sends what was asked for.
+    /// A request waits to be sent, which the end of the step does.
+    pub(crate) fn queued(&mut self) {
+        self.unsent += 1;
+        if self.unsent >= UNSENT_MOST {
+            self.send();
+        }
+    }
+
+    /// Sends what was queued.
     pub(crate) fn send(&mut self) {
-        if std::mem::take(&mut self.queued) > 0 {
+        if std::mem::take(&mut self.unsent) > 0 {
             self.port.wake();
+        }
+    }
+
+    /// With no request left the engine may not step again for long.
+    pub(crate) fn send_if_last(&mut self) {
+        if self.requests.is_empty() {
+            self.send();
         }
     }
 
@@ -251,7 +264,7 @@ impl<P: Port> Scheduler<P> {
             match answer {
                 Ok(reply::Body::Reserve(reply)) => {
                     self.daemon_spoke();
-                    self.order(now, id, reservation, &reply);
+                    self.order(now, id, reservation, reply);
                 }
                 Ok(_) => self.reservation_lost(reservation),
                 Err(fault) => {
@@ -278,9 +291,19 @@ impl<P: Port> Scheduler<P> {
         now: u64,
         id: &str,
         reservation: Reservation<P::Ticket>,
-        reply: &ReserveReply,
+        reply: ReserveReply,
     ) {
         let asked = reservation.blocks.len();
+        let blocks = &reservation.blocks;
+        let all = reply.states.len() == asked
+            && (reply.states.iter()).all(|state| *state == ReserveState::Reserved as i32);
+        // As a rule all blocks get slots, or none does.
+        let (hashes, blocks) = match all {
+            true => (blocks.hashes.clone(), blocks.blocks.clone()),
+            false => self.reserved(now, blocks, &reply.states),
+        };
+        let slots = reply.slots.len().min(reply.generations.len());
+        let count = blocks.len().min(slots).min(reply.offsets.len());
         let mut order = StoreOrder {
             order: self.next_order,
             request: id.to_owned(),
@@ -288,40 +311,17 @@ impl<P: Port> Scheduler<P> {
             group: reservation.group,
             epochs: reservation.epochs,
             incarnation: reservation.incarnation.to_vec(),
-            hashes: Vec::with_capacity(asked * HASH_BYTES),
-            blocks: Vec::with_capacity(asked),
-            slots: Vec::with_capacity(asked),
-            generations: Vec::with_capacity(asked),
-            offsets: Vec::with_capacity(asked),
+            hashes: hashes.slice(..count * HASH_BYTES),
+            blocks,
+            slots: reply.slots,
+            generations: reply.generations,
+            offsets: reply.offsets,
         };
-        let mut slots = reply
-            .slots
-            .iter()
-            .zip(&reply.generations)
-            .zip(&reply.offsets);
-        for (at, state) in reply.states.iter().take(asked).enumerate() {
-            match ReserveState::try_from(*state) {
-                Ok(ReserveState::Reserved) => {
-                    let Some(((slot, generation), offset)) = slots.next() else {
-                        break;
-                    };
-                    order.slots.push(*slot);
-                    order.generations.push(*generation);
-                    order.offsets.push(*offset);
-                    order.blocks.push(reservation.blocks.blocks[at]);
-                    let hash = &reservation.blocks.hashes[at * HASH_BYTES..(at + 1) * HASH_BYTES];
-                    order.hashes.extend_from_slice(hash);
-                }
-                Ok(ReserveState::Present) => self.counters.present_blocks += 1,
-                Ok(ReserveState::Filling) => self.counters.filling_blocks += 1,
-                Ok(ReserveState::NoSpace) => {
-                    self.counters.no_space_blocks += 1;
-                    self.no_room_until = now + NO_ROOM_PAUSE;
-                }
-                Err(_) => self.counters.failed_blocks += 1,
-            }
-        }
-        let count = order.slots.len() as u32;
+        order.blocks.truncate(count);
+        order.slots.truncate(count);
+        order.generations.truncate(count);
+        order.offsets.truncate(count);
+        let count = count as u32;
         self.flew(asked as u32 - count);
         let mut held = Vec::new();
         if reservation.held {
@@ -352,6 +352,28 @@ impl<P: Port> Scheduler<P> {
         if let Some(request) = self.requests.get_mut(id) {
             request.orders += 1;
         }
+    }
+
+    /// The blocks that have got slots, and their hashes. The others are counted.
+    fn reserved(&mut self, now: u64, blocks: &Blocks, states: &[i32]) -> (Bytes, Vec<u32>) {
+        let (all, _) = blocks.hashes.as_chunks::<HASH_BYTES>();
+        let (mut hashes, mut numbers) = (Vec::new(), Vec::new());
+        for (state, (hash, block)) in states.iter().zip(all.iter().zip(&blocks.blocks)) {
+            match ReserveState::try_from(*state) {
+                Ok(ReserveState::Reserved) => {
+                    hashes.extend_from_slice(hash);
+                    numbers.push(*block);
+                }
+                Ok(ReserveState::Present) => self.counters.present_blocks += 1,
+                Ok(ReserveState::Filling) => self.counters.filling_blocks += 1,
+                Ok(ReserveState::NoSpace) => {
+                    self.counters.no_space_blocks += 1;
+                    self.no_room_until = now + NO_ROOM_PAUSE;
+                }
+                Err(_) => self.counters.failed_blocks += 1,
+            }
+        }
+        (hashes.into(), numbers)
     }
 
     /// A rank is done with an order.
@@ -427,17 +449,18 @@ impl<P: Port> Scheduler<P> {
         if request.loading {
             // The engine holds the blocks until the load is reported, by a rule of its own.
             self.requests.remove(id);
+            self.send_if_last();
             return false;
         }
         if !request.has_pending() && request.orders == 0 {
             self.requests.remove(id);
+            self.send_if_last();
             return false;
         }
         request.leaving = Leaving::Held { since: now };
         self.counters.held += 1;
         self.list(id);
         self.push_tail(now, id);
-        self.send();
         true
     }
 

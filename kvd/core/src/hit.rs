@@ -54,6 +54,11 @@ impl GroupRule {
         self.span
     }
 
+    /// Tokens of a sliding window.
+    pub fn window(&self) -> Option<u32> {
+        (self.kind == GroupKind::SlidingWindow).then_some(self.window)
+    }
+
     /// Whether blocks are worth something without those before them, so that a chain of them has no tail.
     pub fn stands_alone(&self) -> bool {
         matches!(self.kind, GroupKind::SlidingWindow | GroupKind::State)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from kvdaemon.vllm.room import Room
 
 HASH_BYTES = 32
+
+Captured = tuple[str, int, bytes, list[int]]
+"""Blocks of a request: its id, the group, their hashes and numbers."""
 
 
 def hashes(request: Request, ratio: int, first: int, last: int) -> bytes:
@@ -77,18 +80,21 @@ class Capture:
             ahead = [output.num_scheduled_tokens.get(one, 0) for one in ids]
             offers = self._offered(output)
             self._room.step(ids, computed, ahead, preempted)
-        wanted, orders, notices = half.step(preempted, ids, computed, ahead, bool(offers))
-        if orders is None:
+        wanted, ended, notices = half.step(preempted, ids, computed, ahead, bool(offers))
+        if ended is None:
+            captured: list[Captured] = []
             for at, wants in itertools.groupby(wanted, operator.itemgetter(0)):
-                self._running(output, ids[at], computed[at], ahead[at] if ahead else 0, wants)
-            for name, states in offers.items():
-                self._states(name, states)
-            orders = half.end_step()
-        self.let_go()
+                self._running(captured, output, ids[at], computed[at], ahead[at] if ahead else 0, wants)
+            kept, *ended = half.end_step(captured, [one for name, states in offers.items() for one in self._states(name, states)])
+            self._keep(kept)
+        orders, released = ended
+        self._free(released)
         return orders, notices
 
-    def _running(self, output: SchedulerOutput, name: str, computed: int, ahead: int, wants: Iterable[tuple[int, int, int]]) -> None:
-        """Gives the half the blocks of a running request that are full by now, or with this step: of each (_, group, first block)."""
+    def _running(
+        self, captured: list[Captured], output: SchedulerOutput, name: str, computed: int, ahead: int, wants: Iterable[tuple[int, int, int]]
+    ) -> None:
+        """Adds the blocks of a running request that are full by now, or with this step: of each (_, group, first block)."""
         request = self.requests.get(name)
         if request is None:
             return
@@ -106,7 +112,7 @@ class Capture:
             ratio = rule.block_tokens // self._hash_tokens
             if same != (ratio, first, last):
                 same, found = (ratio, first, last), hashes(request, ratio, max(first - 1, 0), last)
-            self._keep(self._half.capture(name, group, found, ids))
+            captured.append((name, group, found, ids))
 
     @staticmethod
     def _table(rule: Rule, tables: Sequence[list[Any]], first: int, tokens: int) -> tuple[list[int], int]:
@@ -134,7 +140,7 @@ class Capture:
         state = getattr(output, "kv_connector_block_state", None) if self._offers else None
         return dict(getattr(state, "boundary_state_offloads", None) or {})
 
-    def _states(self, name: str, states: list[tuple[int, int, int]]) -> None:
+    def _states(self, name: str, states: list[tuple[int, int, int]]) -> Iterator[tuple[str, int, bytes, int]]:
         request = self.requests.get(name)
         if request is None:
             return
@@ -145,8 +151,7 @@ class Capture:
                 span = rule.block_tokens
                 if rule.of == of and tokens % span == 0 and 0 < tokens <= final and self._is_still(request, of, block, tokens):
                     at = tokens // span
-                    hash = hashes(request, span // self._hash_tokens, at - 1, at)
-                    self._keep(self._half.capture_state(name, group, hash, block))
+                    yield name, group, hashes(request, span // self._hash_tokens, at - 1, at), block
 
     def _is_still(self, request: Request, of: int, block: int, tokens: int) -> bool:
         """Whether an offered block of vLLM's group is what it was offered as. With async scheduling and drafts vLLM offers a state when a step's
@@ -164,7 +169,11 @@ class Capture:
 
     def let_go(self) -> None:
         """Lets go what is copied, or will not be."""
-        if self._outgrows and (ids := self._half.released()):
+        if self._outgrows:
+            self._free(self._half.released())
+
+    def _free(self, ids: list[int]) -> None:
+        if ids:
             pool = self.pool
             pool.free_blocks([pool.blocks[one] for one in ids])
 

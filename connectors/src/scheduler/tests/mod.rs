@@ -34,14 +34,6 @@ impl Fake {
         self.answers.borrow_mut().insert(at, Ok(body));
     }
 
-    fn queue(&self, body: Body) -> Result<usize, Fault> {
-        if !self.connected.get() {
-            return Err(Fault::Unavailable);
-        }
-        self.asked.borrow_mut().push(body);
-        Ok(self.last())
-    }
-
     fn last(&self) -> usize {
         self.asked.borrow().len() - 1
     }
@@ -59,14 +51,12 @@ impl Port for Fake {
     type Ticket = usize;
     type Namespace = usize;
 
-    fn submit(&self, body: request::Body) -> Result<usize, Fault> {
-        let ticket = self.queue(body)?;
-        self.wake();
-        Ok(ticket)
-    }
-
-    fn submit_on(&self, _: &Registered, body: request::Body) -> Result<usize, Fault> {
-        self.submit(body)
+    fn queue(&self, body: request::Body) -> Result<usize, Fault> {
+        if !self.connected.get() {
+            return Err(Fault::Unavailable);
+        }
+        self.asked.borrow_mut().push(body);
+        Ok(self.last())
     }
 
     fn queue_on(&self, _: &Registered, body: request::Body) -> Result<usize, Fault> {
@@ -77,8 +67,8 @@ impl Port for Fake {
         self.sent.set(self.asked.borrow().len());
     }
 
-    fn submit_and_forget(&self, body: request::Body) -> Result<(), Fault> {
-        self.submit(body).map(drop)
+    fn queue_and_forget(&self, body: request::Body) -> Result<(), Fault> {
+        self.queue(body).map(drop)
     }
 
     fn poll(&self, ticket: &mut usize) -> Option<Result<reply::Body, Fault>> {

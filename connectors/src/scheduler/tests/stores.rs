@@ -51,13 +51,29 @@ fn what_is_asked_for_in_a_step_is_sent_with_it() {
         "the queue is finite"
     );
     half.end_step(2);
-    let before = sent(&half).1 - 2;
+    let before = sent(&half).1;
     assert!(finish(&mut half, 2, "a", &hashes(1, 1..2), &[9]));
-    assert_eq!(
-        sent(&half),
-        (before + 3, before + 3),
-        "no step may come for a while"
-    );
+    half.on_new_request(2, "c", Adapter::Base, &hashes(3, 0..2), false);
+    assert_eq!(sent(&half), (before, before + 2));
+    half.end_step(3);
+    assert_eq!(sent(&half), (before + 2, before + 2));
+}
+
+#[test]
+fn with_the_last_request_what_is_asked_is_sent_at_once() {
+    let mut half = ready(1);
+    let unsent = |half: &Scheduler<Fake>| half.port().asked.borrow().len() - half.port().sent.get();
+    for id in ["a", "b"] {
+        half.on_new_request(0, id, Adapter::Base, &hashes(1, 0..2), false);
+        half.port().answer(half.port().last(), present(2, 77));
+        assert_eq!(half.matched(1, id, 0), Match::Blocks(2));
+    }
+    half.end_step(1);
+    assert!(!half.finished(2, "a"));
+    assert_eq!(unsent(&half), 1, "its lease, with the next step");
+    assert!(!half.finished(2, "b"));
+    assert_eq!(unsent(&half), 0, "no step may come for long");
+    assert_eq!(half.port().count(is_release), 2);
 }
 
 #[test]
@@ -316,4 +332,41 @@ fn blocks_of_a_window_are_kept_until_they_are_copied() {
     half.begin_step(1_200_003, &["a"], &[], &[], &[]);
     assert_eq!((half.released(), half.held()), (vec![4], 0));
     assert_eq!(half.load_and_hold().1, 0);
+}
+
+#[test]
+fn blocks_of_an_answer_are_gathered() {
+    let mut half = ready(1);
+    half.settings.gather = 3 * TOKENS;
+    half.on_new_request(0, "a", Adapter::Base, &[], true);
+    // A prompt's are wanted as soon as they are computed.
+    assert_eq!(half.begin_step(1, &[], &["a"], &[0], &[]), []);
+    assert_eq!(half.begin_step(1, &[], &["a"], &[9], &[]), [(0, 0, 0)]);
+    half.capture(1, "a", 0, &hashes(1, 0..2), &[1, 2]);
+    for computed in 10..20 {
+        assert_eq!(half.begin_step(1, &[], &["a"], &[computed], &[]), []);
+    }
+    assert_eq!(half.begin_step(1, &[], &["a"], &[20], &[]), [(0, 0, 2)]);
+    assert_eq!(
+        half.finish_from(1, "a", 20),
+        [(0, 2)],
+        "the rest at the end"
+    );
+    assert_eq!(half.begin_step(1, &["a"], &[], &[], &[]), []);
+    assert_eq!(half.begin_step(1, &[], &["a"], &[0], &[]), []);
+    assert_eq!(half.begin_step(1, &[], &["a"], &[4], &[]), [(0, 0, 0)]);
+}
+
+#[test]
+fn blocks_of_a_window_wait_only_while_they_are_surely_in_it() {
+    let rule = |kind, window| GroupRule::new(kind, TOKENS, window).unwrap();
+    let settings = Settings {
+        gather: 3 * TOKENS,
+        ..Settings::default()
+    };
+    let waits = |rule| !settings.wants(&rule, (5, 6), 23, 24);
+    assert!(waits(rule(GroupKind::Full, None)));
+    assert!(waits(rule(GroupKind::SlidingWindow, Some(5 * TOKENS))));
+    assert!(!waits(rule(GroupKind::SlidingWindow, Some(5 * TOKENS - 1))));
+    assert!(!waits(rule(GroupKind::State, None)));
 }

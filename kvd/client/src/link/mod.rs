@@ -201,6 +201,14 @@ impl Link {
         self.submit_on_within(epoch, body, self.request_timeout)
     }
 
+    /// As [`Link::submit`], but the thread is not woken for it: see [`Link::queue_on`].
+    ///
+    /// # Errors
+    /// As [`Link::submit`].
+    pub fn queue(&self, body: request::Body) -> Result<Ticket, Error> {
+        self.queue_on(self.shared.up.load(Ordering::Acquire), body)
+    }
+
     /// As [`Link::submit_on`], but the thread is not woken for it: of several requests in a row only the last need pay for that. It goes
     /// out with the next request that is submitted, or with [`Link::wake`].
     ///
@@ -213,6 +221,11 @@ impl Link {
     /// Sends what was only queued. Never waits.
     pub fn wake(&self) {
         self.shared.notify.wake();
+    }
+
+    /// Sends what was only queued within a millisecond. Never waits, and costs a system call only when nothing was sent for a while.
+    pub fn wake_soon(&self) {
+        self.shared.notify.wake_soon();
     }
 
     fn submit_on_within(
