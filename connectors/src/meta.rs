@@ -106,7 +106,7 @@ pub struct StoreOrder {
     /// Group number.
     #[prost(uint32, tag = "4")]
     pub group: u32,
-    /// 32 bytes a block.
+    /// 32 bytes a block; empty where no two ranks hold the same part. Those that do take turns by them.
     #[prost(bytes = "bytes", tag = "5")]
     pub hashes: Bytes,
     /// The engine's block numbers.

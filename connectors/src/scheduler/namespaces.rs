@@ -108,6 +108,16 @@ impl<N> Namespaces<N> {
         retired
     }
 
+    /// Whether several ranks hold the same part of a group's blocks.
+    pub(crate) fn replicated(&self, group: u32) -> bool {
+        let groups = self.fleet.as_ref().map(|fleet| &fleet.groups[..]);
+        let group = groups.and_then(|groups| groups.get(group as usize));
+        group.is_some_and(|group| {
+            let parts = &group.intro.parts;
+            (1..parts.len()).any(|at| parts[..at].contains(&parts[at]))
+        })
+    }
+
     /// Namespaces that the workers have not been told of.
     pub(crate) fn introduce(&mut self) -> Vec<NamespaceIntro> {
         let mut intros = Vec::new();

@@ -311,7 +311,10 @@ impl<P: Port> Scheduler<P> {
             group: reservation.group,
             epochs: reservation.epochs,
             incarnation: reservation.incarnation.to_vec(),
-            hashes: hashes.slice(..count * HASH_BYTES),
+            hashes: match self.namespaces.replicated(reservation.group) {
+                true => hashes.slice(..count * HASH_BYTES),
+                false => Bytes::new(),
+            },
             blocks,
             slots: reply.slots,
             generations: reply.generations,

@@ -40,10 +40,19 @@ pub(crate) struct Joined {
 }
 
 impl Joined {
-    /// Whether this rank writes its part of this block: replicas take turns.
-    fn writes(&self, hash: &[u8; HASH_BYTES]) -> bool {
-        let turn = replica_of(hash, self.replicas.len());
-        self.replicas.get(turn) == Some(&self.rank)
+    /// The positions in an order whose part this rank writes: replicas take turns.
+    fn own(&self, order: &StoreOrder) -> Vec<usize> {
+        let count = order.blocks.len().min(order.slots.len());
+        let count = count.min(order.generations.len()).min(order.offsets.len());
+        if self.replicas == [self.rank] {
+            return (0..count).collect();
+        }
+        let (hashes, _) = order.hashes.as_chunks::<HASH_BYTES>();
+        let turn = |hash| self.replicas.get(replica_of(hash, self.replicas.len()));
+        let all = hashes.iter().take(count).enumerate();
+        all.filter(|(_, hash)| turn(hash) == Some(&self.rank))
+            .map(|(at, _)| at)
+            .collect()
     }
 
     fn mover(&self, device: &Arc<dyn Device>, deadline: Duration) -> Result<BlockMover, Error> {
@@ -85,20 +94,7 @@ impl StoreTask {
         after: Point,
         clock: Clock,
     ) -> Self {
-        let (hashes, _) = order.hashes.as_chunks::<HASH_BYTES>();
-        let count = [
-            hashes.len(),
-            order.blocks.len(),
-            order.slots.len(),
-            order.generations.len(),
-            order.offsets.len(),
-        ]
-        .into_iter()
-        .min()
-        .unwrap_or(0);
-        let own = (0..count)
-            .filter(|at| joined.writes(&hashes[*at]))
-            .collect();
+        let own = joined.own(&order);
         StoreTask {
             joined,
             pages,

@@ -137,6 +137,12 @@ fn facts() -> crate::record::Fields {
 
 /// A scheduler half with `world` workers that knows everything and whose workers have registered.
 fn ready(world: u32) -> Scheduler<Fake> {
+    ready_of((0..world).map(|rank| hello(rank, world, 0, 0, 2, (rank, 1, world))))
+}
+
+/// The same with these workers.
+fn ready_of(hellos: impl ExactSizeIterator<Item = RankHello>) -> Scheduler<Fake> {
+    let world = hellos.len() as u32;
     let fake = Fake::default();
     fake.connected.set(true);
     fake.registered.set(true);
@@ -148,8 +154,8 @@ fn ready(world: u32) -> Scheduler<Fake> {
         },
         fake,
     );
-    for rank in 0..world {
-        half.on_hello(hello(rank, world, 0, 0, 2, (rank, 1, world)));
+    for hello in hellos {
+        half.on_hello(hello);
     }
     half.set_facts(facts(), "instance");
     report(&mut half, world, &[0], &[]);
