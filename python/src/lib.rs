@@ -1,12 +1,13 @@
 //! The native module of the Python package `kvdaemon`: a session for scripts, and the two halves of the vLLM connector.
 //!
 //! Everything here translates; what is decided is decided in `kvd-connectors` and `kvd-client`. The GIL is released around
-//! everything that waits or copies. Deliberately absent: anything of vLLM or torch; addresses come in as numbers.
+//! everything that waits or copies. Of vLLM it knows the form of two lists (`lists`), of torch nothing; addresses come in as numbers.
 
 mod cache;
 mod clock;
 mod digest;
 mod errors;
+mod lists;
 mod observed;
 mod scheduler;
 mod session;

@@ -14,10 +14,11 @@ use kvd_core::{GroupKind, GroupRule};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::{PyBytes, PyDict, PyList};
+use pyo3::types::{PyBytes, PyDict, PyList, PySequence};
 
 use crate::clock::now_us;
 use crate::errors::{error, from_client, invalid};
+use crate::lists;
 use crate::observed::dict;
 
 /// So many tokens of an answer are stored at a time: four blocks of vLLM's usual size. What is left is stored when the request finishes.
@@ -27,6 +28,11 @@ const GATHER_TOKENS: u32 = 64;
 #[pyclass(frozen, module = "kvdaemon._native")]
 pub(crate) struct SchedulerHalf {
     inner: Mutex<Guarded<Link>>,
+    groups: Vec<Group>,
+    /// How many of the engine's hashes there are from one that the half is given to the next.
+    grain: usize,
+    /// What is wanted of the step that has begun: position in its ids, group, first block.
+    wanted: Mutex<Vec<(usize, u32, u32)>>,
 }
 
 /// 16 bytes that are the same for all processes of an engine instance, and for no others.
@@ -36,15 +42,30 @@ pub(crate) fn instance_id(py: Python<'_>, bytes: &[u8]) -> PyResult<[u8; 16]> {
         .map_err(|_| invalid(py, "an instance id has 16 bytes"))
 }
 
-/// Blocks wanted (position in the ids, group, first block); orders and blocks to let go, if none are; whether there are notices.
-type Step<'py> = (
-    Vec<(usize, u32, u32)>,
-    Option<(Bound<'py, PyBytes>, Vec<u32>)>,
-    bool,
-);
+/// A KV-cache group as the engine has it.
+struct Group {
+    /// The engine's number of it.
+    of: usize,
+    /// How many of the engine's hashes a block has.
+    ratio: usize,
+    /// Tokens of a block.
+    span: usize,
+    /// Whether a running request gives up blocks that it needs no more, so that they are taken in the step that fills them.
+    outgrown: bool,
+}
 
-/// Blocks of a running request: its id, the group, their hashes and numbers.
-type Captured = (PyBackedStr, u32, PyBackedBytes, Vec<u32>);
+/// Positions of requests whose blocks are wanted; orders and blocks to let go, if there are none; whether there are notices.
+type Step<'py> = (Vec<usize>, Option<(Bound<'py, PyBytes>, Vec<u32>)>, bool);
+
+/// A request as the engine has it: its id, its hashes, its blocks by the engine's groups, and how many of its tokens are hashed and
+/// computed before this step and with it.
+type View<'py> = (
+    PyBackedStr,
+    Bound<'py, PyAny>,
+    Bound<'py, PySequence>,
+    usize,
+    usize,
+);
 
 fn strings(list: &[PyBackedStr]) -> Vec<&str> {
     list.iter().map(|text| -> &str { text }).collect()
@@ -55,13 +76,78 @@ impl SchedulerHalf {
     fn with<R>(&self, run: impl FnOnce(&mut Scheduler<Link>) -> R) -> Option<R> {
         self.inner.lock().with(run)
     }
+
+    /// Hashes and numbers of a request's full blocks of a group within so many tokens, from the block `first` on; the hash of the block
+    /// before them in front.
+    fn blocks_of(
+        &self,
+        hashes: &Bound<'_, PyAny>,
+        tables: &Bound<'_, PySequence>,
+        (group, first): (u32, u32),
+        tokens: usize,
+    ) -> PyResult<(Vec<u8>, Vec<u32>)> {
+        let group = &self.groups[group as usize];
+        let (first, last) = (first as usize, tokens / group.span);
+        let blocks = lists::blocks(&tables.get_item(group.of)?, first, last)?;
+        let end = first + blocks.len();
+        let hashes = match blocks.is_empty() {
+            true => Vec::new(),
+            false => lists::hashes(hashes, group.ratio, first.saturating_sub(1), end)?,
+        };
+        Ok((hashes, blocks))
+    }
+
+    /// Takes what was wanted of requests; the engine must keep the blocks that are added to `kept`.
+    fn capture(&self, now: u64, views: &[Option<View<'_>>], kept: &mut Vec<u32>) -> PyResult<()> {
+        let wanted = std::mem::take(&mut *self.wanted.lock());
+        let mut guard = self.inner.lock();
+        let mut views = views.iter();
+        for of_request in wanted.chunk_by(|a, b| a.0 == b.0) {
+            let Some(Some((id, hashes, tables, before, after))) = views.next() else {
+                continue;
+            };
+            for (_, group, first) in of_request {
+                let tokens = match self.groups[*group as usize].outgrown {
+                    true => *after,
+                    false => *before,
+                };
+                let (hashes, blocks) = self.blocks_of(hashes, tables, (*group, *first), tokens)?;
+                if !blocks.is_empty() {
+                    kept.append(&mut guard.capture(now, id, *group, &hashes, &blocks));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Hashes of so many units from the start, as the half wants them.
+    fn loadable(&self, hashes: &Bound<'_, PyAny>, units: u32) -> Vec<u8> {
+        let all = self.with(|half| {
+            let settings = half.settings();
+            units as usize * (settings.unit() / settings.grain()) as usize
+        });
+        let all = all.unwrap_or(0);
+        lists::hashes(hashes, self.grain, 0, all).unwrap_or_else(|error| {
+            self.strange(hashes.py(), &error);
+            Vec::new()
+        })
+    }
+
+    /// Nothing is stored or loaded any more, for the engine is another than was thought.
+    fn strange(&self, py: Python<'_>, error: &PyErr) {
+        let text = format!(
+            "this vLLM keeps its lists of blocks in another form: {}",
+            error.value(py)
+        );
+        self.with(|half| half.refuse(text));
+    }
 }
 
 #[pymethods]
 impl SchedulerHalf {
     /// A scheduler half whose link connects in the background.
     #[new]
-    #[pyo3(signature = (socket, instance, label, *, world, groups, lookup_deadline_ms=20, startup_deadline_ms=1000,
+    #[pyo3(signature = (socket, instance, label, *, world, groups, hash_tokens, lookup_deadline_ms=20, startup_deadline_ms=1000,
                         share_deadline_ms=10_000, hold_deadline_ms=1000, lease_ms=10_000, max_in_flight=4096,
                         stores=true, drop_last=false))]
     #[allow(
@@ -74,7 +160,8 @@ impl SchedulerHalf {
         instance: &[u8],
         label: String,
         world: u32,
-        groups: Vec<(String, u32, u32, bool)>,
+        groups: Vec<(String, u32, u32, bool, usize)>,
+        hash_tokens: u32,
         lookup_deadline_ms: u64,
         startup_deadline_ms: u64,
         share_deadline_ms: u64,
@@ -86,13 +173,24 @@ impl SchedulerHalf {
     ) -> PyResult<Self> {
         let offered = (0..).zip(&groups).filter(|(_, group)| group.3);
         let offered = offered.map(|(group, _)| group).collect();
-        let groups: Vec<GroupRule> = groups
-            .into_iter()
-            .map(|(kind, tokens, window, _)| rule(py, &kind, tokens, window))
+        let rules: Vec<GroupRule> = groups
+            .iter()
+            .map(|(kind, tokens, window, ..)| rule(py, kind, *tokens, *window))
             .collect::<PyResult<_>>()?;
+        if hash_tokens == 0 || rules.iter().any(|rule| rule.span() % hash_tokens != 0) {
+            let text = "blocks must be multiples of the tokens that a hash covers";
+            return Err(invalid(py, text));
+        }
+        let own = rules.iter().zip(&groups).map(|(rule, group)| Group {
+            of: group.4,
+            ratio: (rule.span() / hash_tokens) as usize,
+            span: rule.span() as usize,
+            outgrown: rule.stands_alone(),
+        });
+        let own = own.collect();
         let settings = Settings {
             world,
-            groups,
+            groups: rules,
             offered,
             lookup_deadline: lookup_deadline_ms * 1000,
             startup_deadline: startup_deadline_ms * 1000,
@@ -114,6 +212,9 @@ impl SchedulerHalf {
         };
         let link = start_link(socket, identity).map_err(|failure| from_client(py, &failure))?;
         Ok(SchedulerHalf {
+            groups: own,
+            grain: (settings.grain() / hash_tokens) as usize,
+            wanted: Mutex::default(),
             inner: Mutex::new(Guarded::new(Scheduler::new(settings, link))),
         })
     }
@@ -142,18 +243,26 @@ impl SchedulerHalf {
             .flatten()
     }
 
-    fn on_new_request(&self, id: &str, adapter: Option<&str>, hashes: &[u8], skip: bool) {
+    /// `units`: so many may be loaded, by `hashes` as the engine has them. `skip`: it reads no cache.
+    fn on_new_request(
+        &self,
+        id: &str,
+        adapter: Option<&str>,
+        hashes: &Bound<'_, PyAny>,
+        units: u32,
+        skip: bool,
+    ) {
+        let hashes = self.loadable(hashes, if skip { 0 } else { units });
         let adapter = match adapter {
             Some(name) => Adapter::Named(name.to_owned()),
             None => Adapter::Base,
         };
-        self.with(|half| half.on_new_request(now_us(), id, adapter, hashes, skip));
+        self.with(|half| half.on_new_request(now_us(), id, adapter, &hashes, skip));
     }
 
-    /// Tokens of which every hit is a multiple, and tokens from hash to hash.
-    fn unit_and_grain(&self) -> (u32, u32) {
-        self.with(|half| (half.settings().unit(), half.settings().grain()))
-            .unwrap_or((1, 1))
+    /// Tokens of which every hit is a multiple.
+    fn unit(&self) -> u32 {
+        self.with(|half| half.settings().unit()).unwrap_or(1)
     }
 
     /// Units that can be loaded; -1: ask again later; -2: `ask` first.
@@ -166,16 +275,17 @@ impl SchedulerHalf {
         }
     }
 
-    fn ask(&self, id: &str, hashes: &[u8]) {
-        self.with(|half| half.ask(now_us(), id, hashes));
+    fn ask(&self, id: &str, hashes: &Bound<'_, PyAny>, units: u32) {
+        let hashes = self.loadable(hashes, units);
+        self.with(|half| half.ask(now_us(), id, &hashes));
     }
 
     fn allocated(&self, id: &str, external: u32, blocks: Vec<Vec<u32>>) {
         self.inner.lock().allocated(id, external, &blocks);
     }
 
-    /// Begins a step, and ends it at once if no blocks are wanted, unless it is to stay open: (wanted, (orders, blocks to let go),
-    /// whether there are notices).
+    /// Begins a step, and ends it at once if no blocks are wanted, unless it is to stay open: (positions of those whose blocks are
+    /// wanted, (orders, blocks to let go), whether there are notices).
     fn step<'py>(
         &self,
         py: Python<'py>,
@@ -198,25 +308,30 @@ impl SchedulerHalf {
         });
         let half = guard.half();
         let notices = half.map_or(guard.has_failure(), Scheduler::has_notices);
-        Ok((wanted, ended, notices))
+        let mut positions: Vec<usize> = wanted.iter().map(|one| one.0).collect();
+        positions.dedup();
+        *self.wanted.lock() = wanted;
+        Ok((positions, ended, notices))
     }
 
-    /// Takes the blocks that were wanted, and states in blocks of their own, and ends the step: (blocks to keep, orders, blocks to let
-    /// go).
+    /// Takes the blocks of the requests that were wanted, in their order, and states in blocks of their own (id, group, hash, block), and
+    /// ends the step: (blocks to keep, orders, blocks to let go).
     fn end_step<'py>(
         &self,
         py: Python<'py>,
-        captured: Vec<Captured>,
+        views: Vec<Option<View<'py>>>,
         states: Vec<(PyBackedStr, u32, PyBackedBytes, u32)>,
     ) -> (Vec<u32>, Bound<'py, PyBytes>, Vec<u32>) {
         let now = now_us();
-        let mut guard = self.inner.lock();
         let mut kept = Vec::new();
-        for (id, group, hashes, blocks) in &captured {
-            kept.append(&mut guard.capture(now, id, *group, hashes, blocks));
+        if let Err(error) = self.capture(now, &views, &mut kept) {
+            self.strange(py, &error);
         }
+        let mut guard = self.inner.lock();
         for (id, group, hash, block) in &states {
-            kept.append(&mut guard.capture_state(now, id, *group, hash, *block));
+            if let Ok(hash) = lists::hash(hash) {
+                kept.append(&mut guard.capture_state(now, id, *group, &hash, *block));
+            }
         }
         let orders = guard.end_step(now);
         (kept, PyBytes::new(py, &orders), guard.released())
@@ -262,18 +377,28 @@ impl SchedulerHalf {
         .map_err(|failure| error(py, kvd_client::ErrorKind::Internal, failure.to_string()))
     }
 
-    /// Of which groups, and from which block on, `last_blocks` wants a request's blocks.
-    fn finish_from(&self, id: &str, computed: u32) -> Vec<(u32, u32)> {
-        self.with(|half| half.finish_from(now_us(), id, computed))
-            .unwrap_or_default()
-    }
-
-    fn last_blocks(&self, id: &str, group: u32, hashes: &[u8], blocks: Vec<u32>) {
-        self.with(|half| half.last_blocks(id, group, hashes, &blocks));
-    }
-
-    fn finished(&self, id: &str) -> bool {
-        self.inner.lock().finished(now_us(), id)
+    /// A request is over, of which so many tokens are hashed and computed: whether its blocks must be held.
+    fn finished(
+        &self,
+        py: Python<'_>,
+        id: &str,
+        hashes: &Bound<'_, PyAny>,
+        tables: &Bound<'_, PySequence>,
+        tokens: u32,
+    ) -> bool {
+        let now = now_us();
+        let known = tables.len().is_ok_and(|groups| groups > 0);
+        let wanted = known.then(|| self.with(|half| half.finish_from(now, id, tokens)));
+        let wanted = wanted.flatten();
+        for (group, first) in wanted.unwrap_or_default() {
+            match self.blocks_of(hashes, tables, (group, first), tokens as usize) {
+                Ok((hashes, blocks)) => {
+                    self.with(|half| half.last_blocks(id, group, &hashes, &blocks));
+                }
+                Err(error) => self.strange(py, &error),
+            }
+        }
+        self.inner.lock().finished(now, id)
     }
 
     fn reset_cache(&self, clean: bool) {

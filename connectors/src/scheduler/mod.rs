@@ -298,7 +298,10 @@ impl<P: Port> Scheduler<P> {
         for id in preempted {
             self.preempt(id);
         }
-        let can_reserve = self.settings.stores && !self.is_silent(now) && self.can_reserve(now);
+        let can_reserve = self.settings.stores
+            && self.refusal().is_none()
+            && !self.is_silent(now)
+            && self.can_reserve(now);
         let epoch = self.namespaces.epoch();
         let mut wanted = Vec::new();
         for (at, (id, computed)) in ids.iter().zip(computed).enumerate() {

@@ -6,9 +6,7 @@ stored are kept by a reference in vLLM's block pool, from the step that computes
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
@@ -21,19 +19,8 @@ if TYPE_CHECKING:
     from kvdaemon.vllm.caches import Rule
     from kvdaemon.vllm.room import Room
 
-HASH_BYTES = 32
-
-Captured = tuple[str, int, bytes, list[int]]
-"""Blocks of a request: its id, the group, their hashes and numbers."""
-
-
-def hashes(request: Request, ratio: int, first: int, last: int) -> bytes:
-    """Hashes of the blocks from `first` up to before `last`, 32 bytes each, where a block has `ratio` of vLLM's hashes: that at its end
-    covers all before it."""
-    every = request.block_hashes[first * ratio + ratio - 1 : last * ratio : ratio]
-    if every and len(every[0]) != HASH_BYTES:
-        return b"".join(one.rjust(HASH_BYTES, b"\0") for one in every)
-    return b"".join(every)
+View = tuple[str, Sequence[bytes], Sequence[Sequence[Any]], int, int]
+"""A request's id, hashes, blocks by vLLM's groups, and tokens before a step and with it."""
 
 
 class Capture:
@@ -82,55 +69,33 @@ class Capture:
             self._room.step(ids, computed, ahead, preempted)
         wanted, ended, notices = half.step(preempted, ids, computed, ahead, bool(offers))
         if ended is None:
-            captured: list[Captured] = []
-            for at, wants in itertools.groupby(wanted, operator.itemgetter(0)):
-                self._running(captured, output, ids[at], computed[at], ahead[at] if ahead else 0, wants)
-            kept, *ended = half.end_step(captured, [one for name, states in offers.items() for one in self._states(name, states)])
-            self._keep(kept)
+            views = [self._view(output, ids[at], computed[at], ahead[at] if ahead else 0) for at in wanted]
+            kept, *ended = half.end_step(views, [one for name, states in offers.items() for one in self._states(name, states)])
+            if kept:
+                # Not to be given to others until they are copied.
+                self.pool.touch([self.pool.blocks[one] for one in kept])
         orders, released = ended
         self._free(released)
         return orders, notices
 
-    def _running(
-        self, captured: list[Captured], output: SchedulerOutput, name: str, computed: int, ahead: int, wants: Iterable[tuple[int, int, int]]
-    ) -> None:
-        """Adds the blocks of a running request that are full by now, or with this step: of each (_, group, first block)."""
+    def _view(self, output: SchedulerOutput, name: str, computed: int, ahead: int) -> View | None:
+        """A running request, as the half reads it: how many of its tokens have final KV before this step, and with it."""
         request = self.requests.get(name)
         if request is None:
-            return
-        tables = self._tables(output, name)
+            return None
         final = self._final(request)
-        before, after = min(computed, final), min(computed + ahead, final)
-        same: tuple[int, int, int] | None = None
-        found = b""
-        for _, group, first in wants:
-            rule = self._rules[group]
-            ids, last = self._table(rule, tables, first, after if rule.outgrown else before)
-            if not ids:
-                continue
-            # Groups alike have the same hashes, and there may be many.
-            ratio = rule.block_tokens // self._hash_tokens
-            if same != (ratio, first, last):
-                same, found = (ratio, first, last), hashes(request, ratio, max(first - 1, 0), last)
-            captured.append((name, group, found, ids))
-
-    @staticmethod
-    def _table(rule: Rule, tables: Sequence[list[Any]], first: int, tokens: int) -> tuple[list[int], int]:
-        """Numbers of a group's blocks from `first` on that lie within so many tokens, and where they end."""
-        table = tables[rule.of]
-        last = min(tokens // rule.block_tokens, len(table))
-        blocks = table[first:last]
-        return [one.block_id for one in blocks] if blocks and not isinstance(blocks[0], int) else blocks, last
+        return name, request.block_hashes, self._tables(output, name), min(computed, final), min(computed + ahead, final)
 
     def _final(self, request: Request) -> int:
         """Tokens that are hashed, and whose KV is final once it is computed. The last token does not count: its KV may not be computed
         (async scheduling), and in a streaming session the token may still be replaced."""
         return int(min(request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens))
 
-    def _tables(self, output: SchedulerOutput, name: str) -> tuple[list[Any], ...]:
+    def _tables(self, output: SchedulerOutput, name: str) -> tuple[Sequence[Any], ...]:
         """A request's blocks, or their numbers, by vLLM's groups. Not copied where that can be helped: they are many."""
         if self.manager is not None:
-            return tuple(self.manager.get_blocks(name).blocks)
+            blocks: tuple[Sequence[Any], ...] = self.manager.get_blocks(name).blocks
+            return blocks
         return tuple(output.kv_connector_block_state.resolve_block_ids(name))
 
     # --- recurrent states -----------------------------------------------------------------------------------------------
@@ -150,8 +115,7 @@ class Capture:
             for group, rule in enumerate(self._rules):
                 span = rule.block_tokens
                 if rule.of == of and tokens % span == 0 and 0 < tokens <= final and self._is_still(request, of, block, tokens):
-                    at = tokens // span
-                    yield name, group, hashes(request, span // self._hash_tokens, at - 1, at), block
+                    yield name, group, request.block_hashes[tokens // self._hash_tokens - 1], block
 
     def _is_still(self, request: Request, of: int, block: int, tokens: int) -> bool:
         """Whether an offered block of vLLM's group is what it was offered as. With async scheduling and drafts vLLM offers a state when a step's
@@ -160,12 +124,6 @@ class Capture:
         return known == make_block_hash_with_group_id(request.block_hashes[tokens // self._hash_tokens - 1], of)
 
     # --- references -----------------------------------------------------------------------------------------------------
-
-    def _keep(self, ids: list[int]) -> None:
-        """Keeps blocks from being given to others until they are copied."""
-        if ids:
-            pool = self.pool
-            pool.touch([pool.blocks[one] for one in ids])
 
     def let_go(self) -> None:
         """Lets go what is copied, or will not be."""
@@ -181,12 +139,8 @@ class Capture:
 
     def finished(self, request: Request, block_ids: tuple[list[int], ...]) -> bool:
         """Whether vLLM must hold the request's blocks until they are reported as sent."""
-        half, name = self._half, request.request_id
+        name = request.request_id
         self.requests.pop(name, None)
         self._room.gone(name)
         tokens = min(request.num_computed_tokens, self._final(request))
-        for group, first in half.finish_from(name, tokens) if block_ids else ():
-            rule = self._rules[group]
-            ids, last = self._table(rule, block_ids, first, tokens)
-            half.last_blocks(name, group, hashes(request, rule.block_tokens // self._hash_tokens, max(first - 1, 0), last), ids)
-        return half.finished(name)
+        return self._half.finished(name, request.block_hashes, block_ids, tokens)

@@ -29,7 +29,7 @@ from kvdaemon import identity
 from kvdaemon._calm import calm_threads
 from kvdaemon._native import KvCache, SchedulerHalf, WorkerHalf, digest
 from kvdaemon.vllm import caches, canary, capabilities, stats
-from kvdaemon.vllm.capture import Capture, hashes
+from kvdaemon.vllm.capture import Capture
 from kvdaemon.vllm.config import Config
 from kvdaemon.vllm.room import Room
 
@@ -124,8 +124,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             return f"blocks of {spans} tokens are no multiples of the {self._hash_tokens} tokens that a hash covers"
         with calm_threads():
             half = self._scheduler = self._scheduler_half(config, vllm_config)
-        self._unit, grain = half.unit_and_grain()
-        self._grain = grain // self._hash_tokens
+        self._unit = half.unit()
         drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
         ahead = getattr(vllm_config, "num_lookahead_tokens", 0)
         at_a_time = getattr(vllm_config, "max_in_flight_tokens", None) or 2 * vllm_config.scheduler_config.max_num_batched_tokens
@@ -140,7 +139,8 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             _instance(vllm_config),
             self._label(),
             world=_world(vllm_config),
-            groups=[(rule.kind, rule.block_tokens, rule.window, rule.offered) for rule in self._rules],
+            groups=[(rule.kind, rule.block_tokens, rule.window, rule.offered, rule.of) for rule in self._rules],
+            hash_tokens=self._hash_tokens,
             lookup_deadline_ms=config.lookup_deadline_ms,
             startup_deadline_ms=config.startup_deadline_ms,
             share_deadline_ms=config.share_deadline_ms,
@@ -167,10 +167,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         facts = identity.facts(vllm_config, dtype, self._config.tenant, weights, none_hash, logger.warning)
         half.set_facts(facts, str(uuid.uuid4()))
 
-    def _loadable(self, request: Request) -> bytes:
-        """Hashes of what may be loaded: never of the block with the last token, which is always computed."""
-        tokens = min(request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens)
-        return hashes(request, self._grain, 0, tokens // self._unit * self._unit // (self._grain * self._hash_tokens))
+    def _loadable(self, request: Request) -> int:
+        """Units that may be loaded: never the one with the last token, which is always computed."""
+        return int(min(request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens)) // self._unit
 
     def _adapter(self, request: Request) -> str | None:
         """A name for the adapter that computes this request's KV; its digest is found out on the side."""
@@ -192,8 +191,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         if half is not None:
             self._capture.requests[request.request_id] = request
             skip = bool(getattr(request, "skip_reading_prefix_cache", False)) or not self._kv_transfer_config.is_kv_consumer
-            wanted = b"" if skip else self._loadable(request)
-            half.on_new_request(request.request_id, self._adapter(request), wanted, skip)
+            half.on_new_request(request.request_id, self._adapter(request), request.block_hashes, self._loadable(request), skip)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         half = self._scheduler
@@ -204,7 +202,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             if found == -2 and self._room.full:
                 found = -1  # nor is anything kept for it
             elif found == -2:
-                half.ask(request.request_id, self._loadable(request))
+                half.ask(request.request_id, request.block_hashes, self._loadable(request))
                 found = half.matched(request.request_id, computed)
             if found > 0 and self._room.never(request.request_id, (computed + found) * self._unit, self._capture.pool):
                 if request.request_id not in self._hopeless:
