@@ -20,8 +20,7 @@ pub(crate) fn hashes(
     let list = list.cast::<PySequence>()?;
     let mut all = Vec::with_capacity(last.saturating_sub(first).saturating_mul(HASH_BYTES));
     for block in first..last {
-        let item = list.get_item(block * ratio + ratio - 1)?;
-        all.extend_from_slice(&hash(item.cast::<PyBytes>()?.as_bytes())?);
+        all.extend_from_slice(&hash(&list.get_item(block * ratio + ratio - 1)?)?);
     }
     Ok(all)
 }
@@ -29,8 +28,9 @@ pub(crate) fn hashes(
 /// A hash of [`HASH_BYTES`], with zeros in front of a shorter one.
 ///
 /// # Errors
-/// `ValueError` when it is longer.
-pub(crate) fn hash(bytes: &[u8]) -> PyResult<[u8; HASH_BYTES]> {
+/// `ValueError` when it is longer, `TypeError` when it is no bytes.
+pub(crate) fn hash(hash: &Bound<'_, PyAny>) -> PyResult<[u8; HASH_BYTES]> {
+    let bytes = hash.cast::<PyBytes>()?.as_bytes();
     let mut hash = [0; HASH_BYTES];
     let Some(pad) = HASH_BYTES.checked_sub(bytes.len()) else {
         let text = format!("a block hash of {} bytes", bytes.len());

@@ -14,7 +14,7 @@ use kvd_core::{GroupKind, GroupRule};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::{PyBytes, PyDict, PyList, PySequence};
+use pyo3::types::{PyBytes, PyDict, PyList};
 
 use crate::clock::now_us;
 use crate::errors::{error, from_client, invalid};
@@ -57,12 +57,18 @@ struct Group {
 /// Positions of requests whose blocks are wanted; orders and blocks to let go, if there are none; whether there are notices.
 type Step<'py> = (Vec<usize>, Option<(Bound<'py, PyBytes>, Vec<u32>)>, bool);
 
+/// Blocks of a request: its id, the group, their hashes and numbers.
+type Captured<'a> = (&'a PyBackedStr, u32, Vec<u8>, Vec<u32>);
+
+/// A state in a block of its own: the request's id, the group, its hash, the block.
+type State<'py> = (PyBackedStr, u32, Bound<'py, PyAny>, u32);
+
 /// A request as the engine has it: its id, its hashes, its blocks by the engine's groups, and how many of its tokens are hashed and
 /// computed before this step and with it.
 type View<'py> = (
     PyBackedStr,
     Bound<'py, PyAny>,
-    Bound<'py, PySequence>,
+    Bound<'py, PyAny>,
     usize,
     usize,
 );
@@ -82,7 +88,7 @@ impl SchedulerHalf {
     fn blocks_of(
         &self,
         hashes: &Bound<'_, PyAny>,
-        tables: &Bound<'_, PySequence>,
+        tables: &Bound<'_, PyAny>,
         (group, first): (u32, u32),
         tokens: usize,
     ) -> PyResult<(Vec<u8>, Vec<u32>)> {
@@ -97,11 +103,10 @@ impl SchedulerHalf {
         Ok((hashes, blocks))
     }
 
-    /// Takes what was wanted of requests; the engine must keep the blocks that are added to `kept`.
-    fn capture(&self, now: u64, views: &[Option<View<'_>>], kept: &mut Vec<u32>) -> PyResult<()> {
+    /// What was wanted of requests, read from their views. The half is not locked meanwhile: Python may run anything.
+    fn read<'a>(&self, views: &'a [Option<View<'_>>]) -> PyResult<Vec<Captured<'a>>> {
         let wanted = std::mem::take(&mut *self.wanted.lock());
-        let mut guard = self.inner.lock();
-        let mut views = views.iter();
+        let (mut all, mut views) = (Vec::with_capacity(wanted.len()), views.iter());
         for of_request in wanted.chunk_by(|a, b| a.0 == b.0) {
             let Some(Some((id, hashes, tables, before, after))) = views.next() else {
                 continue;
@@ -112,12 +117,10 @@ impl SchedulerHalf {
                     false => *before,
                 };
                 let (hashes, blocks) = self.blocks_of(hashes, tables, (*group, *first), tokens)?;
-                if !blocks.is_empty() {
-                    kept.append(&mut guard.capture(now, id, *group, &hashes, &blocks));
-                }
+                all.push((id, *group, hashes, blocks));
             }
         }
-        Ok(())
+        Ok(all)
     }
 
     /// Hashes of so many units from the start, as the half wants them.
@@ -320,18 +323,25 @@ impl SchedulerHalf {
         &self,
         py: Python<'py>,
         views: Vec<Option<View<'py>>>,
-        states: Vec<(PyBackedStr, u32, PyBackedBytes, u32)>,
+        states: Vec<State<'py>>,
     ) -> (Vec<u32>, Bound<'py, PyBytes>, Vec<u32>) {
-        let now = now_us();
-        let mut kept = Vec::new();
-        if let Err(error) = self.capture(now, &views, &mut kept) {
+        let captured = self.read(&views).and_then(|captured| {
+            let hashes = states.iter().map(|state| lists::hash(&state.2));
+            Ok((captured, hashes.collect::<PyResult<Vec<_>>>()?))
+        });
+        let (captured, hashes) = captured.unwrap_or_else(|error| {
             self.strange(py, &error);
-        }
+            Default::default()
+        });
+        let (now, mut kept) = (now_us(), Vec::new());
         let mut guard = self.inner.lock();
-        for (id, group, hash, block) in &states {
-            if let Ok(hash) = lists::hash(hash) {
-                kept.append(&mut guard.capture_state(now, id, *group, &hash, *block));
+        for (id, group, hashes, blocks) in &captured {
+            if !blocks.is_empty() {
+                kept.append(&mut guard.capture(now, id, *group, hashes, blocks));
             }
+        }
+        for ((id, group, _, block), hash) in states.iter().zip(&hashes) {
+            kept.append(&mut guard.capture_state(now, id, *group, hash, *block));
         }
         let orders = guard.end_step(now);
         (kept, PyBytes::new(py, &orders), guard.released())
@@ -383,7 +393,7 @@ impl SchedulerHalf {
         py: Python<'_>,
         id: &str,
         hashes: &Bound<'_, PyAny>,
-        tables: &Bound<'_, PySequence>,
+        tables: &Bound<'_, PyAny>,
         tokens: u32,
     ) -> bool {
         let now = now_us();

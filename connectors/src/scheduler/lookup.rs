@@ -35,17 +35,29 @@ impl<P: Port> Scheduler<P> {
         };
         let adapter = request.adapter.clone();
         let standing = self.standing(&adapter);
-        let lookup = self.send_lookup(now, standing, hashes);
+        let lookup = self.queue_lookup(now, standing, hashes);
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
         if matches!(lookup, Lookup::Asked { .. }) {
             request.asks += 1;
+            self.asking.push(id.to_owned());
         }
         request.lookup = lookup;
     }
 
-    fn send_lookup(&mut self, now: u64, standing: Standing, hashes: &[u8]) -> Lookup<P::Ticket> {
+    /// What was asked for has been sent: from now on its answers are waited for.
+    pub(crate) fn asked(&mut self, now: u64) {
+        for id in self.asking.drain(..) {
+            if let Some(request) = self.requests.get_mut(&id)
+                && let Lookup::Asked { at, .. } = &mut request.lookup
+            {
+                at.get_or_insert(now);
+            }
+        }
+    }
+
+    fn queue_lookup(&mut self, now: u64, standing: Standing, hashes: &[u8]) -> Lookup<P::Ticket> {
         let (index, name) = match standing {
             Standing::Ready { index, name } => (index, name),
             Standing::Soon => return Lookup::None,
@@ -70,7 +82,7 @@ impl<P: Port> Scheduler<P> {
                 self.counters.lookups += 1;
                 Lookup::Asked {
                     ticket,
-                    at: now,
+                    at: None,
                     hashes,
                     namespace: index,
                     belief: self.belief,
@@ -176,7 +188,8 @@ impl<P: Port> Scheduler<P> {
             Lookup::None => self.settle(id),
             Lookup::Settled => Match::Blocks(0),
             Lookup::Asked { at, .. } => {
-                if now.saturating_sub(*at) < self.settings.lookup_deadline {
+                let waited = at.map_or(0, |at| now.saturating_sub(at));
+                if waited < self.settings.lookup_deadline {
                     return Match::Wait;
                 }
                 self.counters.lookup_timeouts += 1;
@@ -278,7 +291,8 @@ impl<P: Port> Scheduler<P> {
             Ok(reply::Body::Lookup(reply)) => {
                 let mut runs: Vec<Vec<Run>> = reply.chains.iter().map(loadable).collect();
                 runs.resize(self.settings.groups.len(), Vec::new());
-                observed::keep(&mut self.watch.lookups, now.saturating_sub(at));
+                let took = at.map_or(0, |at| now.saturating_sub(at));
+                observed::keep(&mut self.watch.lookups, took);
                 request.lookup = Lookup::Answered {
                     runs,
                     places: reply.chains,

@@ -117,23 +117,25 @@ impl Settings {
         }
     }
 
-    /// Whether blocks of a group are to be captured now: `first..end` are full and are not yet, and the request has come from `before`
-    /// tokens to `computed`.
-    fn wants(
-        &self,
-        rule: &GroupRule,
-        (first, end): (u32, u32),
-        before: u32,
-        computed: u32,
-    ) -> bool {
+    /// Whether blocks of a group are wanted now, from `first` on. `steps`: tokens that were computed when the step before the last one
+    /// began, when the last one did, now, and when this step is over.
+    fn wants(&self, rule: &GroupRule, first: u32, steps: [u32; 4]) -> bool {
+        let [earlier, last, now, after] = steps;
+        let span = rule.span();
         // Those of a window must still be there when they are wanted: the engine gives them up when the next token does not look at
         // them.
         let may_wait = match rule.window() {
-            Some(window) => window >= self.gather + 2 * rule.span(),
+            Some(window) => window >= self.gather + 2 * span,
             None => !rule.stands_alone(),
         };
-        let many = (end - first).saturating_mul(rule.span()) >= self.gather;
-        many || !may_wait || computed.saturating_sub(before) >= rule.span()
+        let (since, end) = match rule.stands_alone() {
+            true => (last, after),
+            false => (earlier, now),
+        };
+        // The end of a prompt may be full only when its step is over.
+        let prompt = end.saturating_sub(since) >= span;
+        let many = (now / span).saturating_sub(first).saturating_mul(span) >= self.gather;
+        end / span > first && (!may_wait || prompt || many)
     }
 
     /// Tokens from hash to hash, as this half is given them: the most that divides the blocks of all groups.
@@ -174,6 +176,8 @@ pub struct Scheduler<P: Port> {
     released: Vec<u32>,
     /// Requests to the daemon that may not have been sent yet.
     unsent: u32,
+    /// Requests of the engine whose lookups are among them.
+    asking: Vec<String>,
     /// Until when (us) nothing is reserved, because the daemon had no room.
     no_room_until: u64,
     silence: Silence<P::Ticket>,
@@ -208,6 +212,7 @@ impl<P: Port> Scheduler<P> {
             held: 0,
             released: Vec::new(),
             unsent: 0,
+            asking: Vec::new(),
             no_room_until: 0,
             silence: Silence::new(),
             belief: 0,
@@ -309,20 +314,16 @@ impl<P: Port> Scheduler<P> {
                 continue;
             };
             request.ran = true;
-            let before = std::mem::replace(&mut request.computed, *computed);
+            let [last, earlier] = request.computed;
+            request.computed = [*computed, last];
             if !can_reserve || !request.may_store(epoch) {
                 continue;
             }
-            let soon = ahead.get(at).copied().unwrap_or(0);
+            let after = computed.saturating_add(ahead.get(at).copied().unwrap_or(0));
+            let steps = [earlier, last, *computed, after];
             for (group, (rule, next)) in (0..).zip(self.settings.groups.iter().zip(&request.next)) {
-                let (before, computed) = match rule.stands_alone() {
-                    true => (*computed, computed.saturating_add(soon)),
-                    false => (before, *computed),
-                };
-                let end = computed / rule.span();
-                if end > *next
-                    && !self.settings.offered.contains(&group)
-                    && self.settings.wants(rule, (*next, end), before, computed)
+                if !self.settings.offered.contains(&group)
+                    && self.settings.wants(rule, *next, steps)
                 {
                     wanted.push((at, group, *next));
                 }
@@ -342,6 +343,7 @@ impl<P: Port> Scheduler<P> {
         self.collect_reservations(now);
         self.push_tails(now);
         self.send();
+        self.asked(now);
         self.tell_finished(now);
         self.meta.loads.append(&mut self.pending_loads);
         self.meta.namespaces = self.namespaces.introduce();

@@ -27,8 +27,8 @@ pub struct Registered {
     pub incarnation: [u8; 16],
 }
 
-/// The daemon, as the scheduler half sees it. No call waits. Requests may stay here until [`Port::wake`]: to wake the thread that sends
-/// them is what costs most, and once a step is enough.
+/// The daemon, as the scheduler half sees it. No call waits. Requests may stay here until [`Port::wake`] or [`Port::wake_soon`]: to wake
+/// the thread that sends them is what costs most, and once a step is enough.
 pub trait Port {
     /// A request under way. Dropping it gives the request up: what it took is given back when the reply comes.
     type Ticket;
@@ -55,6 +55,9 @@ pub trait Port {
 
     /// Sends what was queued.
     fn wake(&self);
+
+    /// The same, within a millisecond.
+    fn wake_soon(&self);
 
     /// The reply, if it has come. The ticket is spent then.
     fn poll(&self, ticket: &mut Self::Ticket) -> Option<Result<reply::Body, Fault>>;
@@ -107,6 +110,10 @@ impl Port for Link {
     }
 
     fn wake(&self) {
+        Link::wake(self);
+    }
+
+    fn wake_soon(&self) {
         Link::wake_soon(self);
     }
 

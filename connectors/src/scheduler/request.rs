@@ -62,7 +62,7 @@ impl Blocks {
                 .filter(|(_, block)| **block != 0)
         };
         Blocks {
-            parent: self.parent.clone(),
+            parent: Bytes::new(),
             hashes: kept().flat_map(|(hash, _)| *hash).collect(),
             blocks: kept().map(|(_, block)| *block).collect(),
         }
@@ -93,7 +93,8 @@ pub(crate) enum Lookup<T> {
     /// Asked; no answer yet.
     Asked {
         ticket: T,
-        at: u64,
+        /// When (us) it was sent; `None`: it waits for the end of the step.
+        at: Option<u64>,
         hashes: Bytes,
         namespace: u32,
         /// Counts what has made earlier answers void.
@@ -176,8 +177,8 @@ pub(crate) struct Request<T> {
     pub(crate) sources: ByTier,
     /// The engine has computed something for it since it (re)started: blocks that it says are computed hold what they should.
     pub(crate) ran: bool,
-    /// Tokens that were computed when its last step began.
-    pub(crate) computed: u32,
+    /// Tokens that were computed when its last step began, and when the one before did.
+    pub(crate) computed: [u32; 2],
     /// Of each KV-cache group: blocks before this are stored, reserved, or need not be.
     pub(crate) next: Vec<u32>,
     /// Blocks to reserve as soon as that is possible; only of a finished request.
@@ -205,7 +206,7 @@ impl<T> Request<T> {
             loading: false,
             sources: ByTier::default(),
             ran: false,
-            computed: 0,
+            computed: [0; 2],
             next: vec![0; groups],
             tails: VecDeque::new(),
             reservations: VecDeque::new(),
@@ -220,7 +221,7 @@ impl<T> Request<T> {
         self.start_over();
         self.offer = None;
         self.ran = false;
-        self.computed = 0;
+        self.computed = [0; 2];
         self.next.fill(0);
         self.tails.clear();
     }

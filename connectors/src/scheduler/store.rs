@@ -185,14 +185,15 @@ impl<P: Port> Scheduler<P> {
     pub(crate) fn queued(&mut self) {
         self.unsent += 1;
         if self.unsent >= UNSENT_MOST {
-            self.send();
+            self.unsent = 0;
+            self.port.wake();
         }
     }
 
     /// Sends what was queued.
     pub(crate) fn send(&mut self) {
         if std::mem::take(&mut self.unsent) > 0 {
-            self.port.wake();
+            self.port.wake_soon();
         }
     }
 

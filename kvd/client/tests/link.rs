@@ -136,6 +136,23 @@ fn tickets_are_polled_without_waiting() {
 }
 
 #[test]
+fn what_is_queued_goes_out_without_waking_anybody_for_each() {
+    let (_dir, path) = dir();
+    let _daemon = FakeDaemon::start(&path, Script::default());
+    let (link, _slot) = linked(config(&path));
+    let first = link.queue(ping()).expect("queued");
+    let second = link.queue(ping()).expect("queued");
+    link.wake_soon();
+    for ticket in [first, second] {
+        link.wait(ticket, LONG).expect("the thread was asleep");
+    }
+    let third = link.queue(ping()).expect("queued");
+    link.wait(third, LONG).expect("it looks by itself");
+    let fourth = link.submit(ping()).expect("sent");
+    link.wait(fourth, LONG).expect("it is woken");
+}
+
+#[test]
 fn blocks_go_and_come_back_over_a_link() {
     let (_dir, path) = dir();
     let _daemon = FakeDaemon::start(&path, Script::default());

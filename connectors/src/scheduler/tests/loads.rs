@@ -33,9 +33,12 @@ fn a_hit_is_loaded_and_its_lease_given_back() {
 fn no_answer_in_time_is_absent_and_a_silent_daemon_is_not_waited_for() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &hashes(1, 0..2), false);
-    assert_eq!(half.matched(19_999, "a", 0), Match::Wait);
-    assert_eq!(half.matched(20_000, "a", 0), Match::Blocks(0));
-    assert_eq!(half.matched(20_001, "a", 0), Match::Blocks(0));
+    let paused = 500_000;
+    assert_eq!(half.matched(paused, "a", 0), Match::Wait, "not sent yet");
+    step(&mut half, paused);
+    assert_eq!(half.matched(paused + 19_999, "a", 0), Match::Wait);
+    assert_eq!(half.matched(paused + 20_000, "a", 0), Match::Blocks(0));
+    assert_eq!(half.matched(paused + 20_001, "a", 0), Match::Blocks(0));
     half.on_new_request(20_002, "b", Adapter::Base, &hashes(2, 0..2), false);
     assert_eq!(
         half.matched(20_003, "b", 0),
@@ -330,7 +333,8 @@ fn what_has_happened_is_told_once() {
     };
     half.port()
         .answer(half.port().last(), reply::Body::Lookup(answer));
-    assert_eq!(half.matched(1500, "a", 0), Match::Blocks(4));
+    step(&mut half, 100);
+    assert_eq!(half.matched(1600, "a", 0), Match::Blocks(4));
     half.allocated("a", 4, &[vec![10, 11, 12, 13, 14]]);
     let _ = step(&mut half, 1500);
     assert_eq!(half.sources("a"), [3 * TOKENS, 0, TOKENS, 0]);

@@ -67,6 +67,10 @@ impl Port for Fake {
         self.sent.set(self.asked.borrow().len());
     }
 
+    fn wake_soon(&self) {
+        self.wake();
+    }
+
     fn queue_and_forget(&self, body: request::Body) -> Result<(), Fault> {
         self.queue(body).map(drop)
     }

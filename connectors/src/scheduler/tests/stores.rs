@@ -384,9 +384,23 @@ fn blocks_of_a_window_wait_only_while_they_are_surely_in_it() {
         gather: 3 * TOKENS,
         ..Settings::default()
     };
-    let waits = |rule| !settings.wants(&rule, (5, 6), 23, 24);
+    // One more token of an answer: so many steps before, now, and then.
+    let token = |rule: &GroupRule, first, now| {
+        settings.wants(rule, first, [now - 2, now - 1, now, now + 1])
+    };
+    let waits = |rule| !token(&rule, 5, 24) && token(&rule, 5, 33);
     assert!(waits(rule(GroupKind::Full, None)));
-    assert!(waits(rule(GroupKind::SlidingWindow, Some(5 * TOKENS))));
+    let window = rule(GroupKind::SlidingWindow, Some(5 * TOKENS));
+    assert!(waits(window));
+    assert!(!token(&window, 5, 31), "the third block may not be final");
+    assert!(token(&window, 5, 32));
     assert!(!waits(rule(GroupKind::SlidingWindow, Some(5 * TOKENS - 1))));
     assert!(!waits(rule(GroupKind::State, None)));
+    // A prompt of 24 tokens whose last is not final in its step, and one that ends with a token of its own.
+    assert!(settings.wants(&window, 0, [0, 0, 0, 24]));
+    assert!(settings.wants(&window, 5, [0, 0, 24, 25]));
+    assert!(!settings.wants(&window, 6, [0, 0, 24, 25]));
+    let full = rule(GroupKind::Full, None);
+    assert!(settings.wants(&full, 5, [0, 23, 24, 25]));
+    assert!(!settings.wants(&full, 5, [23, 23, 24, 25]));
 }

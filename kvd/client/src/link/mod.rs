@@ -210,12 +210,12 @@ impl Link {
     }
 
     /// As [`Link::submit_on`], but the thread is not woken for it: of several requests in a row only the last need pay for that. It goes
-    /// out with the next request that is submitted, or with [`Link::wake`].
+    /// out with the next request that is submitted, with [`Link::wake`] or [`Link::wake_soon`], or when the thread looks by itself.
     ///
     /// # Errors
     /// As [`Link::submit_on`].
     pub fn queue_on(&self, epoch: u64, body: request::Body) -> Result<Ticket, Error> {
-        self.queue_on_within(epoch, body, self.request_timeout)
+        self.put(epoch, body, self.request_timeout, true)
     }
 
     /// Sends what was only queued. Never waits.
@@ -223,7 +223,8 @@ impl Link {
         self.shared.notify.wake();
     }
 
-    /// Sends what was only queued within a millisecond. Never waits, and costs a system call only when nothing was sent for a while.
+    /// Sends what was only queued within a millisecond. Never waits, and costs a system call only when nothing was queued for
+    /// a tenth of a second.
     pub fn wake_soon(&self) {
         self.shared.notify.wake_soon();
     }
@@ -234,7 +235,7 @@ impl Link {
         body: request::Body,
         timeout: Duration,
     ) -> Result<Ticket, Error> {
-        let ticket = self.queue_on_within(epoch, body, timeout)?;
+        let ticket = self.put(epoch, body, timeout, false)?;
         self.wake();
         Ok(ticket)
     }
@@ -243,11 +244,12 @@ impl Link {
         clippy::disallowed_methods,
         reason = "requests are timed here, at the edge; vDSO, no system call"
     )]
-    fn queue_on_within(
+    fn put(
         &self,
         epoch: u64,
         body: request::Body,
         timeout: Duration,
+        quiet: bool,
     ) -> Result<Ticket, Error> {
         self.check_pid()?;
         let up = self.shared.up.load(Ordering::Acquire);
@@ -260,6 +262,7 @@ impl Link {
             cell: Arc::clone(&cell),
             deadline: Instant::now() + timeout,
             epoch,
+            quiet,
         };
         match self.queue.try_send(submitted) {
             Ok(()) => Ok(Ticket::new(

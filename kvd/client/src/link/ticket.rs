@@ -71,6 +71,8 @@ pub(super) struct Submitted {
     pub(super) deadline: Instant,
     /// Slots and leases mean something in one epoch only.
     pub(super) epoch: u64,
+    /// Nobody was woken for it.
+    pub(super) quiet: bool,
 }
 
 /// A request under way. Dropping it abandons the request: what the reply brings (slots, leases) is given back when it comes.
@@ -164,6 +166,7 @@ impl Drop for Ticket {
                 cell: Cell::nobody(),
                 deadline: Instant::now() + Duration::from_secs(5),
                 epoch: self.epoch,
+                quiet: false,
             });
             self.notify.wake();
         }

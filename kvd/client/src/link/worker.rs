@@ -29,10 +29,10 @@ use crate::{Error, ErrorKind};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// A thread whose requests come one after another looks for the next this often: to wake it costs its caller 2 to 40 us, most in a virtual
-/// machine, and callers are engines' schedulers.
+/// A thread that is given requests without being woken for each ([`super::Link::queue`]) looks for the next this often: to wake it costs
+/// its caller 2 to 40 us, most in a virtual machine, and such callers are engines' schedulers.
 const LIGHT_SLEEP: Duration = Duration::from_millis(1);
-/// For how long after the last request.
+/// For how long after the last such request.
 const LIGHT_FOR: Duration = Duration::from_millis(100);
 /// How long a Hello may take.
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
@@ -329,14 +329,17 @@ impl Worker {
 
     /// Empties the queue into the backlog, as far as that has room.
     fn take_requests(&mut self) {
-        let before = self.backlog.len();
+        let mut quiet = false;
         while self.backlog.len() < self.config.queue.max(1) {
             match self.requests.try_recv() {
-                Ok(request) => self.backlog.push_back(request),
+                Ok(request) => {
+                    quiet |= request.quiet;
+                    self.backlog.push_back(request);
+                }
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
             }
         }
-        if self.backlog.len() > before {
+        if quiet {
             self.light_until = now() + LIGHT_FOR;
         }
     }
