@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use kvd_client::{Identity, Link, LinkConfig, Role};
 use kvd_connectors::meta::{self, RankHello};
 use kvd_connectors::notice::Level;
@@ -58,7 +59,10 @@ struct Group {
 type Step<'py> = (Vec<usize>, Option<(Bound<'py, PyBytes>, Vec<u32>)>, bool);
 
 /// Blocks of a request: its id, the group, their hashes and numbers.
-type Captured<'a> = (&'a PyBackedStr, u32, Vec<u8>, Vec<u32>);
+type Captured<'a> = (&'a PyBackedStr, u32, Bytes, Vec<u32>);
+
+/// Hashes for a block, first and end of a range of blocks.
+type Range = (usize, usize, usize);
 
 /// A state in a block of its own: the request's id, the group, its hash, the block.
 type State<'py> = (PyBackedStr, u32, Bound<'py, PyAny>, u32);
@@ -91,16 +95,20 @@ impl SchedulerHalf {
         tables: &Bound<'_, PyAny>,
         (group, first): (u32, u32),
         tokens: usize,
-    ) -> PyResult<(Vec<u8>, Vec<u32>)> {
+        read: &mut Option<(Range, Bytes)>,
+    ) -> PyResult<(Bytes, Vec<u32>)> {
         let group = &self.groups[group as usize];
         let (first, last) = (first as usize, tokens / group.span);
         let blocks = lists::blocks(&tables.get_item(group.of)?, first, last)?;
-        let end = first + blocks.len();
-        let hashes = match blocks.is_empty() {
-            true => Vec::new(),
-            false => lists::hashes(hashes, group.ratio, first.saturating_sub(1), end)?,
+        let range = (group.ratio, first.saturating_sub(1), first + blocks.len());
+        let found = match read {
+            // Groups alike have the same.
+            Some((same, found)) if *same == range => found.clone(),
+            _ if blocks.is_empty() => Bytes::new(),
+            _ => lists::hashes(hashes, range.0, range.1, range.2)?.into(),
         };
-        Ok((hashes, blocks))
+        *read = Some((range, found.clone()));
+        Ok((found, blocks))
     }
 
     /// What was wanted of requests, read from their views. The half is not locked meanwhile: Python may run anything.
@@ -111,13 +119,17 @@ impl SchedulerHalf {
             let Some(Some((id, hashes, tables, before, after))) = views.next() else {
                 continue;
             };
+            let mut read = None;
             for (_, group, first) in of_request {
                 let tokens = match self.groups[*group as usize].outgrown {
                     true => *after,
                     false => *before,
                 };
-                let (hashes, blocks) = self.blocks_of(hashes, tables, (*group, *first), tokens)?;
-                all.push((id, *group, hashes, blocks));
+                let wanted = (*group, *first);
+                let (hashes, blocks) = self.blocks_of(hashes, tables, wanted, tokens, &mut read)?;
+                if !blocks.is_empty() {
+                    all.push((id, *group, hashes, blocks));
+                }
             }
         }
         Ok(all)
@@ -335,10 +347,8 @@ impl SchedulerHalf {
         });
         let (now, mut kept) = (now_us(), Vec::new());
         let mut guard = self.inner.lock();
-        for (id, group, hashes, blocks) in &captured {
-            if !blocks.is_empty() {
-                kept.append(&mut guard.capture(now, id, *group, hashes, blocks));
-            }
+        for (id, group, hashes, blocks) in captured {
+            kept.append(&mut guard.capture(now, id, group, hashes, blocks));
         }
         for ((id, group, _, block), hash) in states.iter().zip(&hashes) {
             kept.append(&mut guard.capture_state(now, id, *group, hash, *block));
@@ -399,11 +409,12 @@ impl SchedulerHalf {
         let now = now_us();
         let known = tables.len().is_ok_and(|groups| groups > 0);
         let wanted = known.then(|| self.with(|half| half.finish_from(now, id, tokens)));
-        let wanted = wanted.flatten();
-        for (group, first) in wanted.unwrap_or_default() {
-            match self.blocks_of(hashes, tables, (group, first), tokens as usize) {
+        let wanted = wanted.flatten().unwrap_or_default();
+        let mut read = None;
+        for (group, first) in wanted {
+            match self.blocks_of(hashes, tables, (group, first), tokens as usize, &mut read) {
                 Ok((hashes, blocks)) => {
-                    self.with(|half| half.last_blocks(id, group, &hashes, &blocks));
+                    self.with(|half| half.last_blocks(id, group, hashes, blocks));
                 }
                 Err(error) => self.strange(py, &error),
             }

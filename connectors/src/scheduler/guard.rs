@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use bytes::Bytes;
 use prost::Message;
 
 use super::{Match, Port, Scheduler, Settings};
@@ -114,8 +115,8 @@ impl<P: Port> Guarded<P> {
         now: u64,
         id: &str,
         group: u32,
-        hashes: &[u8],
-        blocks: &[u32],
+        hashes: impl Into<Bytes>,
+        blocks: impl Into<Vec<u32>>,
     ) -> Vec<u32> {
         let kept = self.with(|half| half.capture(now, id, group, hashes, blocks));
         self.keep(kept)

@@ -31,16 +31,16 @@ pub(crate) struct Blocks {
 
 impl Blocks {
     /// `hashes` has 32 bytes for each of `blocks`, or 32 more in front: the hash of the block before them.
-    pub(crate) fn new(hashes: &[u8], blocks: &[u32]) -> Blocks {
-        let mut hashes = Bytes::copy_from_slice(hashes);
+    pub(crate) fn new(mut hashes: Bytes, mut blocks: Vec<u32>) -> Blocks {
         let extra = hashes.len() == (blocks.len() + 1) * HASH_BYTES;
         let parent = hashes.split_to(if extra { HASH_BYTES } else { 0 });
         let count = blocks.len().min(hashes.len() / HASH_BYTES);
         hashes.truncate(count * HASH_BYTES);
+        blocks.truncate(count);
         Blocks {
             parent,
             hashes,
-            blocks: blocks[..count].to_vec(),
+            blocks,
         }
     }
 
@@ -272,9 +272,10 @@ mod tests {
     #[test]
     fn blocks_split_from_the_front() {
         let hashes: Vec<u8> = (0u8..128).collect();
-        let mut all = Blocks::new(&hashes[32..], &[7, 8, 9]);
+        let hashes = Bytes::from(hashes);
+        let mut all = Blocks::new(hashes.slice(32..), vec![7, 8, 9]);
         assert!(all.parent.is_empty());
-        let mut led = Blocks::new(&hashes, &[7, 8, 9]);
+        let mut led = Blocks::new(hashes.clone(), vec![7, 8, 9]);
         assert_eq!(led.parent, hashes[..32]);
         assert_eq!(led.hashes, all.hashes);
         assert_eq!(led.split_front(1).parent, hashes[..32]);
@@ -285,7 +286,7 @@ mod tests {
         assert_eq!(front.hashes.len(), 64);
         assert_eq!(all.blocks, [9]);
         assert_eq!(all.hashes[0], 96);
-        let gaps = Blocks::new(&hashes, &[0, 8, 0]).without_gaps();
+        let gaps = Blocks::new(hashes.clone(), vec![0, 8, 0]).without_gaps();
         assert_eq!((gaps.blocks, &gaps.hashes[..]), (vec![8], &hashes[64..96]));
         assert_eq!(all.split_front(9).len(), 1);
         assert_eq!(all.len(), 0);

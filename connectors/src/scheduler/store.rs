@@ -48,8 +48,8 @@ impl<P: Port> Scheduler<P> {
         now: u64,
         id: &str,
         group: u32,
-        hashes: &[u8],
-        blocks: &[u32],
+        hashes: impl Into<Bytes>,
+        blocks: impl Into<Vec<u32>>,
     ) -> Vec<u32> {
         let Some(rule) = self.settings.groups.get(group as usize) else {
             return Vec::new();
@@ -57,7 +57,7 @@ impl<P: Port> Scheduler<P> {
         let alone = rule.stands_alone();
         let mut room = self.settings.max_in_flight.saturating_sub(self.in_flight);
         room = room.min(self.settings.batch);
-        let mut all = Blocks::new(hashes, blocks);
+        let mut all = Blocks::new(hashes.into(), blocks.into());
         let (taken, count) = if alone {
             // What does not fit is left out for good: these blocks go with their step. Hits end at the end of it rather than before.
             room = room.min(self.room_to_hold());
@@ -93,7 +93,7 @@ impl<P: Port> Scheduler<P> {
         hash: &[u8],
         block: u32,
     ) -> Vec<u32> {
-        let blocks = Blocks::new(hash, &[block]).without_gaps();
+        let blocks = Blocks::new(Bytes::copy_from_slice(hash), vec![block]).without_gaps();
         let held = blocks.blocks.clone();
         let room = self.in_flight < self.settings.max_in_flight
             && self.held < self.settings.max_held
@@ -427,11 +427,17 @@ impl<P: Port> Scheduler<P> {
 
     /// A request that is about to be [`Scheduler::finished`]: `hashes` and `blocks` of a KV-cache group's last full blocks, from the
     /// block that [`Scheduler::finish_from`] said, with one more hash in front as in [`Scheduler::capture`].
-    pub fn last_blocks(&mut self, id: &str, group: u32, hashes: &[u8], blocks: &[u32]) {
+    pub fn last_blocks(
+        &mut self,
+        id: &str,
+        group: u32,
+        hashes: impl Into<Bytes>,
+        blocks: impl Into<Vec<u32>>,
+    ) {
         let Some(rule) = self.settings.groups.get(group as usize) else {
             return;
         };
-        let mut blocks = Blocks::new(hashes, blocks);
+        let mut blocks = Blocks::new(hashes.into(), blocks.into());
         if rule.stands_alone() {
             blocks = blocks.without_gaps();
         }

@@ -36,7 +36,7 @@ fn a_failed_half_says_so_once_and_does_nothing() {
     assert!(guard.take_failure() && !guard.take_failure());
     assert!(guard.has_pending_work(), "the workers must hear of it");
     assert!(!guard.finished(1, "a"));
-    assert!(guard.capture(1, "a", 0, &hashes(1, 0..1), &[3]).is_empty());
+    assert!(guard.capture(1, "a", 0, hashes(1, 0..1), [3]).is_empty());
     let last = end(&mut guard, 1);
     assert!(last.stop && last.loads.is_empty() && last.finish.is_empty());
     assert!(!guard.has_pending_work());
@@ -65,7 +65,7 @@ fn a_finished_request_is_reported_once() {
     for id in ["a", "b"] {
         guard.with(|half| half.on_new_request(0, id, Adapter::Base, &[], false));
         guard.with(|half| half.begin_step(1, &[], &[id], &[8], &[]));
-        guard.with(|half| half.last_blocks(id, 0, &hashes(1, 0..2), &[4, 5]));
+        guard.with(|half| half.last_blocks(id, 0, hashes(1, 0..2), [4, 5]));
         assert!(guard.finished(1, id));
         if id == "a" {
             // The daemon takes too long: the workers are told without its slots.
@@ -83,8 +83,8 @@ fn blocks_that_the_engine_keeps_are_let_go_after_the_workers_have_stopped() {
     let mut guard = Guarded::new(half);
     guard.with(|half| half.on_new_request(0, "a", Adapter::Base, &[], false));
     guard.with(|half| half.begin_step(1, &[], &["a"], &[8], &[]));
-    assert_eq!(guard.capture(1, "a", 0, &hashes(1, 0..2), &[4, 5]), [4, 5]);
-    assert_eq!(guard.capture(1, "a", 0, &hashes(1, 1..2), &[5]), [5]);
+    assert_eq!(guard.capture(1, "a", 0, hashes(1, 0..2), [4, 5]), [4, 5]);
+    assert_eq!(guard.capture(1, "a", 0, hashes(1, 1..2), [5]), [5]);
     assert!(
         guard.has_pending_work(),
         "the engine steps until they are let go"

@@ -113,7 +113,7 @@ fn full(tokens: u32) -> GroupRule {
 
 /// Finishes a request whose last full blocks of group 0 these are.
 fn finish(half: &mut Scheduler<Fake>, now: u64, id: &str, hashes: &[u8], blocks: &[u32]) -> bool {
-    half.last_blocks(id, 0, hashes, blocks);
+    half.last_blocks(id, 0, hashes.to_vec(), blocks);
     half.finished(now, id)
 }
 
