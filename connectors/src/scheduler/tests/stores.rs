@@ -43,7 +43,7 @@ fn what_is_asked_for_in_a_step_is_sent_with_it() {
     half.end_step(1);
     assert_eq!(sent(&half), (before + 2, before + 2));
     for at in 1..=300 {
-        half.capture(2, "b", 0, hashes(2, at..at + 1), &[at]);
+        half.capture(2, "b", 0, hashes(2, at..at + 1), [at]);
     }
     assert_eq!(
         sent(&half),
