@@ -4,8 +4,8 @@
 //! slow things down. Depth is how many blocks the device is given at a time. A store gives it two operations for a block, its header
 //! and its bytes, so it is given room for as many pairs; a header that is over early makes room for another block. The store is
 //! asked for more, as a daemon's is, and a run is over when the last block is durable. Plain transfers are from and to the very memory
-//! that blocks are stored from and loaded into, and plain reads are of the very places in the store's file that loads are of, so that
-//! both find the same in whatever caches there are; each goes first in every other turn.
+//! that blocks are stored from and loaded into, and in the very places of the store's file where blocks lie (plain writes while it is
+//! empty): both find the same in whatever caches there are, and not all of a disk is equally fast. Each goes first in every other turn.
 //!
 //! Apart from that (`answered`): at most `depth` blocks asked for and not answered. A store is answered when block and record are
 //! durable; the plain run beside it flushes after each `depth` blocks. Deliberately absent: sockets, and the core that decides.
@@ -64,7 +64,7 @@ pub(crate) fn command() -> Command {
     Command::new("nvme")
         .about("Stores and loads through an NVMe store, against plain transfers on the same file system")
         .arg(text("dir", "DIR").help("Where: a directory on the device; what is made there is removed afterwards [default: the system's for temporary files]"))
-        .arg(text("bytes", "SIZE").default_value("512MiB").help("Most bytes that one run moves; twice as many are taken on the device"))
+        .arg(text("bytes", "SIZE").default_value("512MiB").help("Most bytes that one run moves; half as many more are taken on the device"))
         .arg(text("block", "SIZE").help("Only blocks of this size: 2MiB, 1152KiB or 64KiB"))
         .arg(text("depth", "N").value_parser(clap::value_parser!(usize)).help("Only this depth: 1, 4, 16, 64 or, for the smallest blocks, 256"))
 }
@@ -120,7 +120,6 @@ fn measure(
         lane => lane?,
     };
     let lane_depth = lane.depth();
-    let file = scratch.path().join("raw");
     let most = lane.places().min(bytes / block);
     // Space that was never written is not what a device is like in use: all of it is written once.
     let run = |blocks: u64, depth, random, write, durable| RawRun {
@@ -131,11 +130,6 @@ fn measure(
         random,
         durable,
     };
-    let write = |run: &RawRun, from: &ArenaRange| raw(&file, run, from, &|at| at * block);
-    write(
-        &run(most, lane_depth.min(64), false, true, false),
-        &lane.source(lane_depth)?,
-    )?;
     lane.store(most, lane_depth, false)?;
     lane.drop_all()?;
     let wanted = |d: &usize| *d <= lane_depth && depth.is_none_or(|one| one == *d);
@@ -156,28 +150,22 @@ fn measure(
                 let (from, into) = (lane.source(lane_depth)?, lane.target()?);
                 // As an answered run does, which has no more under way.
                 let less = lane.source(depth)?;
-                let writes = || {
-                    let plain = |durable| run(blocks, depth, random, true, durable);
-                    anyhow::Ok((write(&plain(false), &from)?, write(&plain(true), &less)?))
+                let (own, offset) = (lane.file(), lane.offsets());
+                let plain = |write, durable, memory: &ArenaRange| {
+                    let run = run(blocks, depth, random, write, durable);
+                    raw(&own, &run, memory, &offset)
                 };
+                let writes = || anyhow::Ok((plain(true, false, &from)?, plain(true, true, &less)?));
                 let first = (turn % 2 == 0).then(writes).transpose()?;
                 let answered = [lane.store(blocks, depth, random)?, lane.load(depth)?];
                 lane.drop_all()?;
                 let store = lane.store(blocks, lane_depth, random)?;
-                let (write, durable) = first.map_or_else(writes, Ok)?;
-                let (own, offset) = (lane.file(), lane.offsets());
-                let read = || {
-                    raw(
-                        &own,
-                        &run(blocks, depth, random, false, false),
-                        &into,
-                        &offset,
-                    )
-                };
-                let first = (turn % 2 == 0).then(read).transpose()?;
+                let read = || plain(false, false, &into);
+                let read_first = (turn % 2 == 0).then(read).transpose()?;
                 let load = lane.load(lane_depth)?;
-                let read = first.map_or_else(read, Ok)?;
+                let read = read_first.map_or_else(read, Ok)?;
                 lane.drop_all()?;
+                let (write, durable) = first.map_or_else(writes, Ok)?;
                 let turn = [write, durable, read, store, load, answered[0], answered[1]];
                 for (best, one) in best.iter_mut().zip(turn) {
                     best.gbps = best.gbps.max(one.gbps);
