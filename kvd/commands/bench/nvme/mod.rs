@@ -25,7 +25,7 @@ use super::{Shape, progress};
 /// Turns of each row.
 const TURNS: usize = 6;
 /// Blocks that a run moves are no more than this for each block of depth, so that small blocks at depth 1 end some day.
-const BLOCKS_PER_DEPTH: u64 = 400;
+const BLOCKS_PER_DEPTH: u64 = 1600;
 const DEPTHS: [usize; 5] = [1, 4, 16, 64, 256];
 
 /// One row. The names are what `--json` prints; they are only ever added to.
