@@ -107,7 +107,9 @@ impl SchedulerHalf {
             _ if blocks.is_empty() => Bytes::new(),
             _ => lists::hashes(hashes, range.0, range.1, range.2)?.into(),
         };
-        *read = Some((range, found.clone()));
+        if !blocks.is_empty() {
+            *read = Some((range, found.clone()));
+        }
         Ok((found, blocks))
     }
 

@@ -181,7 +181,7 @@ def test_a_preempted_request_goes_on_from_what_was_stored(case: Case, daemon: Da
     vLLM's own hit of that length. After so many tokens nothing of the answer waits for more to be stored with."""
     long, ask = case.long, case.ask
     engine = case.start(daemon, in_process=True)
-    batch = engine.batch([long], max_tokens=80, preempt_after=60, **ask)
+    batch = engine.batch([long], max_tokens=90, preempt_after=64, **ask)
     (tokens,) = (answer.tokens for answer in batch.answers)
     at = batch.preempted_at
     came_back = engine.call("stats")["loaded_tokens"]
@@ -190,8 +190,8 @@ def test_a_preempted_request_goes_on_from_what_was_stored(case: Case, daemon: Da
     assert came_back > 900
     alone = case.alone()
     # Token by token, as the first engine came to them: a prompt of the same tokens would be computed in another order of rounding.
-    assert alone.ask(long, max_tokens=80, **ask).tokens[:at] == tokens[:at]
-    own = alone.ask(long + tokens[:at], max_tokens=80 - at, **ask)
+    assert alone.ask(long, max_tokens=90, **ask).tokens[:at] == tokens[:at]
+    own = alone.ask(long + tokens[:at], max_tokens=90 - at, **ask)
     assert own.cached == came_back
     assert own.samples[0].tokens == tokens[at:]
     assert own.samples[0].logprobs == batch.answers[0].samples[0].logprobs[at:]

@@ -291,8 +291,10 @@ impl<P: Port> Scheduler<P> {
             Ok(reply::Body::Lookup(reply)) => {
                 let mut runs: Vec<Vec<Run>> = reply.chains.iter().map(loadable).collect();
                 runs.resize(self.settings.groups.len(), Vec::new());
-                let took = at.map_or(0, |at| now.saturating_sub(at));
-                observed::keep(&mut self.watch.lookups, took);
+                // One that goes out with others may be answered before it counts as sent.
+                if let Some(at) = at {
+                    observed::keep(&mut self.watch.lookups, now.saturating_sub(at));
+                }
                 request.lookup = Lookup::Answered {
                     runs,
                     places: reply.chains,

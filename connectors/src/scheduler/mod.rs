@@ -118,9 +118,9 @@ impl Settings {
     }
 
     /// Whether blocks of a group are wanted now, from `first` on. `steps`: tokens that were computed when the step before the last one
-    /// began, when the last one did, now, and when this step is over.
-    fn wants(&self, rule: &GroupRule, first: u32, steps: [u32; 4]) -> bool {
-        let [earlier, last, now, after] = steps;
+    /// began, now, and when this step is over.
+    fn wants(&self, rule: &GroupRule, first: u32, steps: [u32; 3]) -> bool {
+        let [earlier, now, after] = steps;
         let span = rule.span();
         // Those of a window must still be there when they are wanted: the engine gives them up when the next token does not look at
         // them.
@@ -128,13 +128,14 @@ impl Settings {
             Some(window) => window >= self.gather + 2 * span,
             None => !rule.stands_alone(),
         };
-        let (since, end) = match rule.stands_alone() {
-            true => (last, after),
-            false => (earlier, now),
+        let end = match rule.stands_alone() {
+            true => after,
+            false => now,
         };
-        // The end of a prompt may be full only when its step is over.
-        let prompt = end.saturating_sub(since) >= span;
-        let many = (now / span).saturating_sub(first).saturating_mul(span) >= self.gather;
+        // What was computed last may not be final yet: with asynchronous scheduling its token is not known, with drafts not accepted.
+        let prompt = end.saturating_sub(earlier) >= span;
+        let known = now.saturating_sub(self.gather / 8);
+        let many = (known / span).saturating_sub(first).saturating_mul(span) >= self.gather;
         end / span > first && (!may_wait || prompt || many)
     }
 
@@ -320,7 +321,7 @@ impl<P: Port> Scheduler<P> {
                 continue;
             }
             let after = computed.saturating_add(ahead.get(at).copied().unwrap_or(0));
-            let steps = [earlier, last, *computed, after];
+            let steps = [earlier, *computed, after];
             for (group, (rule, next)) in (0..).zip(self.settings.groups.iter().zip(&request.next)) {
                 if !self.settings.offered.contains(&group)
                     && self.settings.wants(rule, *next, steps)

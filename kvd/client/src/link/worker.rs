@@ -18,7 +18,6 @@ use kvd_wire::frame;
 use kvd_wire::session::{Bye, Fence, HelloReply, Limits, Register, RegisterReply, reply, request};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::notify::Sleep;
 use super::ticket::{Cell, Submitted};
 use super::{LinkConfig, LinkRegistered, Namespace, NamespaceState, Shared, lock};
 use crate::connection::{Connection, Mode, Progress, now};
@@ -27,13 +26,10 @@ use crate::handshake::{self, Past};
 use crate::pending::{Kind, undo};
 use crate::{Error, ErrorKind};
 
+mod sleep;
+
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// A thread that is given requests without being woken for each ([`super::Link::queue`]) looks for the next this often: to wake it costs
-/// its caller 2 to 40 us, most in a virtual machine, and such callers are engines' schedulers.
-const LIGHT_SLEEP: Duration = Duration::from_millis(1);
-/// For how long after the last such request.
-const LIGHT_FOR: Duration = Duration::from_millis(100);
 /// How long a Hello may take.
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
 /// How long the last frame of a stopping link may take to be written.
@@ -340,7 +336,7 @@ impl Worker {
             }
         }
         if quiet {
-            self.light_until = now() + LIGHT_FOR;
+            self.light_until = now() + sleep::LIGHT_FOR;
         }
     }
 
@@ -450,80 +446,6 @@ impl Worker {
             };
             self.past.remove(quiet);
         }
-    }
-
-    /// Sleeps until something happens or is due.
-    fn sleep(&mut self) {
-        while !self.slept() {}
-    }
-
-    /// False: nothing has happened, and it has looked at nothing but the queue.
-    fn slept(&mut self) -> bool {
-        let begun = now();
-        let sleep = match begun < self.light_until {
-            true => Sleep::Light,
-            false => Sleep::Deep,
-        };
-        self.shared.notify.will_sleep(sleep);
-        // What came since the last look has seen us awake and rung no bell.
-        self.take_requests();
-        if self.work_is_due() {
-            self.shared.notify.awake(false);
-            return true;
-        }
-        let deadline = self.next_deadline();
-        let light = (sleep == Sleep::Light).then(|| begun + LIGHT_SLEEP);
-        let timeout = deadline.into_iter().chain(light).min().map(|at| {
-            let left = at.saturating_duration_since(begun);
-            // Up, or a deadline just ahead would be polled for in a spin.
-            Timespec::try_from(left + Duration::from_micros(50)).unwrap_or_default()
-        });
-        let mut fds = vec![PollFd::from_borrowed_fd(
-            self.shared.notify.fd(),
-            PollFlags::IN,
-        )];
-        if let Some(session) = &self.session {
-            let mut events = PollFlags::IN;
-            if session.connection.unsent() > 0 {
-                events |= PollFlags::OUT;
-            }
-            fds.push(PollFd::from_borrowed_fd(session.connection.fd(), events));
-        }
-        let happened = rustix::event::poll(&mut fds, timeout.as_ref());
-        if happened == Ok(0) && light.is_some() && deadline.is_none_or(|at| now() < at) {
-            return false;
-        }
-        // An interrupted poll is a turn for nothing.
-        let signalled = fds[0].revents().contains(PollFlags::IN);
-        self.shared.notify.awake(signalled);
-        true
-    }
-
-    /// Whether a turn would do something right now.
-    fn work_is_due(&self) -> bool {
-        if self.shared.stop.load(Ordering::SeqCst) {
-            return true;
-        }
-        let Some(session) = self.session.as_ref().filter(|s| s.epoch.is_some()) else {
-            return !self.backlog.is_empty();
-        };
-        let may_send = session.waiting.len() < session.limits.in_flight as usize
-            && session.connection.unsent() < UNSENT_MAX;
-        (may_send && !self.backlog.is_empty())
-            || session.registered < lock(&self.shared.namespaces).len()
-            || fence_is_due(&self.past, session, &self.shared)
-    }
-
-    fn next_deadline(&self) -> Option<Instant> {
-        let queued = self.backlog.iter().map(|r| r.deadline).min();
-        let Some(session) = &self.session else {
-            return queued.into_iter().chain([self.retry_at]).min();
-        };
-        let sent = session.waiting.values().filter_map(|w| match &w.owner {
-            Owner::Ticket { cell, deadline } => cell.wanted().then_some(*deadline),
-            _ => None,
-        });
-        sent.chain(queued).chain(session.hello_by).min()
     }
 
     /// The link stops: say so if nothing is being copied.

@@ -64,7 +64,7 @@ pub(crate) fn command() -> Command {
     Command::new("nvme")
         .about("Stores and loads through an NVMe store, against plain transfers on the same file system")
         .arg(text("dir", "DIR").help("Where: a directory on the device; what is made there is removed afterwards [default: the system's for temporary files]"))
-        .arg(text("bytes", "SIZE").default_value("512MiB").help("Most bytes that one run moves; half as many more are taken on the device"))
+        .arg(text("bytes", "SIZE").default_value("512MiB").help("Most bytes that one run moves; a quarter more and 128 MiB are taken on the device"))
         .arg(text("block", "SIZE").help("Only blocks of this size: 2MiB, 1152KiB or 64KiB"))
         .arg(text("depth", "N").value_parser(clap::value_parser!(usize)).help("Only this depth: 1, 4, 16, 64 or, for the smallest blocks, 256"))
 }

@@ -1,7 +1,7 @@
 //! The io_uring adapter: one ring, one registered file, direct I/O, arenas as fixed buffers.
 //!
-//! The ring belongs to the first thread that starts or polls. Operations are handed to the kernel together, in the next poll. What
-//! they read or write is kept here until the kernel says that it is over, also when the adapter is dropped: a kernel must never
+//! The ring belongs to the first thread that starts or polls. Operations are handed to the kernel together, in the next poll or when
+//! they are many bytes. What they read or write is kept here until the kernel says that it is over, also when the adapter is dropped: a kernel must never
 //! write into freed memory. Deliberately absent: polling threads of the kernel (they burn a core for nothing gained) and polled
 //! completions (a device may take them at setup and refuse them at the first read).
 
@@ -319,7 +319,7 @@ impl Core {
         if !self.armed {
             self.arm();
         }
-        // What is started while something is over, and before a sleep, goes to the kernel in one call.
+        // What was started while something was over, and before a sleep, goes to the kernel together.
         if wait.is_zero() || done.len() > before || !self.bell.sleep() {
             let _ = self.enter(None);
             self.reap(|over| done.push(over));
@@ -488,7 +488,9 @@ mod tests {
         let mut queued = |offset: usize, len| {
             let range = ArenaRange::new(Arc::clone(&arena), offset as u64, len);
             io.start(write(offset as u64, Buffer::Host(range.expect("inside"))));
-            io.core().queued
+            let core = io.core_mut();
+            assert_eq!(core.ring.submission().is_empty(), core.queued == 0);
+            core.queued
         };
         let most = HAND_OVER - PAGE;
         assert_eq!(queued(0, PAGE), PAGE);
