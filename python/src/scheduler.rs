@@ -32,6 +32,8 @@ pub(crate) struct SchedulerHalf {
     groups: Vec<Group>,
     /// How many of the engine's hashes there are from one that the half is given to the next.
     grain: usize,
+    /// And how many of those a unit has.
+    grains: usize,
     /// What is wanted of the step that has begun: position in its ids, group, first block.
     wanted: Mutex<Vec<(usize, u32, u32)>>,
 }
@@ -49,10 +51,7 @@ struct Group {
     of: usize,
     /// How many of the engine's hashes a block has.
     ratio: usize,
-    /// Tokens of a block.
-    span: usize,
-    /// Whether a running request gives up blocks that it needs no more, so that they are taken in the step that fills them.
-    outgrown: bool,
+    rule: GroupRule,
 }
 
 /// Positions of requests whose blocks are wanted; orders and blocks to let go, if there are none; whether there are notices.
@@ -98,7 +97,7 @@ impl SchedulerHalf {
         read: &mut Option<(Range, Bytes)>,
     ) -> PyResult<(Bytes, Vec<u32>)> {
         let group = &self.groups[group as usize];
-        let (first, last) = (first as usize, tokens / group.span);
+        let (first, last) = (first as usize, tokens / group.rule.span() as usize);
         let blocks = lists::blocks(&tables.get_item(group.of)?, first, last)?;
         let range = (group.ratio, first.saturating_sub(1), first + blocks.len());
         let found = match read {
@@ -123,7 +122,8 @@ impl SchedulerHalf {
             };
             let mut read = None;
             for (_, group, first) in of_request {
-                let tokens = match self.groups[*group as usize].outgrown {
+                // What a running request may give up is taken in the step that fills it.
+                let tokens = match self.groups[*group as usize].rule.stands_alone() {
                     true => *after,
                     false => *before,
                 };
@@ -139,11 +139,7 @@ impl SchedulerHalf {
 
     /// Hashes of so many units from the start, as the half wants them.
     fn loadable(&self, hashes: &Bound<'_, PyAny>, units: u32) -> Vec<u8> {
-        let all = self.with(|half| {
-            let settings = half.settings();
-            units as usize * (settings.unit() / settings.grain()) as usize
-        });
-        let all = all.unwrap_or(0);
+        let all = units as usize * self.grains;
         lists::hashes(hashes, self.grain, 0, all).unwrap_or_else(|error| {
             self.strange(hashes.py(), &error);
             Vec::new()
@@ -201,8 +197,7 @@ impl SchedulerHalf {
         let own = rules.iter().zip(&groups).map(|(rule, group)| Group {
             of: group.4,
             ratio: (rule.span() / hash_tokens) as usize,
-            span: rule.span() as usize,
-            outgrown: rule.stands_alone(),
+            rule: *rule,
         });
         let own = own.collect();
         let settings = Settings {
@@ -231,6 +226,7 @@ impl SchedulerHalf {
         Ok(SchedulerHalf {
             groups: own,
             grain: (settings.grain() / hash_tokens) as usize,
+            grains: settings.unit().checked_div(settings.grain()).unwrap_or(0) as usize,
             wanted: Mutex::default(),
             inner: Mutex::new(Guarded::new(Scheduler::new(settings, link))),
         })

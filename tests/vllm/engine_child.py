@@ -252,8 +252,8 @@ class Child:
         }
 
     def generate(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Runs all prompts at once, or so many (`at_once`): then the next comes when one is done. With `progress`, sends a line for every new token. `dump` = blocks of each to digest after
-        its first token. `stop_after` aborts a request that has that many tokens. `preempt_after`: once the first request has that many
+        """Runs all prompts at once, or so many (`at_once`): then the next comes when one is done. With `progress`, sends a line for every new token.
+        `dump` = blocks of each to digest after its first token. `stop_after` aborts a request that has that many tokens. `preempt_after`: once the first request has that many
         tokens and the connector keeps no blocks (vLLM could not forget those) and copies none, all requests lose their blocks, and vLLM its prefix cache."""
         before = self.counters()
         begin = time.monotonic()

@@ -27,8 +27,8 @@ pub enum Match {
 }
 
 impl<P: Port> Scheduler<P> {
-    /// Asks for a request's blocks, with the step's end at the latest: `hashes` of all that may be loaded, from its first block on, one for every
-    /// [grain](super::Settings::grain) of tokens.
+    /// Asks for a request's blocks, with the step's end at the latest: `hashes` of all that may be loaded, from its first block on, one
+    /// for every [grain](super::Settings::grain) of tokens.
     pub fn ask(&mut self, now: u64, id: &str, hashes: &[u8]) {
         let Some(request) = self.requests.get(id) else {
             return;

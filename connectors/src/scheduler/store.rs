@@ -456,13 +456,8 @@ impl<P: Port> Scheduler<P> {
         let Some(request) = self.requests.get_mut(id) else {
             return false;
         };
-        if request.loading {
-            // The engine holds the blocks until the load is reported, by a rule of its own.
-            self.requests.remove(id);
-            self.send_if_last();
-            return false;
-        }
-        if !request.has_pending() && request.orders == 0 {
+        // While it loads, the engine holds the blocks until that is reported, by a rule of its own.
+        if request.loading || (!request.has_pending() && request.orders == 0) {
             self.requests.remove(id);
             self.send_if_last();
             return false;

@@ -1,8 +1,8 @@
 //! The io_uring adapter: one ring, one registered file, direct I/O, arenas as fixed buffers.
 //!
 //! The ring belongs to the first thread that starts or polls. Operations are handed to the kernel together, in the next poll or when
-//! they are many bytes. What they read or write is kept here until the kernel says that it is over, also when the adapter is dropped: a kernel must never
-//! write into freed memory. Deliberately absent: polling threads of the kernel (they burn a core for nothing gained) and polled
+//! they are many bytes. What they read or write is kept here until the kernel says that it is over, also when the adapter is dropped: a
+//! kernel must never write into freed memory. Deliberately absent: polling threads of the kernel (they burn a core for nothing gained) and polled
 //! completions (a device may take them at setup and refuse them at the first read).
 
 use std::mem::ManuallyDrop;

@@ -15,6 +15,7 @@ use crate::link::notify::Sleep;
 const LIGHT_SLEEP: Duration = Duration::from_millis(1);
 /// For how long after the last such request.
 pub(super) const LIGHT_FOR: Duration = Duration::from_millis(100);
+
 impl Worker {
     /// Sleeps until something happens or is due.
     pub(super) fn sleep(&mut self) {
