@@ -13,6 +13,7 @@ mod faulty;
 mod file;
 mod fixed;
 mod job;
+mod parts;
 mod raw;
 mod ring;
 #[cfg(test)]

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use super::bell::Bell;
 use super::fixed::FixedTable;
 use super::job::{Job, Verb};
+use super::parts::Parted;
 use super::ring::{answer, begin, build, errno, probe};
 use super::{ArenaRange, Backing, BlockIo, Buffer, DEPTH_MAX, Done, FixedReport, Op, PAGE, Waker};
 
@@ -29,6 +30,10 @@ const NOTHING: u64 = u64::MAX - 1;
 const HAND_OVER: usize = 1 << 20;
 /// Longest wait in one call; a caller that wants more calls again.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
+/// Places in the queue beside those of operations: the bell's, and some for pairs' company, should the kernel take a pair by halves.
+const BESIDES: u32 = 3;
+/// Places for parts of operations: nearly all are handed over before they need more.
+const PARTS: u32 = 32;
 /// How long the next try is put off when the kernel takes nothing.
 const RETRY: Duration = Duration::from_millis(10);
 /// How many seconds an end waits for operations before it gives their memory up for lost.
@@ -44,7 +49,7 @@ pub struct UringIo {
 /// All that the kernel may still use. Fields are dropped in this order, the ring first.
 struct Core {
     ring: IoUring,
-    jobs: Vec<Option<Job<ArenaRange>>>,
+    jobs: Vec<Option<Parted>>,
     free: Vec<u32>,
     refused: Vec<Done<ArenaRange>>,
     /// Bytes of operations that are not handed over.
@@ -68,8 +73,7 @@ impl UringIo {
     pub fn open(backing: Arc<Backing>, depth: usize) -> Result<Self, String> {
         probe(&backing)?;
         let depth = depth.clamp(1, DEPTH_MAX) as u32;
-        // One more for the bell, and some for pairs' company, should the kernel take a pair in parts.
-        let ring = build((depth + 4).next_power_of_two())?;
+        let ring = build((depth + BESIDES + PARTS).next_power_of_two())?;
         let submitter = ring.submitter();
         submitter
             .register_files(&[backing.as_fd().as_raw_fd()])
@@ -125,7 +129,7 @@ impl UringIo {
         // Nor does a panic here free what the kernel may use.
         let mut core = ManuallyDrop::new(core);
         core.drain(self.patience);
-        let left: Vec<u64> = core.under_way().map(|job| job.token).collect();
+        let left: Vec<u64> = core.under_way().map(Parted::token).collect();
         // The kernel takes a ring down later than this, and until then a device that it has would be in use.
         let _ = core.ring.submitter().unregister_files();
         if left.is_empty() {
@@ -176,32 +180,43 @@ impl Core {
             Some(Buffer::Host(range)) => self.fixed.index(&self.ring.submitter(), range),
             _ => None,
         };
-        let len = job.len() as u32;
-        let job = self.jobs[place as usize].insert(job);
-        let (address, offset) = (job.address(), job.offset);
-        let entry = match (job.verb, fixed) {
-            (Verb::Read, Some(index)) => opcode::ReadFixed::new(FILE, address, len, index)
-                .offset(offset)
-                .build(),
-            (Verb::Read, None) => opcode::Read::new(FILE, address, len).offset(offset).build(),
-            (Verb::Write, Some(index)) => opcode::WriteFixed::new(FILE, address, len, index)
-                .offset(offset)
-                .build(),
-            (Verb::Write, None) => opcode::Write::new(FILE, address, len)
-                .offset(offset)
-                .build(),
-            (Verb::Flush, _) => opcode::Fsync::new(FILE)
-                .flags(types::FsyncFlags::DATASYNC)
-                .build(),
-        };
-        // SAFETY: the address is of a buffer that `jobs` owns and nobody touches until its completion has been seen; `jobs` is
-        // dropped only when nothing is under way (see `UringIo::end`).
-        unsafe { self.push(&entry.user_data(u64::from(place))) };
-        self.queued += len as usize;
+        let (verb, len, room) = (job.verb, job.len(), self.room());
+        let parted = self.jobs[place as usize].insert(Parted::new(job, room));
+        let (start, offset) = (parted.job().address(), parted.job().offset);
+        for part in parted.parts() {
+            let address = start.wrapping_add(part.at);
+            let (len, offset) = (part.len as u32, offset + part.at as u64);
+            let entry = match (verb, fixed) {
+                (Verb::Read, Some(index)) => opcode::ReadFixed::new(FILE, address, len, index)
+                    .offset(offset)
+                    .build(),
+                (Verb::Read, None) => opcode::Read::new(FILE, address, len).offset(offset).build(),
+                (Verb::Write, Some(index)) => opcode::WriteFixed::new(FILE, address, len, index)
+                    .offset(offset)
+                    .build(),
+                (Verb::Write, None) => opcode::Write::new(FILE, address, len)
+                    .offset(offset)
+                    .build(),
+                (Verb::Flush, _) => opcode::Fsync::new(FILE)
+                    .flags(types::FsyncFlags::DATASYNC)
+                    .build(),
+            };
+            // SAFETY: the address is of a buffer that `jobs` owns and nobody touches until the completions of all parts have been
+            // seen; `jobs` is dropped only when nothing is under way (see `UringIo::end`).
+            unsafe { self.push(&entry.user_data(u64::from(place))) };
+        }
+        self.queued += len;
         // A page alone may be the header of what comes next.
-        if self.queued >= HAND_OVER && len as usize > PAGE {
+        if self.queued >= HAND_OVER && len > PAGE {
             let _ = self.enter(None);
         }
+    }
+
+    /// How many parts the next operation may have, so that the queue still has a place for each operation that may come after it.
+    fn room(&mut self) -> usize {
+        let queue = self.ring.submission();
+        let kept = self.free.len() + BESIDES as usize;
+        (queue.capacity() - queue.len()).saturating_sub(kept)
     }
 
     /// Has the bell wait in the ring.
@@ -237,12 +252,14 @@ impl Core {
                 continue;
             }
             let place = entry.user_data() as u32;
-            let job = self.jobs[place as usize]
-                .take()
-                .expect("one completion for each operation");
-            let result = job.judge(answer(entry.result()));
-            self.free.push(place);
-            over(job.done(result));
+            let under_way = &mut self.jobs[place as usize];
+            let parted = under_way.as_mut().expect("one completion for each part");
+            if parted.over(answer(entry.result()))
+                && let Some(parted) = under_way.take()
+            {
+                self.free.push(place);
+                over(parted.done());
+            }
         }
         if rung {
             self.bell.quiet();
@@ -336,7 +353,7 @@ impl Core {
         self.reap(|over| done.push(over));
     }
 
-    fn under_way(&self) -> impl Iterator<Item = &Job<ArenaRange>> {
+    fn under_way(&self) -> impl Iterator<Item = &Parted> {
         self.jobs.iter().flatten()
     }
 
