@@ -6,6 +6,7 @@
 mod cache;
 mod clock;
 mod digest;
+mod engine;
 mod errors;
 mod lists;
 mod observed;

@@ -13,11 +13,13 @@ use kvd_connectors::scheduler::{Adapter, ByTier, Guarded, Match, Scheduler, Sett
 use kvd_connectors::worker::Counters;
 use kvd_core::{GroupKind, GroupRule};
 use parking_lot::Mutex;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::{PyBytes, PyDict, PyList};
+use pyo3::types::{PyBytes, PyDict};
 
 use crate::clock::now_us;
+use crate::engine::{self, Lists, Running, Step};
 use crate::errors::{error, from_client, invalid};
 use crate::lists;
 use crate::observed::dict;
@@ -34,8 +36,12 @@ pub(crate) struct SchedulerHalf {
     grain: usize,
     /// And how many of those a unit has.
     grains: usize,
-    /// What is wanted of the step that has begun: position in its ids, group, first block.
-    wanted: Mutex<Vec<(usize, u32, u32)>>,
+    /// How many of the engine's tokens a hash covers.
+    hash_tokens: usize,
+    /// Whether a running request gives blocks up.
+    outgrows: bool,
+    /// Blocks to be given back to the engine's pool.
+    leaving: Mutex<Vec<u32>>,
 }
 
 /// 16 bytes that are the same for all processes of an engine instance, and for no others.
@@ -54,9 +60,6 @@ struct Group {
     rule: GroupRule,
 }
 
-/// Positions of requests whose blocks are wanted; orders and blocks to let go, if there are none; whether there are notices.
-type Step<'py> = (Vec<usize>, Option<(Bound<'py, PyBytes>, Vec<u32>)>, bool);
-
 /// Blocks of a request: its id, the group, their hashes and numbers.
 type Captured<'a> = (&'a PyBackedStr, u32, Bytes, Vec<u32>);
 
@@ -65,16 +68,6 @@ type Range = (usize, usize, usize);
 
 /// A state in a block of its own: the request's id, the group, its hash, the block.
 type State<'py> = (PyBackedStr, u32, Bound<'py, PyAny>, u32);
-
-/// A request as the engine has it: its id, its hashes, its blocks by the engine's groups, and how many of its tokens are hashed and
-/// computed before this step and with it.
-type View<'py> = (
-    PyBackedStr,
-    Bound<'py, PyAny>,
-    Bound<'py, PyAny>,
-    usize,
-    usize,
-);
 
 fn strings(list: &[PyBackedStr]) -> Vec<&str> {
     list.iter().map(|text| -> &str { text }).collect()
@@ -112,23 +105,34 @@ impl SchedulerHalf {
         Ok((found, blocks))
     }
 
-    /// What was wanted of requests, read from their views. The half is not locked meanwhile: Python may run anything.
-    fn read<'a>(&self, views: &'a [Option<View<'_>>]) -> PyResult<Vec<Captured<'a>>> {
-        let wanted = std::mem::take(&mut *self.wanted.lock());
-        let (mut all, mut views) = (Vec::with_capacity(wanted.len()), views.iter());
+    /// What is wanted of a step's requests. The half is not locked meanwhile: Python may run anything.
+    fn read<'a>(
+        &self,
+        step: &'a Step<'_>,
+        wanted: &[(usize, u32, u32)],
+        lists: &Lists<'_, '_>,
+    ) -> PyResult<Vec<Captured<'a>>> {
+        let mut all = Vec::with_capacity(wanted.len());
         for of_request in wanted.chunk_by(|a, b| a.0 == b.0) {
-            let Some(Some((id, hashes, tables, before, after))) = views.next() else {
+            let at = of_request[0].0;
+            let (id, name) = (&step.ids[at], &step.names[at]);
+            let Some(request) = lists.requests.get_item(name)? else {
                 continue;
             };
+            let running = Running::read(&request, self.hash_tokens)?;
+            let tables = lists.blocks(name)?;
+            let before = step.computed[at] as usize;
+            let after = before + step.ahead.get(at).map_or(0, |tokens| *tokens as usize);
             let mut read = None;
             for (_, group, first) in of_request {
                 // What a running request may give up is taken in the step that fills it.
                 let tokens = match self.groups[*group as usize].rule.stands_alone() {
-                    true => *after,
-                    false => *before,
+                    true => after.min(running.last),
+                    false => before.min(running.last),
                 };
                 let wanted = (*group, *first);
-                let (hashes, blocks) = self.blocks_of(hashes, tables, wanted, tokens, &mut read)?;
+                let (hashes, blocks) =
+                    self.blocks_of(&running.hashes, &tables, wanted, tokens, &mut read)?;
                 if !blocks.is_empty() {
                     all.push((id, *group, hashes, blocks));
                 }
@@ -137,11 +141,38 @@ impl SchedulerHalf {
         Ok(all)
     }
 
-    /// Hashes of so many units from the start, as the half wants them.
-    fn loadable(&self, hashes: &Bound<'_, PyAny>, units: u32) -> Vec<u8> {
-        let all = units as usize * self.grains;
-        lists::hashes(hashes, self.grain, 0, all).unwrap_or_else(|error| {
-            self.strange(hashes.py(), &error);
+    /// Takes the last blocks of a request that is over.
+    fn last_blocks(
+        &self,
+        now: u64,
+        id: &str,
+        request: &Bound<'_, PyAny>,
+        tables: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let running = Running::read(request, self.hash_tokens)?;
+        let computed = request.getattr(intern!(request.py(), "num_computed_tokens"))?;
+        let tokens = running.last.min(computed.extract()?);
+        let wanted = self.with(|half| half.finish_from(now, id, tokens as u32));
+        let mut read = None;
+        for (group, first) in wanted.unwrap_or_default() {
+            let (hashes, blocks) =
+                self.blocks_of(&running.hashes, tables, (group, first), tokens, &mut read)?;
+            self.with(|half| half.last_blocks(id, group, hashes, blocks));
+        }
+        Ok(())
+    }
+
+    /// Hashes of a request's units that may be loaded, as the half wants them: never the one with the last token, which is always computed.
+    fn loadable(&self, request: &Bound<'_, PyAny>) -> Vec<u8> {
+        let running = Running::read(request, self.hash_tokens);
+        let hashes = running.and_then(|running| {
+            let grain = self.grain * self.hash_tokens;
+            let unit = grain * self.grains;
+            let units = running.last.checked_div(unit).unwrap_or(0);
+            lists::hashes(&running.hashes, self.grain, 0, units * self.grains)
+        });
+        hashes.unwrap_or_else(|error| {
+            self.strange(request.py(), &error);
             Vec::new()
         })
     }
@@ -227,7 +258,9 @@ impl SchedulerHalf {
             groups: own,
             grain: (settings.grain() / hash_tokens) as usize,
             grains: settings.unit().checked_div(settings.grain()).unwrap_or(0) as usize,
-            wanted: Mutex::default(),
+            hash_tokens: hash_tokens as usize,
+            outgrows: settings.groups.iter().any(GroupRule::stands_alone),
+            leaving: Mutex::default(),
             inner: Mutex::new(Guarded::new(Scheduler::new(settings, link))),
         })
     }
@@ -256,21 +289,23 @@ impl SchedulerHalf {
             .flatten()
     }
 
-    /// `units`: so many may be loaded, by `hashes` as the engine has them. `skip`: it reads no cache.
+    /// `reads`: what is stored may be loaded for it.
     fn on_new_request(
         &self,
         id: &str,
+        request: &Bound<'_, PyAny>,
         adapter: Option<&str>,
-        hashes: &Bound<'_, PyAny>,
-        units: u32,
-        skip: bool,
+        reads: bool,
     ) {
-        let hashes = self.loadable(hashes, if skip { 0 } else { units });
+        let hashes = match reads {
+            true => self.loadable(request),
+            false => Vec::new(),
+        };
         let adapter = match adapter {
             Some(name) => Adapter::Named(name.to_owned()),
             None => Adapter::Base,
         };
-        self.with(|half| half.on_new_request(now_us(), id, adapter, &hashes, skip));
+        self.with(|half| half.on_new_request(now_us(), id, adapter, &hashes, !reads));
     }
 
     /// Tokens of which every hit is a multiple.
@@ -288,8 +323,8 @@ impl SchedulerHalf {
         }
     }
 
-    fn ask(&self, id: &str, hashes: &Bound<'_, PyAny>, units: u32) {
-        let hashes = self.loadable(hashes, units);
+    fn ask(&self, id: &str, request: &Bound<'_, PyAny>) {
+        let hashes = self.loadable(request);
         self.with(|half| half.ask(now_us(), id, &hashes));
     }
 
@@ -297,62 +332,63 @@ impl SchedulerHalf {
         self.inner.lock().allocated(id, external, &blocks);
     }
 
-    /// Begins a step, and ends it at once if no blocks are wanted, unless it is to stay open: (positions of those whose blocks are
-    /// wanted, (orders, blocks to let go), whether there are notices).
+    /// A step: takes the blocks that are to be stored, keeps those that the engine would give up, and gives back what is copied. `lists`:
+    /// where the engine has requests and blocks. `states`: those in blocks of their own (id, group, hash, block). The step's orders, and
+    /// whether there are notices.
     fn step<'py>(
         &self,
-        py: Python<'py>,
-        preempted: Vec<PyBackedStr>,
-        ids: &Bound<'py, PyList>,
-        computed: Vec<u32>,
-        ahead: Vec<u32>,
-        open: bool,
-    ) -> PyResult<Step<'py>> {
-        let ids: Vec<PyBackedStr> = ids.extract()?;
-        let (preempted, ids) = (strings(&preempted), strings(&ids));
+        output: &Bound<'py, PyAny>,
+        requests: &Bound<'py, PyDict>,
+        manager: &Bound<'py, PyAny>,
+        tables: Vec<Bound<'py, PyDict>>,
+        pool: &Bound<'py, PyAny>,
+        states: Vec<State<'py>>,
+    ) -> PyResult<(Bound<'py, PyBytes>, bool)> {
+        let py = output.py();
+        let lists = Lists {
+            output,
+            requests,
+            manager,
+            tables: &tables,
+        };
+        // Without it nothing is known of whose blocks are whose.
+        let step = Step::read(output, self.outgrows).inspect_err(|_| self.inner.lock().fail())?;
+        let hashes = states.iter().map(|state| lists::hash(&state.2));
+        let hashes = hashes.collect::<PyResult<Vec<_>>>();
         let now = now_us();
         let mut guard = self.inner.lock();
-        let wanted = guard
-            .with(|half| half.begin_step(now, &preempted, &ids, &computed, &ahead))
-            .unwrap_or_default();
-        let ended = (wanted.is_empty() && !open).then(|| {
-            let orders = guard.end_step(now);
-            (PyBytes::new(py, &orders), guard.released())
-        });
-        let half = guard.half();
-        let notices = half.map_or(guard.has_failure(), Scheduler::has_notices);
-        let mut positions: Vec<usize> = wanted.iter().map(|one| one.0).collect();
-        positions.dedup();
-        *self.wanted.lock() = wanted;
-        Ok((positions, ended, notices))
-    }
-
-    /// Takes the blocks of the requests that were wanted, in their order, and states in blocks of their own (id, group, hash, block), and
-    /// ends the step: (blocks to keep, orders, blocks to let go).
-    fn end_step<'py>(
-        &self,
-        py: Python<'py>,
-        views: Vec<Option<View<'py>>>,
-        states: Vec<State<'py>>,
-    ) -> (Vec<u32>, Bound<'py, PyBytes>, Vec<u32>) {
-        let captured = self.read(&views).and_then(|captured| {
-            let hashes = states.iter().map(|state| lists::hash(&state.2));
-            Ok((captured, hashes.collect::<PyResult<Vec<_>>>()?))
-        });
-        let (captured, hashes) = captured.unwrap_or_else(|error| {
-            self.strange(py, &error);
-            Default::default()
-        });
-        let (now, mut kept) = (now_us(), Vec::new());
-        let mut guard = self.inner.lock();
-        for (id, group, hashes, blocks) in captured {
-            kept.append(&mut guard.capture(now, id, group, hashes, blocks));
+        let begun = |half: &mut Scheduler<Link>| {
+            let (preempted, ids) = (strings(&step.preempted), strings(&step.ids));
+            half.begin_step(now, &preempted, &ids, &step.computed, &step.ahead)
+        };
+        let wanted = guard.with(begun).unwrap_or_default();
+        if !wanted.is_empty() || !states.is_empty() {
+            drop(guard);
+            let captured = self.read(&step, &wanted, &lists);
+            let captured = captured.and_then(|captured| Ok((captured, hashes?)));
+            let (captured, hashes) = captured.unwrap_or_else(|error| {
+                self.strange(py, &error);
+                Default::default()
+            });
+            guard = self.inner.lock();
+            let mut kept = Vec::new();
+            for (id, group, hashes, blocks) in captured {
+                kept.append(&mut guard.capture(now, id, group, hashes, blocks));
+            }
+            for ((id, group, _, block), hash) in states.iter().zip(&hashes) {
+                kept.append(&mut guard.capture_state(now, id, *group, hash, *block));
+            }
+            if !kept.is_empty() {
+                drop(guard);
+                engine::keep(pool, &kept)?;
+                guard = self.inner.lock();
+            }
         }
-        for ((id, group, _, block), hash) in states.iter().zip(&hashes) {
-            kept.append(&mut guard.capture_state(now, id, *group, hash, *block));
-        }
-        let orders = guard.end_step(now);
-        (kept, PyBytes::new(py, &orders), guard.released())
+        let orders = PyBytes::new(py, &guard.end_step(now));
+        let notices = guard.has_failure() || guard.half().is_some_and(Scheduler::has_notices);
+        drop(guard);
+        self.let_go(pool)?;
+        Ok((orders, notices))
     }
 
     /// Fails as by a bug: for tests.
@@ -365,11 +401,19 @@ impl SchedulerHalf {
     }
 
     fn lets_go_soon(&self) -> bool {
-        self.with(|half| half.lets_go_soon()).unwrap_or(false)
+        !self.leaving.lock().is_empty() || self.with(|half| half.lets_go_soon()).unwrap_or(false)
     }
 
-    fn released(&self) -> Vec<u32> {
-        self.inner.lock().released()
+    /// Gives back to the engine's pool what is copied, or will not be; not all at once.
+    fn let_go(&self, pool: &Bound<'_, PyAny>) -> PyResult<()> {
+        if !self.outgrows {
+            return Ok(());
+        }
+        let mut leaving = std::mem::take(&mut *self.leaving.lock());
+        leaving.append(&mut self.inner.lock().released());
+        let given = engine::let_go(pool, &mut leaving);
+        self.leaving.lock().append(&mut leaving);
+        given
     }
 
     fn on_output(
@@ -395,27 +439,12 @@ impl SchedulerHalf {
         .map_err(|failure| error(py, kvd_client::ErrorKind::Internal, failure.to_string()))
     }
 
-    /// A request is over, of which so many tokens are hashed and computed: whether its blocks must be held.
-    fn finished(
-        &self,
-        py: Python<'_>,
-        id: &str,
-        hashes: &Bound<'_, PyAny>,
-        tables: &Bound<'_, PyAny>,
-        tokens: u32,
-    ) -> bool {
+    /// A request is over that has these blocks by the engine's groups: whether they must be held.
+    fn finished(&self, id: &str, request: &Bound<'_, PyAny>, tables: &Bound<'_, PyAny>) -> bool {
         let now = now_us();
         let known = tables.len().is_ok_and(|groups| groups > 0);
-        let wanted = known.then(|| self.with(|half| half.finish_from(now, id, tokens)));
-        let wanted = wanted.flatten().unwrap_or_default();
-        let mut read = None;
-        for (group, first) in wanted {
-            match self.blocks_of(hashes, tables, (group, first), tokens as usize, &mut read) {
-                Ok((hashes, blocks)) => {
-                    self.with(|half| half.last_blocks(id, group, hashes, blocks));
-                }
-                Err(error) => self.strange(py, &error),
-            }
+        if known && let Err(error) = self.last_blocks(now, id, request, tables) {
+            self.strange(request.py(), &error);
         }
         self.inner.lock().finished(now, id)
     }
@@ -425,7 +454,7 @@ impl SchedulerHalf {
     }
 
     fn has_pending_work(&self) -> bool {
-        self.inner.lock().has_pending_work()
+        !self.leaving.lock().is_empty() || self.inner.lock().has_pending_work()
     }
 
     /// What people should read: (is it a warning, text).

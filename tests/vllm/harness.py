@@ -24,7 +24,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, generate_scheduler_kv_cache_config, get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -97,13 +97,33 @@ class Watch:
         """Steps in which each block was taken."""
         self.loads: dict[str, list[int]] = {}
         self.most_kept = 0
-        self._pool: Any = None
+        self._inside = False
 
     def over(self, connector: Any, pool: Any) -> None:
-        self._pool = pool
         if hasattr(connector, "_capture"):
             assert connector._capture.pool is pool, "vLLM has not bound its own"
-        connector.bind_gpu_block_pool(self)
+        count, watch = vars(KVCacheBlock)["ref_cnt"], self
+
+        class Watched(KVCacheBlock):
+            """A block whose references tell when the connector takes or gives one back."""
+
+            __slots__ = ()
+
+            @property
+            def ref_cnt(self) -> int:
+                return int(count.__get__(self))
+
+            @ref_cnt.setter
+            def ref_cnt(self, now: int) -> None:
+                before = self.ref_cnt
+                count.__set__(self, now)
+                if watch._inside:
+                    watch._counted(self, before, now)
+
+        for block in pool.blocks:
+            block.__class__ = Watched
+        for name in ("build_connector_meta", "update_connector_output"):
+            setattr(connector, name, self._within(getattr(connector, name)))
         usual = connector.update_state_after_alloc
 
         def noted(request: Any, blocks: Any, tokens: int) -> None:
@@ -113,24 +133,27 @@ class Watch:
 
         connector.update_state_after_alloc = noted
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)
+    def _within(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*args: Any) -> Any:
+            self._inside = True
+            try:
+                return hook(*args)
+            finally:
+                self._inside = False
 
-    def touch(self, blocks: Any) -> None:
-        for one in blocks:
+        return inside
+
+    def _counted(self, block: Any, before: int, now: int) -> None:
+        if now > before:
             # What is findable by its hash is as it was, though its request has given it up.
-            assert one.block_id and (one.ref_cnt > 0 or one.block_hash is not None), "the connector keeps a block that nobody has"
-            self.kept.setdefault(one.block_id, []).append(self.step)
-        self.most_kept = max(self.most_kept, len(self.kept))
-        self._pool.touch(blocks)
-
-    def free_blocks(self, blocks: Any) -> None:
-        for one in blocks:
-            taken = self.kept[one.block_id]
+            assert block.block_id and (before > 0 or block.block_hash is not None), "the connector keeps a block that nobody has"
+            self.kept.setdefault(block.block_id, []).append(self.step)
+            self.most_kept = max(self.most_kept, len(self.kept))
+        else:
+            taken = self.kept[block.block_id]
             taken.pop(0)
             if not taken:
-                del self.kept[one.block_id]
-        self._pool.free_blocks(blocks)
+                del self.kept[block.block_id]
 
     def loaded(self, output: Any) -> None:
         for name in output.finished_recving or () if output is not None else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,24 +20,46 @@ def half(tmp_path: pathlib.Path, **changed: Any) -> SchedulerHalf:
     return SchedulerHalf(tmp_path / "nobody.sock", bytes(16), "test", **options)
 
 
+def request(hashes: Any, tokens: int = 65) -> SimpleNamespace:
+    return SimpleNamespace(block_hashes=hashes, num_tokens=tokens, num_computed_tokens=tokens)
+
+
+def output(running: Any, preempted: Any = None) -> SimpleNamespace:
+    cached = SimpleNamespace(req_ids=list(running), num_computed_tokens=list(running.values()))
+    return SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=cached, num_scheduled_tokens={}, preempted_req_ids=preempted)
+
+
 def test_hashes_as_vllm_has_them_are_taken(tmp_path: pathlib.Path) -> None:
     one = half(tmp_path)
-    one.on_new_request("a", None, [bytes([at]) * 32 for at in range(4)], 2, False)
-    one.on_new_request("short hashes", None, [bytes([at]) * 16 for at in range(4)], 2, False)
-    one.on_new_request("no hashes", None, [], 0, False)
-    one.on_new_request("no prefix caching", None, [], 2, True)
+    one.on_new_request("a", request([bytes([at]) * 32 for at in range(4)]), None, True)
+    one.on_new_request("short hashes", request([bytes([at]) * 16 for at in range(4)]), None, True)
+    one.on_new_request("no hashes", request([]), None, True)
+    one.on_new_request("more hashes than tokens", request([bytes(32)] * 4, 20), None, True)
+    one.on_new_request("no prefix caching", request([]), None, False)
     assert one.refusal() is None
-    one.finished("a", [], (), 64)
+    one.finished("a", request([]), ())
     one.close()
 
 
-@pytest.mark.parametrize("hashes", [[b"h" * 32] * 3, ["h"] * 4, [b"h" * 33] * 4, None, 7], ids=["too few", "text", "too long", "none", "number"])
+@pytest.mark.parametrize("hashes", [["h"] * 4, [b"h" * 33] * 4, None, 7], ids=["text", "too long", "none", "number"])
 def test_another_form_of_hashes_is_refused_and_does_no_harm(tmp_path: pathlib.Path, hashes: Any) -> None:
     one = half(tmp_path)
-    one.on_new_request("a", None, hashes, 2, False)
+    one.on_new_request("a", request(hashes), None, True)
     assert "keeps its lists of blocks in another form" in str(one.refusal())
-    assert one.step([], ["a"], [64], [], False) == ([], (b"", []), True)
-    one.finished("a", hashes, ([1, 2],), 64)
+    assert one.step(output({"a": 64}), {}, None, [], None, []) == (b"", True)
+    one.finished("a", request(hashes), ([1, 2],))
+    one.close()
+
+
+@pytest.mark.parametrize("bad", [SimpleNamespace(), output({"a": "many"}), output({7: 1}), output({}, 7)], ids=["nothing", "text", "number", "no set"])
+def test_a_step_of_another_form_ends_the_half_and_says_so(tmp_path: pathlib.Path, bad: Any) -> None:
+    one = half(tmp_path)
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        one.step(bad, {}, None, [], None, [])
+    assert "failed by a bug" in str(one.notices())
+    orders, _ = one.step(output({}), {}, None, [], None, [])
+    assert orders, "the workers are told to stop"
+    assert one.step(output({}), {}, None, [], None, []) == (b"", False)
     one.close()
 
 

@@ -1,7 +1,7 @@
 //! A scheduler half that may fail by a bug without harm to the engine. What the engine was promised is written down here, outside of
 //! the half: should the half panic, the engine's next step carries last orders that settle it, and from then on nothing is done.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bytes::Bytes;
@@ -16,8 +16,8 @@ const NOWHERE: u32 = u32::MAX;
 /// What the engine waits for.
 #[derive(Default)]
 struct Promises {
-    /// Blocks that it keeps for us, and how often it was asked to.
-    kept: HashMap<u32, u32>,
+    /// How often it was asked to keep each block for us, by the block's number.
+    kept: Vec<u32>,
     /// Finished requests whose blocks it holds until the workers, who have not been told yet, report them.
     leaving: HashSet<String>,
     /// Requests that wait for loads which the workers have not heard of yet, and by KV-cache group their blocks that nobody else has.
@@ -69,13 +69,19 @@ impl<P: Port> Guarded<P> {
         match catch_unwind(AssertUnwindSafe(|| run(half))) {
             Ok(result) => Some(result),
             Err(_) => {
-                let half = self.half.take();
-                // What a bug has left behind may well panic again.
-                let _ = catch_unwind(AssertUnwindSafe(|| drop(half)));
-                self.health = Health::Failed;
-                self.untold = true;
+                self.fail();
                 None
             }
+        }
+    }
+
+    /// The half can't go on, though it has not panicked.
+    pub fn fail(&mut self) {
+        if let Some(half) = self.half.take() {
+            // What a bug has left behind may well panic again.
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(half)));
+            self.health = Health::Failed;
+            self.untold = true;
         }
     }
 
@@ -138,7 +144,11 @@ impl<P: Port> Guarded<P> {
     fn keep(&mut self, kept: Option<Vec<u32>>) -> Vec<u32> {
         let kept = kept.unwrap_or_default();
         for block in &kept {
-            *self.promises.kept.entry(*block).or_default() += 1;
+            let at = *block as usize;
+            if at >= self.promises.kept.len() {
+                self.promises.kept.resize(at + 1, 0);
+            }
+            self.promises.kept[at] += 1;
         }
         kept
     }
@@ -147,18 +157,15 @@ impl<P: Port> Guarded<P> {
     /// gets these blocks then writes them in a later step.
     pub fn released(&mut self) -> Vec<u32> {
         if self.health == Health::Over {
-            let kept = self.promises.kept.drain();
+            let kept = (0..).zip(std::mem::take(&mut self.promises.kept));
             return kept
                 .flat_map(|(block, times)| std::iter::repeat_n(block, times as usize))
                 .collect();
         }
         let released = self.with(Scheduler::released).unwrap_or_default();
         for block in &released {
-            if let Some(times) = self.promises.kept.get_mut(block) {
+            if let Some(times) = self.promises.kept.get_mut(*block as usize) {
                 *times -= 1;
-                if *times == 0 {
-                    self.promises.kept.remove(block);
-                }
             }
         }
         released

@@ -464,8 +464,8 @@ impl<P: Port> Scheduler<P> {
         }
         request.leaving = Leaving::Held { since: now };
         self.counters.held += 1;
+        // Slots are asked for in the next step, which comes at once if there is nothing else to do.
         self.list(id);
-        self.push_tail(now, id);
         true
     }
 

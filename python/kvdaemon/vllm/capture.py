@@ -6,7 +6,7 @@ stored are kept by a reference in vLLM's block pool, from the step that computes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from kvdaemon.vllm.caches import Rule
     from kvdaemon.vllm.room import Room
 
-View = tuple[str, Sequence[bytes], Sequence[Sequence[Any]], int, int]
-"""A request's id, hashes, blocks by vLLM's groups, and tokens before a step and with it."""
-
 
 class Capture:
     """The scheduler half's eyes on vLLM's requests."""
@@ -31,6 +28,8 @@ class Capture:
         self.requests: dict[str, Request] = {}
         self.manager: Any = None
         """vLLM's manager of KV-cache blocks, once it is bound: tells those of a request."""
+        self._tables: list[dict[str, list[Any]]] = []
+        """Where it has them, by vLLM's groups, if that is known: to ask it is slow."""
         self.pool: Any = None
         """vLLM's block pool, once it is bound."""
         self._offers = any(rule.offered for rule in rules)
@@ -40,6 +39,12 @@ class Capture:
         self.pool = pool
         # A share of the pool that requests don't miss.
         self._half.limit_held(max(int(pool.num_gpu_blocks) // 8, 1))
+
+    def bind_manager(self, manager: Any) -> None:
+        self.manager, self._tables = manager, []
+        tables = [getattr(one, "req_to_blocks", None) for one in getattr(getattr(manager, "coordinator", None), "single_type_managers", ())]
+        if tables and all(isinstance(one, dict) for one in tables) and _are_what_it_tells(tables, manager):
+            self._tables = tables
 
     def pool_is_empty(self) -> bool:
         """Whether no block is in use or findable by its hash."""
@@ -53,59 +58,25 @@ class Capture:
 
     def step(self, output: SchedulerOutput) -> tuple[bytes, bool]:
         """A step's orders, and whether there are notices."""
-        half, cached = self._half, output.scheduled_cached_reqs
-        ids, computed = cached.req_ids, cached.num_computed_tokens
-        if new := output.scheduled_new_reqs:
-            ids = [one.req_id for one in new] + ids
-            computed = [one.num_computed_tokens for one in new] + computed
-        preempted = list(output.preempted_req_ids or ())
-        ahead: list[int] = []
-        offers: dict[str, list[tuple[int, int, int]]] = {}
+        half = self._half
+        states: list[tuple[str, int, bytes, int]] = []
         if self._outgrows:
             if self.pool is None and half.refusal() is None:
                 half.refuse("vLLM has not said where its blocks are kept (bind_gpu_block_pool)")
-            ahead = [output.num_scheduled_tokens.get(one, 0) for one in ids]
-            offers = self._offered(output)
-            self._room.step(ids, computed, ahead, preempted)
-        wanted, ended, notices = half.step(preempted, ids, computed, ahead, bool(offers))
-        if ended is None:
-            views = [self._view(output, ids[at], computed[at], ahead[at] if ahead else 0) for at in wanted]
-            kept, *ended = half.end_step(views, [one for name, states in offers.items() for one in self._states(name, states)])
-            if kept:
-                # Not to be given to others until they are copied.
-                self.pool.touch([self.pool.blocks[one] for one in kept])
-        orders, released = ended
-        self._free(released)
-        return orders, notices
-
-    def _view(self, output: SchedulerOutput, name: str, computed: int, ahead: int) -> View | None:
-        """A running request, as the half reads it: how many of its tokens have final KV before this step, and with it."""
-        request = self.requests.get(name)
-        if request is None:
-            return None
-        final = self._final(request)
-        return name, request.block_hashes, self._tables(output, name), min(computed, final), min(computed + ahead, final)
-
-    def _final(self, request: Request) -> int:
-        """Tokens that are hashed, and whose KV is final once it is computed. The last token does not count: its KV may not be computed
-        (async scheduling), and in a streaming session the token may still be replaced."""
-        return int(min(request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens))
-
-    def _tables(self, output: SchedulerOutput, name: str) -> tuple[Sequence[Any], ...]:
-        """A request's blocks, or their numbers, by vLLM's groups. Not copied where that can be helped: they are many."""
-        if self.manager is not None:
-            blocks: tuple[Sequence[Any], ...] = self.manager.get_blocks(name).blocks
-            return blocks
-        return tuple(output.kv_connector_block_state.resolve_block_ids(name))
+            if self._offers:
+                states = self._states(output)
+            self._room.step(output)
+        return half.step(output, self.requests, self.manager, self._tables, self.pool, states)
 
     # --- recurrent states -----------------------------------------------------------------------------------------------
 
-    def _offered(self, output: SchedulerOutput) -> dict[str, list[tuple[int, int, int]]]:
-        """Recurrent states that this step leaves in blocks of their own: per request (vLLM's group, block, tokens that led to it)."""
-        state = getattr(output, "kv_connector_block_state", None) if self._offers else None
-        return dict(getattr(state, "boundary_state_offloads", None) or {})
+    def _states(self, output: SchedulerOutput) -> list[tuple[str, int, bytes, int]]:
+        """Recurrent states that this step leaves in blocks of their own: request, group, hash, block."""
+        offers = getattr(getattr(output, "kv_connector_block_state", None), "boundary_state_offloads", None)
+        return [state for name, offered in (offers or {}).items() for state in self._offered(name, offered)]
 
-    def _states(self, name: str, states: list[tuple[int, int, int]]) -> Iterator[tuple[str, int, bytes, int]]:
+    def _offered(self, name: str, states: list[tuple[int, int, int]]) -> Iterator[tuple[str, int, bytes, int]]:
+        """Of one request, given vLLM's group, the block, and the tokens that led to it."""
         request = self.requests.get(name)
         if request is None:
             return
@@ -123,18 +94,6 @@ class Capture:
         known = self.pool.blocks[block].block_hash if self.pool is not None else None
         return known == make_block_hash_with_group_id(request.block_hashes[tokens // self._hash_tokens - 1], of)
 
-    # --- references -----------------------------------------------------------------------------------------------------
-
-    def let_go(self) -> None:
-        """Lets go what is copied, or will not be."""
-        if self._outgrows:
-            self._free(self._half.released())
-
-    def _free(self, ids: list[int]) -> None:
-        if ids:
-            pool = self.pool
-            pool.free_blocks([pool.blocks[one] for one in ids])
-
     # --- the end of a request ---------------------------------------------------------------------------------------------
 
     def finished(self, request: Request, block_ids: tuple[list[int], ...]) -> bool:
@@ -142,5 +101,19 @@ class Capture:
         name = request.request_id
         self.requests.pop(name, None)
         self._room.gone(name)
-        tokens = min(request.num_computed_tokens, self._final(request))
-        return self._half.finished(name, request.block_hashes, block_ids, tokens)
+        return self._half.finished(name, request, block_ids)
+
+
+def _are_what_it_tells(tables: list[dict[str, list[Any]]], manager: Any) -> bool:
+    """Whether vLLM's manager tells a request's blocks from these: tried with one that there is not."""
+    name, marks = "kvd probes", [[object()] for _ in tables]
+    try:
+        for table, mark in zip(tables, marks):
+            table[name] = mark
+        told = manager.get_blocks(name).blocks
+        return len(told) == len(marks) and all(one is mark for one, mark in zip(told, marks))
+    except Exception:
+        return False
+    finally:
+        for table in tables:
+            table.pop(name, None)

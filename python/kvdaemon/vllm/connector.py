@@ -125,6 +125,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         with calm_threads():
             half = self._scheduler = self._scheduler_half(config, vllm_config)
         self._unit = half.unit()
+        self._reads = bool(self._kv_transfer_config.is_kv_consumer)
         drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
         ahead = getattr(vllm_config, "num_lookahead_tokens", 0)
         at_a_time = getattr(vllm_config, "max_in_flight_tokens", None) or 2 * vllm_config.scheduler_config.max_num_batched_tokens
@@ -167,15 +168,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         facts = identity.facts(vllm_config, dtype, self._config.tenant, weights, none_hash, logger.warning)
         half.set_facts(facts, str(uuid.uuid4()))
 
-    def _loadable(self, request: Request) -> int:
-        """Units that may be loaded: never the one with the last token, which is always computed."""
-        return int(min(request.num_tokens - 1, len(request.block_hashes) * self._hash_tokens)) // self._unit
-
-    def _adapter(self, request: Request) -> str | None:
+    def _adapter(self, request: Request) -> str:
         """A name for the adapter that computes this request's KV; its digest is found out on the side."""
         lora = request.lora_request
-        if lora is None:
-            return None
         if getattr(lora, "load_inplace", False):
             self._inplace += 1
         name = f"{lora.lora_int_id}:{lora.lora_name}:{lora.lora_path}:{self._inplace}"
@@ -190,8 +185,9 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         half = self._scheduler
         if half is not None:
             self._capture.requests[request.request_id] = request
-            skip = bool(getattr(request, "skip_reading_prefix_cache", False)) or not self._kv_transfer_config.is_kv_consumer
-            half.on_new_request(request.request_id, self._adapter(request), request.block_hashes, self._loadable(request), skip)
+            reads = self._reads and not getattr(request, "skip_reading_prefix_cache", False)
+            adapter = None if request.lora_request is None else self._adapter(request)
+            half.on_new_request(request.request_id, request, adapter, reads)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         half = self._scheduler
@@ -202,7 +198,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             if found == -2 and self._room.full:
                 found = -1  # nor is anything kept for it
             elif found == -2:
-                half.ask(request.request_id, request.block_hashes, self._loadable(request))
+                half.ask(request.request_id, request)
                 found = half.matched(request.request_id, computed)
             if found > 0 and self._room.never(request.request_id, (computed + found) * self._unit, self._capture.pool):
                 if request.request_id not in self._hopeless:
@@ -255,7 +251,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
             failed = getattr(connector_output, "failed_recving", None)
             if reports or sent or received or invalid or failed:
                 half.on_output(list(sent or ()), list(received or ()), list(invalid or ()), list(failed or ()), reports)
-                self._capture.let_go()
+                half.let_go(self._capture.pool)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -284,7 +280,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         # From this vLLM has the block pool bound, too.
         super().bind_kv_cache_manager(kv_cache_manager)
         if self._scheduler is not None:
-            self._capture.manager = kv_cache_manager
+            self._capture.bind_manager(kv_cache_manager)
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
     from kvdaemon.vllm.caches import Rule
@@ -132,14 +133,18 @@ class Room:
             for hash in one.common:
                 self._common[hash] = self._common.get(hash, 0) + 1
 
-    def step(self, ids: list[str], computed: list[int], ahead: list[int], preempted: list[str]) -> None:
+    def step(self, output: SchedulerOutput) -> None:
         """A step begins. What runs to the end of its prompt waits no more, nor what has lost its blocks."""
         self.full = False
         if self._waiting:
-            for name, before, more in zip(ids, computed, ahead):
-                if name in self._waiting and before + more >= self._waiting[name].end:
+            cached = output.scheduled_cached_reqs
+            computed = {one.req_id: one.num_computed_tokens for one in output.scheduled_new_reqs}
+            computed.update(zip(cached.req_ids, cached.num_computed_tokens))
+            for name, before in computed.items():
+                waits = self._waiting.get(name)
+                if waits is not None and before + output.num_scheduled_tokens.get(name, 0) >= waits.end:
                     self._waits_no_more(name)
-            for name in preempted:
+            for name in output.preempted_req_ids or ():
                 self._waits_no_more(name)
 
     def gone(self, name: str) -> None:

@@ -1,0 +1,183 @@
+//! What the scheduler half reads of vLLM's objects, and the references that it takes to blocks. Native, because Python code that has not
+//! run since the last step costs several times what it does in a loop.
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyDict, PyList};
+
+/// Blocks that are given back at a time, or half of them if they are many more: vLLM takes about 0.3 us for one.
+const FREED_AT_ONCE: usize = 32;
+
+/// A step as vLLM has planned it: `SchedulerOutput`.
+#[derive(Default)]
+pub(crate) struct Step<'py> {
+    /// Requests that have lost their blocks.
+    pub(crate) preempted: Vec<PyBackedStr>,
+    /// Those that compute.
+    pub(crate) ids: Vec<PyBackedStr>,
+    /// The same, as vLLM has them: what it keeps by them is found quicker.
+    pub(crate) names: Vec<Bound<'py, PyAny>>,
+    /// How many of their tokens are computed before it.
+    pub(crate) computed: Vec<u32>,
+    /// And how many it adds, if that was asked for.
+    pub(crate) ahead: Vec<u32>,
+}
+
+impl<'py> Step<'py> {
+    /// # Errors
+    /// What Python raises when the object is another.
+    pub(crate) fn read(output: &Bound<'py, PyAny>, ahead: bool) -> PyResult<Self> {
+        let py = output.py();
+        let mut step = Step::default();
+        let new = output.getattr(intern!(py, "scheduled_new_reqs"))?;
+        for new in new.cast::<PyList>()? {
+            let computed = new.getattr(intern!(py, "num_computed_tokens"))?;
+            step.add(new.getattr(intern!(py, "req_id"))?, &computed)?;
+        }
+        let cached = output.getattr(intern!(py, "scheduled_cached_reqs"))?;
+        let ids = cached.getattr(intern!(py, "req_ids"))?;
+        let computed = cached.getattr(intern!(py, "num_computed_tokens"))?;
+        for (id, computed) in ids.cast::<PyList>()?.iter().zip(computed.cast::<PyList>()?) {
+            step.add(id, &computed)?;
+        }
+        let preempted = output.getattr(intern!(py, "preempted_req_ids"))?;
+        if !preempted.is_none() {
+            for id in preempted.try_iter()? {
+                step.preempted.push(id?.extract()?);
+            }
+        }
+        if ahead {
+            let scheduled = output.getattr(intern!(py, "num_scheduled_tokens"))?;
+            let scheduled = scheduled.cast::<PyDict>()?;
+            for id in &step.names {
+                let tokens = scheduled.get_item(id)?;
+                step.ahead
+                    .push(tokens.map_or(Ok(0), |tokens| tokens.extract())?);
+            }
+        }
+        Ok(step)
+    }
+
+    fn add(&mut self, id: Bound<'py, PyAny>, computed: &Bound<'py, PyAny>) -> PyResult<()> {
+        self.ids.push(id.extract()?);
+        self.names.push(id);
+        self.computed.push(computed.extract()?);
+        Ok(())
+    }
+}
+
+/// Where vLLM keeps requests and their blocks.
+pub(crate) struct Lists<'a, 'py> {
+    /// `SchedulerOutput`.
+    pub(crate) output: &'a Bound<'py, PyAny>,
+    /// Requests by their ids.
+    pub(crate) requests: &'a Bound<'py, PyDict>,
+    /// `KVCacheManager`, or None.
+    pub(crate) manager: &'a Bound<'py, PyAny>,
+    /// Of each of vLLM's groups, what it has the blocks of requests in, by their ids; empty where that is not known.
+    pub(crate) tables: &'a [Bound<'py, PyDict>],
+}
+
+impl<'py> Lists<'_, 'py> {
+    /// A request's blocks, or their numbers, by vLLM's groups. Not copied where that can be helped: they are many.
+    ///
+    /// # Errors
+    /// What Python raises when the objects are others.
+    pub(crate) fn blocks(&self, id: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = self.output.py();
+        if !self.tables.is_empty() {
+            let blocks = self.tables.iter().map(|table| match table.get_item(id)? {
+                Some(blocks) => Ok(blocks),
+                None => Ok(PyList::empty(py).into_any()),
+            });
+            let blocks = blocks.collect::<PyResult<Vec<_>>>()?;
+            return Ok(PyList::new(py, blocks)?.into_any());
+        }
+        if self.manager.is_none() {
+            let state = self
+                .output
+                .getattr(intern!(py, "kv_connector_block_state"))?;
+            return state.call_method1(intern!(py, "resolve_block_ids"), (id,));
+        }
+        let blocks = self
+            .manager
+            .call_method1(intern!(py, "get_blocks"), (id,))?;
+        blocks.getattr(intern!(py, "blocks"))
+    }
+}
+
+/// A running request: `Request`.
+pub(crate) struct Running<'py> {
+    /// Of its full blocks, one for so many tokens as the engine hashes at a time.
+    pub(crate) hashes: Bound<'py, PyAny>,
+    /// So many of its tokens are hashed, and have KV that is final once it is computed.
+    pub(crate) last: usize,
+}
+
+impl<'py> Running<'py> {
+    /// The last token does not count: its KV may not be computed (async scheduling), and in a streaming session the token may still be
+    /// replaced.
+    ///
+    /// # Errors
+    /// What Python raises when the object is another.
+    pub(crate) fn read(request: &Bound<'py, PyAny>, hash_tokens: usize) -> PyResult<Self> {
+        let py = request.py();
+        let hashes = request.getattr(intern!(py, "block_hashes"))?;
+        let tokens: usize = request.getattr(intern!(py, "num_tokens"))?.extract()?;
+        let hashed = hashes.len()?.saturating_mul(hash_tokens);
+        Ok(Running {
+            last: tokens.saturating_sub(1).min(hashed),
+            hashes,
+        })
+    }
+}
+
+/// Takes a reference to each of these blocks of vLLM's pool (`BlockPool`).
+///
+/// # Errors
+/// What Python raises when the pool is another; then no reference was taken.
+pub(crate) fn keep(pool: &Bound<'_, PyAny>, ids: &[u32]) -> PyResult<()> {
+    let py = pool.py();
+    let blocks = pool.getattr(intern!(py, "blocks"))?;
+    let blocks = blocks.cast::<PyList>()?;
+    let kept = ids.iter().map(|id| blocks.get_item(*id as usize));
+    let kept: Vec<Bound<'_, PyAny>> = kept.collect::<PyResult<_>>()?;
+    // What nobody has is in a queue of free ones, which is vLLM's affair.
+    let untaken = |block: &Bound<'_, PyAny>| !count(block, 1, 1);
+    let rest: Vec<Bound<'_, PyAny>> = kept.into_iter().filter(untaken).collect();
+    if !rest.is_empty() {
+        pool.call_method1(intern!(py, "touch"), (rest,))?;
+    }
+    Ok(())
+}
+
+/// Gives some of the references back, those that were taken first, and leaves the others.
+///
+/// # Errors
+/// What Python raises when the pool is another; what was given back is not among `ids` then, nor what could not be.
+pub(crate) fn let_go(pool: &Bound<'_, PyAny>, ids: &mut Vec<u32>) -> PyResult<()> {
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let py = pool.py();
+    let blocks = pool.getattr(intern!(py, "blocks"))?;
+    let blocks = blocks.cast::<PyList>()?;
+    let now = ids.drain(..ids.len().min(FREED_AT_ONCE.max(ids.len() / 2)));
+    let now: Vec<Bound<'_, PyAny>> = now
+        .map(|id| blocks.get_item(id as usize))
+        .collect::<PyResult<_>>()?;
+    let alone = |block: &Bound<'_, PyAny>| !count(block, 2, -1);
+    let rest: Vec<Bound<'_, PyAny>> = now.into_iter().filter(alone).collect();
+    if !rest.is_empty() {
+        pool.call_method1(intern!(py, "free_blocks"), (rest,))?;
+    }
+    Ok(())
+}
+
+/// Changes how many have a block, if those are `least` or more. Whether it has done so.
+fn count(block: &Bound<'_, PyAny>, least: i64, change: i64) -> bool {
+    let name = intern!(block.py(), "ref_cnt");
+    let count = block.getattr(name).and_then(|count| count.extract::<i64>());
+    count.is_ok_and(|count| count >= least && block.setattr(name, count + change).is_ok())
+}
