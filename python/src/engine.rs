@@ -6,9 +6,6 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyDict, PyList};
 
-/// Blocks that are given back at a time, or half of them if they are many more: vLLM takes about 0.3 us for one.
-const FREED_AT_ONCE: usize = 32;
-
 /// A step as vLLM has planned it: `SchedulerOutput`.
 #[derive(Default)]
 pub(crate) struct Step<'py> {
@@ -133,51 +130,57 @@ impl<'py> Running<'py> {
     }
 }
 
-/// Takes a reference to each of these blocks of vLLM's pool (`BlockPool`).
+/// Takes a reference to each of these blocks of vLLM's pool (`BlockPool`). vLLM does not count that as a use of the block.
 ///
 /// # Errors
-/// What Python raises when the pool is another; then no reference was taken.
+/// What Python raises when the pool is another; then no reference was taken, unless by a `touch` that stopped half-way.
 pub(crate) fn keep(pool: &Bound<'_, PyAny>, ids: &[u32]) -> PyResult<()> {
-    let py = pool.py();
-    let blocks = pool.getattr(intern!(py, "blocks"))?;
-    let blocks = blocks.cast::<PyList>()?;
-    let kept = ids.iter().map(|id| blocks.get_item(*id as usize));
-    let kept: Vec<Bound<'_, PyAny>> = kept.collect::<PyResult<_>>()?;
     // What nobody has is in a queue of free ones, which is vLLM's affair.
-    let untaken = |block: &Bound<'_, PyAny>| !count(block, 1, 1);
-    let rest: Vec<Bound<'_, PyAny>> = kept.into_iter().filter(untaken).collect();
+    let (taken, rest): (Vec<_>, Vec<_>) = of(pool, ids)?
+        .into_iter()
+        .partition(|block| count(block).is_ok_and(|count| count > 0));
     if !rest.is_empty() {
-        pool.call_method1(intern!(py, "touch"), (rest,))?;
+        pool.call_method1(intern!(pool.py(), "touch"), (rest,))?;
+    }
+    for (at, block) in taken.iter().enumerate() {
+        if let Err(error) = change(block, 1) {
+            for block in &taken[..at] {
+                change(block, -1)?;
+            }
+            return Err(error);
+        }
     }
     Ok(())
 }
 
-/// Gives some of the references back, those that were taken first, and leaves the others.
+/// Gives references back.
 ///
 /// # Errors
-/// What Python raises when the pool is another; what was given back is not among `ids` then, nor what could not be.
-pub(crate) fn let_go(pool: &Bound<'_, PyAny>, ids: &mut Vec<u32>) -> PyResult<()> {
-    if ids.is_empty() {
-        return Ok(());
-    }
-    let py = pool.py();
-    let blocks = pool.getattr(intern!(py, "blocks"))?;
-    let blocks = blocks.cast::<PyList>()?;
-    let now = ids.drain(..ids.len().min(FREED_AT_ONCE.max(ids.len() / 2)));
-    let now: Vec<Bound<'_, PyAny>> = now
-        .map(|id| blocks.get_item(id as usize))
-        .collect::<PyResult<_>>()?;
-    let alone = |block: &Bound<'_, PyAny>| !count(block, 2, -1);
-    let rest: Vec<Bound<'_, PyAny>> = now.into_iter().filter(alone).collect();
-    if !rest.is_empty() {
-        pool.call_method1(intern!(py, "free_blocks"), (rest,))?;
+/// What Python raises when the pool is another; those that could not be given back are lost to it.
+pub(crate) fn let_go(pool: &Bound<'_, PyAny>, ids: &[u32]) -> PyResult<()> {
+    let (others, ours): (Vec<_>, Vec<_>) = of(pool, ids)?
+        .into_iter()
+        .partition(|block| count(block).is_ok_and(|count| count > 1) && change(block, -1).is_ok());
+    drop(others);
+    if !ours.is_empty() {
+        pool.call_method1(intern!(pool.py(), "free_blocks"), (ours,))?;
     }
     Ok(())
 }
 
-/// Changes how many have a block, if those are `least` or more. Whether it has done so.
-fn count(block: &Bound<'_, PyAny>, least: i64, change: i64) -> bool {
-    let name = intern!(block.py(), "ref_cnt");
-    let count = block.getattr(name).and_then(|count| count.extract::<i64>());
-    count.is_ok_and(|count| count >= least && block.setattr(name, count + change).is_ok())
+/// The blocks with these numbers.
+fn of<'py>(pool: &Bound<'py, PyAny>, ids: &[u32]) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let blocks = pool.getattr(intern!(pool.py(), "blocks"))?;
+    let blocks = blocks.cast::<PyList>()?;
+    let all = ids.iter().map(|id| blocks.get_item(*id as usize));
+    all.collect()
+}
+
+/// How many have a block.
+fn count(block: &Bound<'_, PyAny>) -> PyResult<i64> {
+    block.getattr(intern!(block.py(), "ref_cnt"))?.extract()
+}
+
+fn change(block: &Bound<'_, PyAny>, by: i64) -> PyResult<()> {
+    block.setattr(intern!(block.py(), "ref_cnt"), count(block)? + by)
 }

@@ -40,8 +40,6 @@ pub(crate) struct SchedulerHalf {
     hash_tokens: usize,
     /// Whether a running request gives blocks up.
     outgrows: bool,
-    /// Blocks to be given back to the engine's pool.
-    leaving: Mutex<Vec<u32>>,
 }
 
 /// 16 bytes that are the same for all processes of an engine instance, and for no others.
@@ -177,6 +175,12 @@ impl SchedulerHalf {
         })
     }
 
+    /// The engine is so much another than was thought that what it was promised can only be settled. It goes on; the error is shown.
+    fn lost(&self, py: Python<'_>, error: PyErr) {
+        self.inner.lock().fail();
+        error.write_unraisable(py, None);
+    }
+
     /// Nothing is stored or loaded any more, for the engine is another than was thought.
     fn strange(&self, py: Python<'_>, error: &PyErr) {
         let text = format!(
@@ -260,7 +264,6 @@ impl SchedulerHalf {
             grains: settings.unit().checked_div(settings.grain()).unwrap_or(0) as usize,
             hash_tokens: hash_tokens as usize,
             outgrows: settings.groups.iter().any(GroupRule::stands_alone),
-            leaving: Mutex::default(),
             inner: Mutex::new(Guarded::new(Scheduler::new(settings, link))),
         })
     }
@@ -343,7 +346,7 @@ impl SchedulerHalf {
         tables: Vec<Bound<'py, PyDict>>,
         pool: &Bound<'py, PyAny>,
         states: Vec<State<'py>>,
-    ) -> PyResult<(Bound<'py, PyBytes>, bool)> {
+    ) -> (Bound<'py, PyBytes>, bool) {
         let py = output.py();
         let lists = Lists {
             output,
@@ -351,8 +354,11 @@ impl SchedulerHalf {
             manager,
             tables: &tables,
         };
-        // Without it nothing is known of whose blocks are whose.
-        let step = Step::read(output, self.outgrows).inspect_err(|_| self.inner.lock().fail())?;
+        let step = Step::read(output, self.outgrows).unwrap_or_else(|error| {
+            // Nothing is known of whose blocks are whose.
+            self.lost(py, error);
+            Step::default()
+        });
         let hashes = states.iter().map(|state| lists::hash(&state.2));
         let hashes = hashes.collect::<PyResult<Vec<_>>>();
         let now = now_us();
@@ -380,15 +386,18 @@ impl SchedulerHalf {
             }
             if !kept.is_empty() {
                 drop(guard);
-                engine::keep(pool, &kept)?;
+                if let Err(error) = engine::keep(pool, &kept) {
+                    self.inner.lock().not_kept(&kept);
+                    self.lost(py, error);
+                }
                 guard = self.inner.lock();
             }
         }
         let orders = PyBytes::new(py, &guard.end_step(now));
         let notices = guard.has_failure() || guard.half().is_some_and(Scheduler::has_notices);
         drop(guard);
-        self.let_go(pool)?;
-        Ok((orders, notices))
+        self.let_go(pool);
+        (orders, notices)
     }
 
     /// Fails as by a bug: for tests.
@@ -401,19 +410,20 @@ impl SchedulerHalf {
     }
 
     fn lets_go_soon(&self) -> bool {
-        !self.leaving.lock().is_empty() || self.with(|half| half.lets_go_soon()).unwrap_or(false)
+        self.with(|half| half.lets_go_soon()).unwrap_or(false)
     }
 
-    /// Gives back to the engine's pool what is copied, or will not be; not all at once.
-    fn let_go(&self, pool: &Bound<'_, PyAny>) -> PyResult<()> {
-        if !self.outgrows {
-            return Ok(());
+    /// Gives back to the engine's pool what is copied, or will not be.
+    fn let_go(&self, pool: &Bound<'_, PyAny>) {
+        let released = match self.outgrows {
+            true => self.inner.lock().released(),
+            false => Vec::new(),
+        };
+        if !released.is_empty()
+            && let Err(error) = engine::let_go(pool, &released)
+        {
+            self.lost(pool.py(), error);
         }
-        let mut leaving = std::mem::take(&mut *self.leaving.lock());
-        leaving.append(&mut self.inner.lock().released());
-        let given = engine::let_go(pool, &mut leaving);
-        self.leaving.lock().append(&mut leaving);
-        given
     }
 
     fn on_output(
@@ -454,7 +464,7 @@ impl SchedulerHalf {
     }
 
     fn has_pending_work(&self) -> bool {
-        !self.leaving.lock().is_empty() || self.inner.lock().has_pending_work()
+        self.inner.lock().has_pending_work()
     }
 
     /// What people should read: (is it a warning, text).

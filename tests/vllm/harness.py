@@ -31,7 +31,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-__all__ = ["BLOCK", "FULL", "SHAPES", "ScriptedEngine", "Shape", "Watch", "WrongCache", "continuation", "make_config", "make_kv", "smallest_pool"]
+__all__ = ["BLOCK", "FULL", "SHAPES", "Careless", "ScriptedEngine", "Shape", "Watch", "WrongCache", "continuation", "make_config", "make_kv", "smallest_pool"]
 
 
 # The engine ---------------------------------------------------------------------------------------------------
@@ -97,6 +97,8 @@ class Watch:
         """Steps in which each block was taken."""
         self.loads: dict[str, list[int]] = {}
         self.most_kept = 0
+        self.careless = False
+        """What the connector keeps is counted, but not kept."""
         self._inside = False
 
     def over(self, connector: Any, pool: Any) -> None:
@@ -116,9 +118,10 @@ class Watch:
             @ref_cnt.setter
             def ref_cnt(self, now: int) -> None:
                 before = self.ref_cnt
-                count.__set__(self, now)
                 if watch._inside:
                     watch._counted(self, before, now)
+                if not (watch._inside and watch.careless):
+                    count.__set__(self, now)
 
         for block in pool.blocks:
             block.__class__ = Watched
@@ -163,6 +166,25 @@ class Watch:
         """What the step that has just been scheduled must not write."""
         busy = {block: "the connector keeps it" for block, taken in self.kept.items() if min(taken) < self.step}
         return busy | {block: f"it is loaded for {name}" for name, blocks in self.loads.items() for block in blocks}
+
+
+class Careless:
+    """A block pool that lets nobody keep a block, beside a watch that takes it as kept."""
+
+    def __init__(self, pool: Any, watch: Watch) -> None:
+        self._pool, self._watch = pool, watch
+        watch.careless = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def touch(self, blocks: Any) -> None:
+        for one in blocks:
+            one.ref_cnt += 1
+
+    def free_blocks(self, blocks: Any) -> None:
+        for one in blocks:
+            one.ref_cnt -= 1
 
 
 class ScriptedEngine:

@@ -22,7 +22,7 @@ import daemon as daemon_module  # noqa: E402
 import models  # noqa: E402
 from conftest import SOAK  # noqa: E402
 from engine import kv_transfer, multi, patient  # noqa: E402
-from harness import SHAPES, ScriptedEngine, Shape, WrongCache, continuation, make_config  # noqa: E402
+from harness import SHAPES, Careless, ScriptedEngine, Shape, WrongCache, continuation, make_config  # noqa: E402
 from scripted import STATES_OFFERED  # noqa: E402
 from vllm.v1.core.sched.interface import PauseState  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
@@ -545,6 +545,23 @@ def test_the_model_is_right_without_a_connector(seed: int, model: Callable[[mode
         random_schedule(rig, seed)
 
 
+@plugin
+@pytest.mark.parametrize("told_by", ["manager", "output"])
+@pytest.mark.parametrize("name", ["windows", "all"])
+def test_blocks_are_found_without_a_look_into_vllms_manager(
+    told_by: str, name: str, is_async: bool, model: Callable[[models.Recipe], pathlib.Path], daemon: daemon_module.Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the connector's usual ways of asking, should vLLM keep its tables elsewhere, or not bind its manager."""
+    from kvdaemon.vllm import capture
+
+    if told_by == "manager":
+        monkeypatch.setattr(capture, "_are_what_it_tells", lambda *_: False)
+    else:
+        monkeypatch.setattr(capture.Capture, "bind_manager", lambda *_: None)
+    with closing(Rig(model(models.gqa()), daemon, is_async, SHAPES[name])) as rig:
+        random_schedule(rig, 1)
+
+
 # The harness notices -------------------------------------------------------------------------------------------------
 @plugin
 @pytest.mark.parametrize("name", ["states"])
@@ -552,7 +569,7 @@ def test_harness_notices(name: str, is_async: bool, model: Callable[[models.Reci
     """States that nobody keeps are others' before they are copied. (Of windows the moment is not met reliably.)"""
     with closing(Rig(model(models.gqa()), daemon, is_async, SHAPES[name])) as rig:
         engine = rig.engine(blocks=40, connector=patient(daemon.socket))
-        engine.connector.bind_gpu_block_pool(Careless(engine.scheduler.kv_cache_manager.block_pool))
+        engine.connector.bind_gpu_block_pool(Careless(engine.scheduler.kv_cache_manager.block_pool, engine.watch))
         prompts = [models.prompt(70 + i, 100) for i in range(4)]
         with pytest.raises(WrongCache):
             for round in range(10):
@@ -569,24 +586,3 @@ def test_harness_notices(name: str, is_async: bool, model: Callable[[models.Reci
                     for length in range(40, 220, 30):
                         engine.scheduler.reset_prefix_cache()
                         engine.ask(whole[:length], 1)
-
-
-class Careless:
-    """A block pool that lets nobody keep a block: what is counted is not the blocks' own."""
-
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
-        self.blocks = [Uncounted(one) for one in pool.blocks]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)
-
-
-class Uncounted:
-    """A block, but for its count."""
-
-    def __init__(self, block: Any) -> None:
-        self._block, self.ref_cnt = block, 1
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)

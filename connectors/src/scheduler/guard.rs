@@ -1,7 +1,8 @@
 //! A scheduler half that may fail by a bug without harm to the engine. What the engine was promised is written down here, outside of
 //! the half: should the half panic, the engine's next step carries last orders that settle it, and from then on nothing is done.
 
-use std::collections::HashSet;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bytes::Bytes;
@@ -16,14 +17,28 @@ const NOWHERE: u32 = u32::MAX;
 /// What the engine waits for.
 #[derive(Default)]
 struct Promises {
-    /// How often it was asked to keep each block for us, by the block's number.
-    kept: Vec<u32>,
+    /// Blocks that it keeps for us, and how often it was asked to.
+    kept: HashMap<u32, u32>,
     /// Finished requests whose blocks it holds until the workers, who have not been told yet, report them.
     leaving: HashSet<String>,
     /// Requests that wait for loads which the workers have not heard of yet, and by KV-cache group their blocks that nobody else has.
     loading: Vec<(String, Vec<Vec<u32>>)>,
     /// What was last asked about: a request, and how many units of it the engine has.
     asked: (String, u32),
+}
+
+impl Promises {
+    /// One reference to a block is given back. Whether there was one.
+    fn give_back(&mut self, block: u32) -> bool {
+        let Entry::Occupied(mut times) = self.kept.entry(block) else {
+            return false;
+        };
+        *times.get_mut() -= 1;
+        if *times.get() == 0 {
+            times.remove();
+        }
+        true
+    }
 }
 
 /// Where the half is.
@@ -85,6 +100,14 @@ impl<P: Port> Guarded<P> {
         }
     }
 
+    /// The engine could not keep these blocks, although it was asked to: the half can't go on.
+    pub fn not_kept(&mut self, blocks: &[u32]) {
+        for block in blocks {
+            self.promises.give_back(*block);
+        }
+        self.fail();
+    }
+
     /// Whether the half has failed; true once.
     pub fn take_failure(&mut self) -> bool {
         std::mem::take(&mut self.untold)
@@ -144,11 +167,7 @@ impl<P: Port> Guarded<P> {
     fn keep(&mut self, kept: Option<Vec<u32>>) -> Vec<u32> {
         let kept = kept.unwrap_or_default();
         for block in &kept {
-            let at = *block as usize;
-            if at >= self.promises.kept.len() {
-                self.promises.kept.resize(at + 1, 0);
-            }
-            self.promises.kept[at] += 1;
+            *self.promises.kept.entry(*block).or_default() += 1;
         }
         kept
     }
@@ -157,16 +176,17 @@ impl<P: Port> Guarded<P> {
     /// gets these blocks then writes them in a later step.
     pub fn released(&mut self) -> Vec<u32> {
         if self.health == Health::Over {
-            let kept = (0..).zip(std::mem::take(&mut self.promises.kept));
+            let kept = self.promises.kept.drain();
             return kept
                 .flat_map(|(block, times)| std::iter::repeat_n(block, times as usize))
                 .collect();
         }
-        let released = self.with(Scheduler::released).unwrap_or_default();
-        for block in &released {
-            if let Some(times) = self.promises.kept.get_mut(*block as usize) {
-                *times -= 1;
-            }
+        let mut released = self.with(Scheduler::released).unwrap_or_default();
+        let asked = released.len();
+        released.retain(|block| self.promises.give_back(*block));
+        if released.len() < asked {
+            // The engine would give up what a request of its own has.
+            self.fail();
         }
         released
     }

@@ -464,8 +464,8 @@ impl<P: Port> Scheduler<P> {
         }
         request.leaving = Leaving::Held { since: now };
         self.counters.held += 1;
-        // Slots are asked for in the next step, which comes at once if there is nothing else to do.
         self.list(id);
+        self.push_tail(now, id);
         true
     }
 
@@ -481,9 +481,14 @@ impl<P: Port> Scheduler<P> {
         loop {
             let room = self.settings.max_in_flight.saturating_sub(self.in_flight);
             let count = room.min(self.settings.batch) as usize;
+            let epoch = self.namespaces.epoch();
             let Some(request) = self.requests.get_mut(id) else {
                 return;
             };
+            if !request.may_store(epoch) {
+                // The weights may be others than those it was computed with.
+                request.tails.clear();
+            }
             let Some(tail) = request.tails.front_mut().filter(|_| count > 0) else {
                 return;
             };

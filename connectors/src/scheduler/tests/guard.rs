@@ -6,6 +6,16 @@ fn guarded() -> Guarded<Fake> {
     Guarded::new(ready(1))
 }
 
+/// With a request whose blocks of a window are taken.
+fn outgrown() -> Guarded<Fake> {
+    let mut half = ready(1);
+    half.settings.groups = vec![GroupRule::new(GroupKind::SlidingWindow, TOKENS, Some(8)).unwrap()];
+    let mut guard = Guarded::new(half);
+    guard.with(|half| half.on_new_request(0, "a", Adapter::Base, &[], false));
+    guard.with(|half| half.begin_step(1, &[], &["a"], &[8], &[]));
+    guard
+}
+
 fn end(guard: &mut Guarded<Fake>, now: u64) -> StepMeta {
     match guard.end_step(now) {
         bytes if bytes.is_empty() => StepMeta::default(),
@@ -78,11 +88,7 @@ fn a_finished_request_is_reported_once() {
 
 #[test]
 fn blocks_that_the_engine_keeps_are_let_go_after_the_workers_have_stopped() {
-    let mut half = ready(1);
-    half.settings.groups = vec![GroupRule::new(GroupKind::SlidingWindow, TOKENS, Some(8)).unwrap()];
-    let mut guard = Guarded::new(half);
-    guard.with(|half| half.on_new_request(0, "a", Adapter::Base, &[], false));
-    guard.with(|half| half.begin_step(1, &[], &["a"], &[8], &[]));
+    let mut guard = outgrown();
     assert_eq!(guard.capture(1, "a", 0, hashes(1, 0..2), [4, 5]), [4, 5]);
     assert_eq!(guard.capture(1, "a", 0, hashes(1, 1..2), [5]), [5]);
     assert!(
@@ -96,4 +102,26 @@ fn blocks_that_the_engine_keeps_are_let_go_after_the_workers_have_stopped() {
     released.sort_unstable();
     assert_eq!(released, [4, 5, 5]);
     assert!(guard.released().is_empty());
+}
+
+#[test]
+fn what_the_engine_could_not_keep_is_not_given_back() {
+    let mut guard = outgrown();
+    let kept = guard.capture(1, "a", 0, hashes(1, 0..2), [4, 5]);
+    assert_eq!(kept, [4, 5]);
+    guard.not_kept(&kept);
+    assert!(guard.half().is_none() && guard.take_failure());
+    assert!(end(&mut guard, 2).stop);
+    assert_eq!(guard.released(), [0; 0]);
+}
+
+#[test]
+fn a_block_is_given_back_no_more_often_than_it_was_kept() {
+    let mut guard = outgrown();
+    assert_eq!(guard.capture(1, "a", 0, hashes(1, 0..1), [4]), [4]);
+    guard.with(|half| half.released.extend([4, 4, 9]));
+    assert_eq!(guard.released(), [4], "others have the rest");
+    assert!(guard.take_failure(), "such a half is not believed any more");
+    assert!(end(&mut guard, 2).stop);
+    assert_eq!(guard.released(), [0; 0]);
 }

@@ -55,7 +55,7 @@ fn what_is_asked_for_in_a_step_is_sent_with_it() {
     let before = sent(&half).1;
     assert!(finish(&mut half, 2, "a", &hashes(1, 1..2), &[9]));
     half.on_new_request(2, "c", Adapter::Base, &hashes(3, 0..2), false);
-    assert_eq!(sent(&half), (before, before + 1), "last blocks wait, too");
+    assert_eq!(sent(&half), (before, before + 2));
     half.end_step(3);
     assert_eq!(sent(&half), (before + 2, before + 2));
 }
@@ -266,6 +266,24 @@ fn a_reset_moves_to_a_namespace_of_its_own_and_stores_nothing_mixed() {
     half.reset_cache(true);
     half.matched(8, "clean", 2);
     assert_eq!(half.begin_step(9, &[], &["clean"], &[12], &[]).len(), 1);
+}
+
+#[test]
+fn last_blocks_that_wait_over_a_reset_are_not_stored() {
+    let mut half = ready(1);
+    half.on_new_request(0, "old", Adapter::Base, &[], false);
+    half.begin_step(1, &[], &["old"], &[8], &[]);
+    half.settings.max_in_flight = 0;
+    assert!(finish(&mut half, 2, "old", &hashes(1, 0..2), &[7, 8]));
+    half.reset_cache(false);
+    half.settings.max_in_flight = 100;
+    half.on_new_request(3, "new", Adapter::Base, &[], false);
+    half.matched(3, "new", 0);
+    step(&mut half, 3);
+    report(&mut half, 1, &[0, 1], &[]);
+    let meta = step(&mut half, 4);
+    assert_eq!(half.port().count(is_reserve), 0, "by no namespace");
+    assert!(half.requests["old"].leaving == Leaving::Told || meta.finish == ["old"]);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! `kvd bench nvme`: storing and loading through a store on a real file, against plain direct transfers on the same file system.
 //!
-//! Every figure stands beside its limit, measured in turns; of several turns the best of each counts, because neighbours only ever
-//! slow things down. Depth is how many blocks the device is given at a time. A store gives it two operations for a block, its header
+//! Every figure stands beside its limit, measured in turns. Of several turns the best of each is shown, because neighbours only ever
+//! slow things down; but a ratio is the median of those of single turns, in which the two follow each other: a disk that is faster
+//! for a moment would be a limit that nothing else had. Depth is how many blocks the device is given at a time. A store gives it two operations for a block, its header
 //! and its bytes, so it is given room for as many pairs; a header that is over early makes room for another block. The store is
 //! asked for more, as a daemon's is, and a run is over when the last block is durable. Plain transfers are from and to the very memory
 //! that blocks are stored from and loaded into, and in the very places of the store's file where blocks lie (plain writes while it is
@@ -19,11 +20,12 @@ use kvd_arena::HugePages;
 use kvd_nvme::io::{ArenaRange, RawReport, RawRun, raw};
 
 use self::lane::Lane;
+use super::median;
 use super::scratch::Scratch;
 use super::{Shape, progress};
 
 /// Turns of each row.
-const TURNS: usize = 6;
+const TURNS: usize = 9;
 /// Blocks that a run moves are no more than this for each block of depth, so that small blocks at depth 1 end some day.
 const BLOCKS_PER_DEPTH: u64 = 1600;
 const DEPTHS: [usize; 5] = [1, 4, 16, 64, 256];
@@ -45,6 +47,7 @@ struct Row {
     /// The store's, checks included, flushes and records too.
     store_gbps: f64,
     load_gbps: f64,
+    /// Medians of those of single turns.
     store_ratio: f64,
     load_ratio: f64,
     /// With no more than `depth` blocks asked for and not answered.
@@ -146,6 +149,7 @@ fn measure(
                 gbps: 0.0,
                 cpu_s_per_gb: f64::MAX,
             }; 7];
+            let mut ratios = [[0.0; TURNS]; 3];
             for turn in 0..TURNS {
                 let (from, into) = (lane.source(lane_depth)?, lane.target()?);
                 // As an answered run does, which has no more under way.
@@ -155,17 +159,26 @@ fn measure(
                     let run = run(blocks, depth, random, write, durable);
                     raw(&own, &run, memory, &offset)
                 };
-                let writes = || anyhow::Ok((plain(true, false, &from)?, plain(true, true, &less)?));
-                let first = (turn % 2 == 0).then(writes).transpose()?;
+                let ahead = turn % 2 == 0;
+                let durable = || plain(true, true, &less);
+                let durable_first = ahead.then(durable).transpose()?;
                 let answered = [lane.store(blocks, depth, random)?, lane.load(depth)?];
                 lane.drop_all()?;
+                let durable = durable_first.map_or_else(durable, Ok)?;
+                let write = || plain(true, false, &from);
+                let write_first = ahead.then(write).transpose()?;
                 let store = lane.store(blocks, lane_depth, random)?;
                 let read = || plain(false, false, &into);
-                let read_first = (turn % 2 == 0).then(read).transpose()?;
+                let read_first = ahead.then(read).transpose()?;
                 let load = lane.load(lane_depth)?;
                 let read = read_first.map_or_else(read, Ok)?;
                 lane.drop_all()?;
-                let (write, durable) = first.map_or_else(writes, Ok)?;
+                let write = write_first.map_or_else(write, Ok)?;
+                for (ratio, (one, limit)) in
+                    (ratios.iter_mut()).zip([(store, write), (load, read), (answered[0], durable)])
+                {
+                    ratio[turn] = one.gbps / limit.gbps;
+                }
                 let turn = [write, durable, read, store, load, answered[0], answered[1]];
                 for (best, one) in best.iter_mut().zip(turn) {
                     best.gbps = best.gbps.max(one.gbps);
@@ -181,6 +194,8 @@ fn measure(
                 answered,
                 answered_load,
             ] = best;
+            let [store_ratio, load_ratio, durable_ratio] =
+                ratios.map(|mut ratios| median(&mut ratios));
             rows.push(Row {
                 block,
                 page: lane.page_bytes(),
@@ -194,9 +209,9 @@ fn measure(
                 raw_durable_gbps: raw_durable.gbps,
                 store_gbps: store.gbps,
                 load_gbps: load.gbps,
-                store_ratio: store.gbps / raw_write.gbps,
-                load_ratio: load.gbps / raw_read.gbps,
-                durable_ratio: answered.gbps / raw_durable.gbps,
+                store_ratio,
+                load_ratio,
+                durable_ratio,
                 cpu_s_per_gb: store.cpu_s_per_gb + load.cpu_s_per_gb,
                 raw_cpu_s_per_gb: raw_write.cpu_s_per_gb + raw_read.cpu_s_per_gb,
             });
@@ -249,6 +264,6 @@ fn render(rows: &[Row]) -> String {
         ]);
     }
     format!(
-        "{table}\nBest of {TURNS} turns, 10^9 bytes a second of payload; each block carries a header of 4 KiB, which is not counted.\n"
+        "{table}\nBest of {TURNS} turns, 10^9 bytes a second of payload, and the median of their ratios; each block carries a header of 4 KiB, which is not counted.\n"
     )
 }

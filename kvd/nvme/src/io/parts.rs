@@ -12,6 +12,22 @@ use super::{ArenaRange, Buffer, Done, PAGE};
 /// the header (a virtual disk: stores and loads of 1152 KiB, one at a time, lost a tenth). It joins parts that do fit.
 pub(super) const PART: usize = (512 << 10) - PAGE;
 
+/// Places in a queue beside those of operations: the bell's, and some for pairs' company, should the kernel take a pair by halves.
+const BESIDES: usize = 3;
+/// Places for parts of operations: nearly all are handed over before they need more.
+const PARTS: u32 = 32;
+
+/// Places that a queue needs for so many operations at a time.
+pub(super) fn places(depth: u32) -> u32 {
+    (depth + BESIDES as u32 + PARTS).next_power_of_two()
+}
+
+/// How many parts the next operation may have, so that every other has one place of those that are `left`, also when the kernel takes
+/// nothing from the queue while it is done with what it has: each that is over may be followed by another.
+pub(super) fn room(left: usize, depth: usize) -> usize {
+    left.saturating_sub(depth - 1 + BESIDES)
+}
+
 /// One part: where it begins in the operation, and its length, whole pages both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Part {
@@ -129,6 +145,59 @@ mod tests {
             }
             assert_eq!(end, len.next_multiple_of(PAGE));
         }
+    }
+
+    #[test]
+    fn every_operation_has_a_place_whatever_the_kernel_takes() {
+        for seed in 1..200_u64 {
+            let mut state = seed;
+            let mut below = |most: usize| {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                (state >> 33) as usize % most
+            };
+            let depth = 1 + below(70);
+            let all = places(depth as u32) as usize;
+            // Of each operation under way: its entries that the kernel has not taken; the queue, in order.
+            let (mut left, mut queue) = (vec![], std::collections::VecDeque::new());
+            let greedy = below(2) == 0;
+            for _ in 0..3000 {
+                match below(8) {
+                    0 if !greedy => {
+                        for _ in 0..below(queue.len() + 1) {
+                            let of: usize = queue.pop_front().expect("counted");
+                            left[of] -= 1;
+                        }
+                    }
+                    1 => {
+                        for of in &mut left {
+                            *of = if *of == 0 && below(2) == 0 {
+                                usize::MAX
+                            } else {
+                                *of
+                            };
+                        }
+                    }
+                    _ => {
+                        let free = left.iter().position(|of| *of == usize::MAX);
+                        let of = free.unwrap_or(left.len());
+                        if of == depth {
+                            continue;
+                        }
+                        let room = room(all - queue.len(), depth);
+                        let wanted = 1 + below(PARTS as usize + 9);
+                        let parts = if wanted <= room { wanted } else { 1 };
+                        left.resize(left.len().max(of + 1), 0);
+                        left[of] = parts;
+                        queue.extend(std::iter::repeat_n(of, parts));
+                        assert!(queue.len() + BESIDES <= all, "seed {seed}");
+                    }
+                }
+            }
+        }
+        assert!(room(places(1) as usize, 1) >= PARTS as usize);
+        assert!(room(places(64) as usize, 64) >= PARTS as usize);
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub(super) fn build(entries: u32) -> Result<IoUring, String> {
     for mode in [Mode::OneThread, Mode::Cooperative, Mode::Plain] {
         let mut builder = IoUring::builder();
         builder.dontfork();
+        // An operation may be several.
+        builder.setup_cqsize(entries * 4);
         match mode {
             Mode::OneThread => {
                 builder

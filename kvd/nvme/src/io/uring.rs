@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use super::bell::Bell;
 use super::fixed::FixedTable;
 use super::job::{Job, Verb};
-use super::parts::Parted;
+use super::parts::{Parted, places, room};
 use super::ring::{answer, begin, build, errno, probe};
 use super::{ArenaRange, Backing, BlockIo, Buffer, DEPTH_MAX, Done, FixedReport, Op, PAGE, Waker};
 
@@ -30,10 +30,6 @@ const NOTHING: u64 = u64::MAX - 1;
 const HAND_OVER: usize = 1 << 20;
 /// Longest wait in one call; a caller that wants more calls again.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
-/// Places in the queue beside those of operations: the bell's, and some for pairs' company, should the kernel take a pair by halves.
-const BESIDES: u32 = 3;
-/// Places for parts of operations: nearly all are handed over before they need more.
-const PARTS: u32 = 32;
 /// How long the next try is put off when the kernel takes nothing.
 const RETRY: Duration = Duration::from_millis(10);
 /// How many seconds an end waits for operations before it gives their memory up for lost.
@@ -56,6 +52,8 @@ struct Core {
     queued: usize,
     fixed: FixedTable,
     bell: Arc<Bell>,
+    /// Parts of operations under way beyond one of each.
+    more: usize,
     /// Whether the ring listens to the bell.
     armed: bool,
     /// Whether an operation can be over without a word (from Linux 5.17 on).
@@ -73,7 +71,7 @@ impl UringIo {
     pub fn open(backing: Arc<Backing>, depth: usize) -> Result<Self, String> {
         probe(&backing)?;
         let depth = depth.clamp(1, DEPTH_MAX) as u32;
-        let ring = build((depth + BESIDES + PARTS).next_power_of_two())?;
+        let ring = build(places(depth))?;
         let submitter = ring.submitter();
         submitter
             .register_files(&[backing.as_fd().as_raw_fd()])
@@ -85,6 +83,7 @@ impl UringIo {
             free: (0..depth).rev().collect(),
             refused: Vec::new(),
             queued: 0,
+            more: 0,
             fixed,
             bell: Arc::new(bell),
             armed: false,
@@ -182,6 +181,7 @@ impl Core {
         };
         let (verb, len, room) = (job.verb, job.len(), self.room());
         let parted = self.jobs[place as usize].insert(Parted::new(job, room));
+        self.more += parted.parts().count() - 1;
         let (start, offset) = (parted.job().address(), parted.job().offset);
         for part in parted.parts() {
             let address = start.wrapping_add(part.at);
@@ -212,11 +212,12 @@ impl Core {
         }
     }
 
-    /// How many parts the next operation may have, so that the queue still has a place for each operation that may come after it.
+    /// How many parts the next operation may have.
     fn room(&mut self) -> usize {
+        let answers = self.ring.params().cq_entries() as usize - self.more;
         let queue = self.ring.submission();
-        let kept = self.free.len() + BESIDES as usize;
-        (queue.capacity() - queue.len()).saturating_sub(kept)
+        let places = queue.capacity() - queue.len();
+        room(places.min(answers), self.jobs.len())
     }
 
     /// Has the bell wait in the ring.
@@ -258,6 +259,7 @@ impl Core {
                 && let Some(parted) = under_way.take()
             {
                 self.free.push(place);
+                self.more -= parted.parts().count() - 1;
                 over(parted.done());
             }
         }
