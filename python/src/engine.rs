@@ -135,20 +135,16 @@ impl<'py> Running<'py> {
 /// # Errors
 /// What Python raises when the pool is another; then no reference was taken, unless by a `touch` that stopped half-way.
 pub(crate) fn keep(pool: &Bound<'_, PyAny>, ids: &[u32]) -> PyResult<()> {
+    let all = of(pool, ids)?;
     // What nobody has is in a queue of free ones, which is vLLM's affair.
-    let (taken, rest): (Vec<_>, Vec<_>) = of(pool, ids)?
-        .into_iter()
-        .partition(|block| count(block).is_ok_and(|count| count > 0));
-    if !rest.is_empty() {
-        pool.call_method1(intern!(pool.py(), "touch"), (rest,))?;
-    }
-    for (at, block) in taken.iter().enumerate() {
-        if let Err(error) = change(block, 1) {
-            for block in &taken[..at] {
-                change(block, -1)?;
-            }
-            return Err(error);
+    let (taken, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(|block| count(block, 1, 1));
+    if !rest.is_empty()
+        && let Err(error) = pool.call_method1(intern!(pool.py(), "touch"), (rest,))
+    {
+        for block in &taken {
+            count(block, 2, -1);
         }
+        return Err(error);
     }
     Ok(())
 }
@@ -158,12 +154,10 @@ pub(crate) fn keep(pool: &Bound<'_, PyAny>, ids: &[u32]) -> PyResult<()> {
 /// # Errors
 /// What Python raises when the pool is another; those that could not be given back are lost to it.
 pub(crate) fn let_go(pool: &Bound<'_, PyAny>, ids: &[u32]) -> PyResult<()> {
-    let (others, ours): (Vec<_>, Vec<_>) = of(pool, ids)?
-        .into_iter()
-        .partition(|block| count(block).is_ok_and(|count| count > 1) && change(block, -1).is_ok());
-    drop(others);
-    if !ours.is_empty() {
-        pool.call_method1(intern!(pool.py(), "free_blocks"), (ours,))?;
+    let mut last = of(pool, ids)?;
+    last.retain(|block| !count(block, 2, -1));
+    if !last.is_empty() {
+        pool.call_method1(intern!(pool.py(), "free_blocks"), (last,))?;
     }
     Ok(())
 }
@@ -176,11 +170,9 @@ fn of<'py>(pool: &Bound<'py, PyAny>, ids: &[u32]) -> PyResult<Vec<Bound<'py, PyA
     all.collect()
 }
 
-/// How many have a block.
-fn count(block: &Bound<'_, PyAny>) -> PyResult<i64> {
-    block.getattr(intern!(block.py(), "ref_cnt"))?.extract()
-}
-
-fn change(block: &Bound<'_, PyAny>, by: i64) -> PyResult<()> {
-    block.setattr(intern!(block.py(), "ref_cnt"), count(block)? + by)
+/// Changes how many have a block, if those are `least` or more. Whether it has done so.
+fn count(block: &Bound<'_, PyAny>, least: i64, change: i64) -> bool {
+    let name = intern!(block.py(), "ref_cnt");
+    let count = block.getattr(name).and_then(|count| count.extract::<i64>());
+    count.is_ok_and(|count| count >= least && block.setattr(name, count + change).is_ok())
 }
