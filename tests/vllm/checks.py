@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -12,6 +13,12 @@ from daemon import Daemon
 from engine import Answer, Engine, kv_transfer, patient, wait_until
 
 BLOCK = 32
+
+
+def planned(computed: dict[Any, Any], ahead: dict[str, int] | None = None, preempted: Any = None) -> SimpleNamespace:
+    """What the connector reads of a `SchedulerOutput`: of running requests the tokens that are computed before the step, and those it adds."""
+    cached = SimpleNamespace(req_ids=list(computed), num_computed_tokens=list(computed.values()))
+    return SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=cached, num_scheduled_tokens=ahead or {}, preempted_req_ids=preempted)
 
 
 def full_blocks(tokens: int, block: int = BLOCK) -> int:

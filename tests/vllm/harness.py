@@ -172,7 +172,7 @@ class Careless:
     """A block pool that lets nobody keep a block, beside a watch that takes it as kept."""
 
     def __init__(self, pool: Any, watch: Watch) -> None:
-        self._pool, self._watch = pool, watch
+        self._pool = pool
         watch.careless = True
 
     def __getattr__(self, name: str) -> Any:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from checks import planned
 
 from kvdaemon import KvdError
 from kvdaemon._native import SchedulerHalf
@@ -23,11 +24,6 @@ def half(tmp_path: pathlib.Path, **changed: Any) -> SchedulerHalf:
 
 def request(hashes: Any, tokens: int = 65) -> SimpleNamespace:
     return SimpleNamespace(block_hashes=hashes, num_tokens=tokens, num_computed_tokens=tokens)
-
-
-def output(running: Any, preempted: Any = None) -> SimpleNamespace:
-    cached = SimpleNamespace(req_ids=list(running), num_computed_tokens=list(running.values()))
-    return SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=cached, num_scheduled_tokens={}, preempted_req_ids=preempted)
 
 
 def test_hashes_as_vllm_has_them_are_taken(tmp_path: pathlib.Path) -> None:
@@ -47,12 +43,12 @@ def test_another_form_of_hashes_is_refused_and_does_no_harm(tmp_path: pathlib.Pa
     one = half(tmp_path)
     one.on_new_request("a", request(hashes), None, True)
     assert "keeps its lists of blocks in another form" in str(one.refusal())
-    assert one.step(output({"a": 64}), {}, None, [], None, []) == (b"", True)
+    assert one.step(planned({"a": 64}), {}, None, [], None, []) == (b"", True)
     one.finished("a", request(hashes), ([1, 2],))
     one.close()
 
 
-@pytest.mark.parametrize("bad", [SimpleNamespace(), output({"a": "many"}), output({7: 1}), output({}, 7)], ids=["nothing", "text", "number", "no set"])
+@pytest.mark.parametrize("bad", [SimpleNamespace(), planned({"a": "many"}), planned({7: 1}), planned({}, preempted=7)], ids=["nothing", "text", "number", "no set"])
 def test_a_step_of_another_form_ends_the_half_and_not_the_engine(tmp_path: pathlib.Path, bad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", shown.append)
@@ -61,7 +57,7 @@ def test_a_step_of_another_form_ends_the_half_and_not_the_engine(tmp_path: pathl
     assert orders and notices, "the workers are told to stop"
     assert isinstance(shown[0].exc_value, (AttributeError, TypeError))
     assert "failed by a bug" in str(one.notices())
-    assert one.step(output({}), {}, None, [], None, []) == (b"", False)
+    assert one.step(planned({}), {}, None, [], None, []) == (b"", False)
     one.close()
 
 

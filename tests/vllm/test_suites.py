@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 import daemon as daemon_module  # noqa: E402
 import memory_connector  # noqa: E402
 import models  # noqa: E402
+from checks import planned  # noqa: E402
 from engine import multi, patient, wait_until  # noqa: E402
 from harness import BLOCK, SHAPES, ScriptedEngine, continuation, make_config, make_kv, smallest_pool  # noqa: E402
 from test_hybrid_scheduler import Rig, closing, idle, random_schedule, stops_when_it_loads  # noqa: E402
@@ -312,23 +313,15 @@ def test_all_that_wait_with_loads_have_room_together() -> None:
             room.loads(one)
         assert not room.fits(waits[2], 0, 320, pool)
         if end == "runs":
-            room.step(step(running={"a": (320, 5), "b": (320, 10)}))
+            room.step(planned({"a": 320, "b": 320}, {"a": 5, "b": 10}))
         elif end == "is preempted":
-            room.step(step(preempted={"b"}))
+            room.step(planned({}, preempted={"b"}))
         else:
-            room.step(step())
+            room.step(planned({}))
             room.gone("b")
         assert room.fits(waits[2], 0, 320, pool)
         room.gone("a")
         assert not room._own and not room._waiting and not room._common
-
-
-def step(running: dict[str, tuple[int, int]] | None = None, preempted: set[str] | None = None) -> SimpleNamespace:
-    """What vLLM says of a step: of each running request the tokens that are computed before it, and those that it adds."""
-    running = running or {}
-    cached = SimpleNamespace(req_ids=list(running), num_computed_tokens=[before for before, _ in running.values()])
-    ahead = {name: more for name, (_, more) in running.items()}
-    return SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=cached, num_scheduled_tokens=ahead, preempted_req_ids=preempted)
 
 
 def test_a_hit_that_vllm_never_takes_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +343,7 @@ def test_a_hit_that_vllm_never_takes_is_none(monkeypatch: pytest.MonkeyPatch) ->
         asked = SimpleNamespace(request_id="a", num_tokens=330, block_hashes=[])
         for _ in range(2):
             assert not room.never("a", 320, pool(100)) and room.fits(asked, 0, 320, pool(100))
-            room.step(step())
+            room.step(planned({}))
             clock[0] += 3
         if between == "taken":
             room.taken()

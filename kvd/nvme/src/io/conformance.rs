@@ -51,7 +51,7 @@ pub fn run<S: Subject>(subject: &mut S) {
 }
 
 /// Bytes that no other seed has.
-fn content(seed: u64, bytes: usize) -> Vec<u8> {
+pub(super) fn content(seed: u64, bytes: usize) -> Vec<u8> {
     let mut state = seed;
     let mut out = Vec::with_capacity(bytes + 8);
     while out.len() < bytes {
@@ -70,13 +70,13 @@ fn mix(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-fn own<H>(bytes: &[u8]) -> Buffer<H> {
+pub(super) fn own<H>(bytes: &[u8]) -> Buffer<H> {
     let mut memory = Aligned::new(bytes.len().div_ceil(PAGE));
     memory.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
     Buffer::Own(memory)
 }
 
-fn bytes_of<H: HostBytes>(buffer: &Buffer<H>) -> Vec<u8> {
+pub(super) fn bytes_of<H: HostBytes>(buffer: &Buffer<H>) -> Vec<u8> {
     match buffer {
         Buffer::Own(memory) => memory.bytes().to_vec(),
         Buffer::Host(host) => {
@@ -109,12 +109,12 @@ fn wait<B: BlockIo>(io: &mut B, wanted: usize) -> Vec<Done<B::Host>> {
     done
 }
 
-fn one<B: BlockIo>(io: &mut B, op: Op<B::Host>) -> Done<B::Host> {
+pub(super) fn one<B: BlockIo>(io: &mut B, op: Op<B::Host>) -> Done<B::Host> {
     io.start(op);
     wait(io, 1).remove(0)
 }
 
-fn read<H>(token: u64, page: u64, buffer: Buffer<H>) -> Op<H> {
+pub(super) fn read<H>(token: u64, page: u64, buffer: Buffer<H>) -> Op<H> {
     Op::Read {
         token,
         offset: page * PAGE as u64,
@@ -122,7 +122,7 @@ fn read<H>(token: u64, page: u64, buffer: Buffer<H>) -> Op<H> {
     }
 }
 
-fn write<H>(token: u64, page: u64, buffer: Buffer<H>) -> Op<H> {
+pub(super) fn write<H>(token: u64, page: u64, buffer: Buffer<H>) -> Op<H> {
     Op::Write {
         token,
         offset: page * PAGE as u64,

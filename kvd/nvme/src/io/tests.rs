@@ -346,61 +346,30 @@ fn what_is_asked_for_is_chosen() {
 /// Also an operation of more parts than a ring has places for.
 #[test]
 fn what_is_written_in_parts_is_read_whole_and_the_other_way_round() {
+    const MOST: usize = 40 << 20;
     let scratch = scratch();
-    let bytes: usize = 40 << 20;
-    let backing = Backing::open(scratch.path(), Some(bytes as u64)).expect("made");
+    let backing = Backing::open(scratch.path(), Some(MOST as u64)).expect("made");
     let options = options(Choice::Uring, 1);
     let (mut io, _) = DiskIo::open(Arc::new(backing), &options).expect("opened");
-    let arena = arena(bytes as u64);
-    for len in [1152 << 10, 16 << 20, bytes] {
-        let seen: Vec<u8> = (0..len).map(|at| (at / 3 + len) as u8).collect();
-        let mut whole = Aligned::new(len.div_ceil(PAGE));
-        whole.bytes_mut().copy_from_slice(&seen);
-        let range = || ArenaRange::new(Arc::clone(&arena), 0, len).expect("inside");
-        let mut run = |op| {
-            io.start(op);
-            let mut done = Vec::new();
-            while done.is_empty() {
-                io.poll(Duration::from_secs(10), &mut done);
-            }
-            let done = done.remove(0);
-            assert_eq!(done.result, Ok(()));
-            done.buffer.expect("it comes back")
-        };
-        let offset = 0;
-        let (token, buffer) = (1, Buffer::Own(whole));
-        run(Op::Write {
-            token,
-            offset,
-            buffer,
-        });
-        let (token, buffer) = (2, Buffer::Host(range()));
-        let Buffer::Host(read) = run(Op::Read {
-            token,
-            offset,
-            buffer,
-        }) else {
-            panic!("another buffer")
-        };
-        let mut there = Vec::with_capacity(len);
-        read.read(0, len, &mut |bytes| there.extend_from_slice(bytes));
-        assert!(there == seen, "{len} bytes read in parts");
+    let arena = arena(MOST as u64);
+    let mut run = |op| {
+        let done = conformance::one(&mut io, op);
+        assert_eq!(done.result, Ok(()));
+        done.buffer.expect("it comes back")
+    };
+    for len in [1152 << 10, 16 << 20, MOST] {
+        let range = ArenaRange::new(Arc::clone(&arena), 0, len).expect("inside");
+        let whole = || conformance::own(&vec![0; len]);
+        let seen = conformance::content(len as u64, len);
+        run(conformance::write(1, 0, conformance::own(&seen)));
+        let read = run(conformance::read(2, 0, Buffer::Host(range.clone())));
+        let same = conformance::bytes_of(&read) == seen;
+        assert!(same, "{len} bytes read in parts");
         let other: Vec<u8> = seen.iter().map(|byte| !byte).collect();
-        fill(&read, &other);
-        let (token, buffer) = (3, Buffer::Host(read));
-        run(Op::Write {
-            token,
-            offset,
-            buffer,
-        });
-        let (token, buffer) = (4, Buffer::Own(Aligned::new(len.div_ceil(PAGE))));
-        let Buffer::Own(back) = run(Op::Read {
-            token,
-            offset,
-            buffer,
-        }) else {
-            panic!("another buffer")
-        };
-        assert!(back.bytes() == other, "{len} bytes written in parts");
+        fill(&range, &other);
+        run(conformance::write(3, 0, Buffer::Host(range)));
+        let back = run(conformance::read(4, 0, whole()));
+        let same = conformance::bytes_of(&back) == other;
+        assert!(same, "{len} bytes written in parts");
     }
 }
