@@ -6,9 +6,10 @@
 #   make soak        the long statistical runs of which `make test` has a small sample
 #   make engine-matrix  the connector's tests with every vLLM that runs here; writes docs/compatibility.md (an hour, 13 GB more the first time)
 #   make gpu-check   measure what the device path hangs on; for a machine with an NVIDIA GPU (no registry needed)
-#   make gpu-test gpu-vllm    the device path itself: tests on an NVIDIA GPU, then `kvd bench gpu`
+#   make gpu-test    the device path itself: tests on an NVIDIA GPU, then `kvd bench gpu`
 #   make gpu-vllm GPU_PY=…  a real vLLM on an NVIDIA GPU, with the Python that has it
 #   make ptx         compile the GPU kernel anew, after a change of it (no GPU needed)
+#   make bench       `kvd bench session`, and lookups from Python; the others: `kvd bench --help`
 #   make bench-hooks  what the connector costs in vLLM's processes, by model shape; BENCH="--shapes llama --json" chooses
 #   make bench-baselines  foyer and LMCache beside `kvd bench nvme`; BENCH="--dir DIR --bytes SIZE" goes to both
 #   make wheel       the Python package `kvdaemon`, in target/wheels
@@ -22,10 +23,10 @@ CARGO := cargo
 CRATES := --workspace --exclude kvd-python
 export CARGO_TERM_PROGRESS_WHEN = never
 
-.PHONY: demo test check soak engine-matrix gpu-check gpu-test ptx wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-hooks bench-baselines fuzz-build tools help
+.PHONY: demo test check soak engine-matrix gpu-check gpu-test gpu-vllm ptx wheel build venv plugin fmt clippy unit blackbox sim vllm demo-short bench bench-hooks bench-baselines fuzz-build tools help
 
 help:
-	@sed -n '2,15p' Makefile | cut -c3-
+	@sed -n '2,16p' Makefile | cut -c3-
 
 tools:
 	@command -v $(CARGO) >/dev/null || { echo "kvd needs Rust (cargo). Install rustup from your distribution or rustup.rs, then run make again."; exit 1; }

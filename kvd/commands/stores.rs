@@ -4,7 +4,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
-use kvd_core::tier::{StoreDone, StoreError, StoreOp};
+use kvd_core::tier::{STORE_PAGE, StoreDone, StoreError, StoreOp};
 use kvd_node::{HostSpan, StoreStatus};
 use kvd_nvme::device::{Device, DeviceConfig, DeviceNews, backing};
 use kvd_nvme::io::{ArenaRange, Choice, IoOptions};
@@ -180,6 +180,7 @@ impl StoreOpener for Opener {
                 Found::Block(block) => StoreFound::Block(block),
             });
         };
+        let wanted = self.config.store.capacity;
         let device = Device::open(self.config, &mut tell, move |one| {
             news(match one {
                 DeviceNews::Done(done) => StoreNews::Done(done),
@@ -187,6 +188,14 @@ impl StoreOpener for Opener {
             })
         })?;
         let status = device.status();
+        if status.bytes + STORE_PAGE <= wanted {
+            tracing::warn!(
+                "{} was made with {} and keeps that size: for {} stop the daemon and remove it, with all blocks in it",
+                status.path.display(),
+                ByteSize::b(status.bytes),
+                ByteSize::b(wanted),
+            );
+        }
         tracing::info!(
             path = %status.path.display(),
             io = status.chosen.name,

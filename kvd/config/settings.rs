@@ -67,7 +67,7 @@ settings! {
     directory_mode: "MODE", "Permissions of the sockets' directories, in octal", mode, |v: &u32| format!("{v:04o}");
     eviction: "CHOICE", "Which blocks go first when memory is full: lru or s3fifo", eviction, show_eviction;
     lease: "DURATION", "How long a block given for reading stays, like 30s", duration, show_duration;
-    lease_share: "NUMBER", "Share of the arena that lookups may keep, from 0 to 1", number, |v: &f64| v.to_string();
+    lease_share: "NUMBER", "Share of the arena that leases and writes to NVMe together may keep, from 0 to 1", number, |v: &f64| v.to_string();
     store_deadline: "DURATION", "How long a block may wait for all of its parts", duration, show_duration;
     quarantine_limit: "SIZE", "Most memory that waits for writers that may still write; or auto", auto_size, show_auto_size;
     adopt_grace: "DURATION", "How long a new daemon waits for engines that bring the former one's arena", duration, show_duration;

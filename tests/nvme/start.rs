@@ -97,8 +97,19 @@ fn a_smaller_size_costs_no_block_and_a_larger_one_neither() {
     assert_eq!(length, 128 << 20, "it was not cut");
     for capacity in ["128MiB", "256MiB"] {
         let daemon = home.serve(&["--nvme-capacity", capacity]);
-        assert_eq!(store(&daemon).recovered, 64);
+        let store = store(&daemon);
+        assert_eq!((store.recovered, store.bytes), (64, 128 << 20));
+        assert_eq!(
+            daemon.log().contains("keeps that size"),
+            capacity != "128MiB"
+        );
         Engine::new(&daemon).load_all(1, 0..64);
+        let length = std::fs::metadata(home.file()).expect("there").len();
+        assert_eq!(
+            length,
+            128 << 20,
+            "no space is taken that would not be used"
+        );
     }
 }
 
@@ -140,7 +151,7 @@ fn a_removed_file_is_made_anew_and_a_place_without_room_for_it_is_an_error() {
     let (code, said) = home.refused(&["--nvme", &plain.display().to_string()]);
     assert_eq!(code, 1, "{said}");
     assert!(said.contains("neither a directory nor a block"), "{said}");
-    let (code, said) = home.refused(&["--nvme-capacity", "8192GiB"]);
+    let (code, said) = Home::new().refused(&["--nvme-capacity", "8192GiB"]);
     assert_eq!(code, 1, "{said}");
     assert!(said.contains("set a smaller size"), "{said}");
 }

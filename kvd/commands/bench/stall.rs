@@ -97,7 +97,7 @@ pub(crate) fn command() -> Command {
                 .value_name("N")
                 .default_value("20")
                 .value_parser(clap::value_parser!(u64).range(1..=1_000))
-                .help("How many of each kind; each writes 1 GiB to the device"),
+                .help("How many of each kind; each stores half a GiB"),
         )
 }
 

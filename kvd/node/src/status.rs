@@ -142,7 +142,7 @@ pub struct HostTier {
     pub classes: Vec<ClassStatus>,
     /// `lru` or `s3fifo`.
     pub eviction: String,
-    /// Bytes that leases keep.
+    /// Bytes that leases, and writes to NVMe, keep.
     pub pinned_bytes: u64,
     /// Bytes of blocks that came up ahead of loads, or are on their way, and that nobody has claimed.
     pub ahead_bytes: u64,

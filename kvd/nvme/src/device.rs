@@ -319,7 +319,7 @@ fn open(
     let _ = tell.send(Opening::Blocks(blocks));
     let status = DeviceStatus {
         path: backing.path().to_owned(),
-        bytes: backing.bytes(),
+        bytes: opened.store.bytes(),
         segments_at: opened.store.segments_at(),
         chosen,
         recovered: opened.report,

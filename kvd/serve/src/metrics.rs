@@ -134,7 +134,11 @@ fn tenants(registry: &mut Registry, snapshot: &Snapshot) {
     let extents = gauges(registry, "extents", "Extents of the arena by state");
     let slots = gauges(registry, "slots", "Slots by state");
     let slot_bytes = gauges(registry, "slot_bytes", "Bytes of slots by state");
-    let pinned = gauges(registry, "pinned_bytes", "Bytes that leases keep");
+    let pinned = gauges(
+        registry,
+        "pinned_bytes",
+        "Bytes that leases and writes to NVMe keep",
+    );
     let ahead = gauges(
         registry,
         "ahead_bytes",
@@ -296,7 +300,7 @@ fn connections(registry: &mut Registry, snapshot: &Snapshot) {
     let ended = counters(
         registry,
         "connections_refused",
-        "Connections that were not served, by reason",
+        "Connections that were refused or ended, by reason",
     );
     ended
         .get_or_create(&vec![("reason", "limit".to_owned())])

@@ -76,16 +76,18 @@ pub enum OpenError {
     },
     /// Something else lies there.
     #[error(
-        "the device holds something that is not a kvd store; it was left as it is: choose another, or ask for it to be formatted"
+        "the device holds something that is not a kvd store; it was left as it is: choose another; or remove the file (of a block device: overwrite the first 64 KiB with zeros)"
     )]
     Foreign,
     /// It was a store, but both superblocks are damaged.
     #[error(
-        "both superblocks of the store are damaged; it was left as it is: ask for it to be formatted"
+        "both superblocks of the store are damaged; it was left as it is: to make a new one, remove the file (of a block device: overwrite the first 64 KiB with zeros)"
     )]
     Damaged,
     /// The device is shorter than the store on it.
-    #[error("the store takes {store} bytes and the device has only {device}")]
+    #[error(
+        "the store takes {store} bytes and the device has only {device}: set the size that it was made with, or remove the file to make a smaller one"
+    )]
     Short {
         /// Bytes of the store.
         store: u64,

@@ -317,6 +317,11 @@ impl<I: BlockIo> Store<I> {
         self.health.off
     }
 
+    /// How large it was made, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.layout.capacity
+    }
+
     /// Where the first segment begins, bytes.
     pub fn segments_at(&self) -> u64 {
         self.layout.segments_at
