@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bytesize::ByteSize;
 use kvd_core::tier::{STORE_PAGE, StoreDone, StoreError, StoreOp};
 use kvd_node::{HostSpan, StoreStatus};
-use kvd_nvme::device::{Device, DeviceConfig, DeviceNews, backing};
+use kvd_nvme::device::{Device, DeviceConfig, DeviceNews, backing, stored_bytes};
 use kvd_nvme::io::{ArenaRange, Choice, IoOptions};
 use kvd_nvme::store::{Found, StoreConfig};
 use kvd_serve::{RunningStore, StoreFound, StoreNews, StoreOpener, TellNews};
@@ -126,7 +126,7 @@ fn fit(path: &Path, most: u64) -> Result<u64, String> {
     }
     let room = rustix::fs::statvfs(path).map_err(|e| why(&e))?;
     let free = room.f_bavail * room.f_frsize;
-    let there = std::fs::metadata(path.join(kvd_nvme::io::FILE_NAME)).map_or(0, |file| file.len());
+    let there = stored_bytes(path);
     let bytes = match there {
         0 => most.min(AUTO_MOST).min(free / AUTO_SHARE),
         _ => there,
@@ -180,7 +180,7 @@ impl StoreOpener for Opener {
                 Found::Block(block) => StoreFound::Block(block),
             });
         };
-        let wanted = self.config.store.capacity;
+        let (wanted, optional) = (self.config.store.capacity, self.optional);
         let device = Device::open(self.config, &mut tell, move |one| {
             news(match one {
                 DeviceNews::Done(done) => StoreNews::Done(done),
@@ -188,9 +188,9 @@ impl StoreOpener for Opener {
             })
         })?;
         let status = device.status();
-        if status.bytes + STORE_PAGE <= wanted {
+        if !optional && status.bytes + STORE_PAGE <= wanted {
             tracing::warn!(
-                "{} was made with {} and keeps that size: for {} stop the daemon and remove it, with all blocks in it",
+                "{} was made with {} and keeps that size: set nvme_capacity to that; or, for {}, stop the daemon and remove the file (of a block device: overwrite its first 64 KiB with zeros), and all blocks in it are lost",
                 status.path.display(),
                 ByteSize::b(status.bytes),
                 ByteSize::b(wanted),

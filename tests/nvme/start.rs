@@ -116,16 +116,26 @@ fn a_smaller_size_costs_no_block_and_a_larger_one_neither() {
 #[test]
 fn something_else_is_left_as_it_is() {
     let home = Home::new();
-    let mut bytes = vec![0; 128 << 20];
-    bytes[..9].copy_from_slice(b"my photos");
-    std::fs::write(home.file(), &bytes).expect("written");
-    let (code, said) = home.refused(&[]);
-    assert_eq!(code, 1, "{said}");
-    assert!(said.contains("not a kvd store"), "{said}");
-    assert!(bytes == std::fs::read(home.file()).expect("reads"));
-    let (code, _, said) = home.fsck(&["--repair"]);
+    // As long as the store would be, shorter, and too short for anything.
+    for length in [128 << 20, (1 << 20) + 1, 9] {
+        let mut bytes = vec![0; length];
+        bytes[..9].copy_from_slice(b"my photos");
+        std::fs::write(home.file(), &bytes).expect("written");
+        let (code, said) = home.refused(&[]);
+        assert_eq!(code, 1, "{said}");
+        assert!(said.contains("not a kvd store"), "{said}");
+        assert!(bytes == std::fs::read(home.file()).expect("reads"));
+        let (code, _, said) = home.fsck(&["--repair"]);
+        assert_eq!(code, 2, "{said}");
+        assert!(bytes == std::fs::read(home.file()).expect("reads"));
+    }
+    // What a start that was cut short has left is nothing yet.
+    std::fs::write(home.file(), vec![0; 1 << 20]).expect("written");
+    let (code, _, said) = home.fsck(&[]);
     assert_eq!(code, 2, "{said}");
-    assert!(bytes == std::fs::read(home.file()).expect("reads"));
+    assert!(said.contains("no store yet"), "{said}");
+    let found = store(&home.serve(&[]));
+    assert_eq!((found.formatted, found.bytes), (true, 128 << 20));
 }
 
 #[test]

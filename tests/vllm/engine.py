@@ -160,7 +160,7 @@ class Engine:
     def __init__(
         self, model: str | os.PathLike[str], log: str | os.PathLike[str], *, connector: dict[str, Any] | None = None,
         python: str = sys.executable, env: dict[str, str] | None = None, in_process: bool = False, threads: int = 2,
-        mla_prefix_caching: bool = False, spawn: bool = False, start: bool = True, nursery: Nursery | None = None, **args: Any,
+        mla_prefix_caching: bool = False, spawn: bool = False, yields: bool = False, start: bool = True, nursery: Nursery | None = None, **args: Any,
     ) -> None:
         self.args: dict[str, Any] = {
             "model": str(model), "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 8,
@@ -169,7 +169,7 @@ class Engine:
         } | args
         if connector is not None:
             self.args["kv_transfer_config"] = connector
-        options = {"args": self.args, "mla_prefix_caching": mla_prefix_caching, "spawn": spawn}
+        options = {"args": self.args, "mla_prefix_caching": mla_prefix_caching, "spawn": spawn, "yields": yields}
         self.log = pathlib.Path(log)
         self.events: collections.deque[dict[str, Any]] = collections.deque()
         self._buffer = b""

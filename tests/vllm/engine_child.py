@@ -22,7 +22,7 @@ from typing import Any, Callable
 import hooks
 
 
-def adjust_platform(mla_prefix_caching: bool, spawn: bool) -> None:
+def adjust_platform(mla_prefix_caching: bool, spawn: bool, yields: bool) -> None:
     """Three choices of vLLM that tests need otherwise.
 
     Its CPU platform switches prefix caching off for its reference MLA backend; `mla_prefix_caching` allows it again, because the local
@@ -30,7 +30,7 @@ def adjust_platform(mla_prefix_caching: bool, spawn: bool) -> None:
     they are forked here (nothing has run on OpenMP threads in the forking process).
 
     Its processes poll each other with sched_yield. With Linux 6.18.44, where two ranks and one more busy process had two cores, that kept
-    others from running for up to 13 s (seen by a process that did nothing but sleep 5 ms at a time); here they sleep."""
+    others from running for up to 13 s (seen by a process that did nothing but sleep 5 ms at a time); here they sleep, unless `yields`."""
     from vllm.distributed import utils
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms.cpu import CpuPlatform
@@ -38,7 +38,8 @@ def adjust_platform(mla_prefix_caching: bool, spawn: bool) -> None:
     def rest() -> None:
         time.sleep(0.0001)
 
-    utils.sched_yield = shm_broadcast.sched_yield = rest
+    if not yields:
+        utils.sched_yield = shm_broadcast.sched_yield = rest
 
     usual = CpuPlatform.check_and_update_config.__func__
 
@@ -155,7 +156,7 @@ class Child:
         self.pipe = pipe
         if "NixlConnector" in json.dumps(options["args"].get("kv_transfer_config")):
             name_nixl()
-        adjust_platform(options["mla_prefix_caching"], options["spawn"])
+        adjust_platform(options["mla_prefix_caching"], options["spawn"], options["yields"])
         expose_hook_times()
         from vllm import LLM
 

@@ -29,6 +29,9 @@ class HookTimes:
         self.calls: dict[str, list[tuple[int, int]]] = {}
         self.total = 0
         """By the clock, of all calls."""
+        self.steps: list[tuple[int, int]] = []
+        """What the calls since the last step took together, for each that computes something."""
+        self._step = (0, 0)
         self._inside = False
         self._cpu: Callable[[], int] = time.thread_time_ns if cpu else int
         for name in names:
@@ -48,15 +51,22 @@ class HookTimes:
                 self._inside = False
                 self.total += took
                 self.calls.setdefault(name, []).append((took, cpu))
+                self._step = (self._step[0] + took, self._step[1] + cpu)
+                if name == "build_connector_meta":
+                    if args[0].total_num_scheduled_tokens:
+                        self.steps.append(self._step)
+                    self._step = (0, 0)
 
         return timed
 
     def clear(self) -> None:
         self.calls.clear()
+        self.steps.clear()
+        self._step = (0, 0)
 
     def spread(self) -> dict[str, dict[str, float]]:
-        """Calls, p50, p90, p99 and max (microseconds), and `cpu_p99`, by hook, and of `all` together."""
-        whole = self.calls | {"all": [one for calls in self.calls.values() for one in calls]}
+        """Calls, p50, p90, p99 and max (microseconds), and `cpu_p99`, by hook, of `all` together, and of all in a `step`."""
+        whole = self.calls | {"all": [one for calls in self.calls.values() for one in calls], "step": self.steps}
         return {name: _spread(calls) for name, calls in whole.items() if calls}
 
 

@@ -22,7 +22,7 @@ impl Core {
         chain::touch(policy, &mut self.index.entries, id, self.stamp, used);
     }
 
-    /// Whether leases may pin this much more.
+    /// Whether leases, or writes to NVMe, may pin this much more.
     pub(crate) fn may_pin(&self, t: usize, bytes: u64) -> bool {
         let tenant = &self.tenants[t];
         let usable = tenant.pool.as_ref().map_or(0, |pool| pool.usable_bytes());

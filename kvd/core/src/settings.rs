@@ -96,7 +96,7 @@ pub struct Settings {
     pub lease_us: u64,
     /// Longest lookup lease, milliseconds; longer ones are cut to this.
     pub max_lookup_lease_ms: u32,
-    /// Most of the arena's bytes that leases may pin, 0.0 to 1.0.
+    /// Most of the arena's bytes that leases, and writes to NVMe, may pin, 0.0 to 1.0.
     pub lease_fraction: f64,
     /// Corrupt blocks in a row that take an extent out of use until refilled.
     pub corrupt_streak: u32,

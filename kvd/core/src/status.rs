@@ -27,7 +27,7 @@ pub struct StatusView {
     pub slot_bytes: SlotCounts,
     /// Most bytes that may be quarantined.
     pub quarantine_limit: u64,
-    /// Bytes pinned by leases.
+    /// Bytes pinned by leases, by loads that wait for NVMe, and by writes to it.
     pub pinned_bytes: u64,
     /// Bytes of blocks that came up ahead of loads, or are on their way, and that nobody has claimed.
     pub ahead_bytes: u64,

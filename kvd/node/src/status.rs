@@ -142,7 +142,7 @@ pub struct HostTier {
     pub classes: Vec<ClassStatus>,
     /// `lru` or `s3fifo`.
     pub eviction: String,
-    /// Bytes that leases, and writes to NVMe, keep.
+    /// Bytes that leases, loads that wait for NVMe, and writes to it keep.
     pub pinned_bytes: u64,
     /// Bytes of blocks that came up ahead of loads, or are on their way, and that nobody has claimed.
     pub ahead_bytes: u64,

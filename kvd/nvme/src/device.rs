@@ -3,6 +3,9 @@
 //! Overflow of the queue: the operation is answered `Off` at once, and its memory given back. The thread sleeps in its adapter, until a
 //! completion, a new operation or a deadline of the store. Deliberately absent: what is stored where (`kvd-core`).
 
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,9 +18,14 @@ use std::time::{Duration, Instant};
 use kvd_core::tier::{OpId, ReadBlock, Recovered, StoreDone, StoreError, StoreOp, StoreShape};
 use kvd_core::{GroupGeometry, NamespaceId};
 use rustix::event::Timespec;
+use rustix::fs::OFlags;
 
-use crate::io::{ArenaRange, Backing, BlockIo, Chosen, DiskIo, IoOptions, OpenErrorKind, Waker};
-use crate::store::{Counters, Found, RecoveryReport, Store, StoreConfig};
+use crate::io::{
+    ArenaRange, Backing, BlockIo, Chosen, DiskIo, FILE_NAME, IoOptions, OpenErrorKind, PAGE, Waker,
+};
+use crate::store::{
+    Counters, Found, OpenError, RecoveryReport, START_BYTES, Start, Store, StoreConfig,
+};
 
 /// Longest wait of the thread: then it looks whether it should end.
 const NAP: Duration = Duration::from_secs(1);
@@ -331,15 +339,58 @@ fn open(
     Ok((opened.store, status))
 }
 
-/// Opens a store's file or device. The kernel lets go of a killed daemon's ring, and with it of its lock, some time after the process
-/// is gone: so that is waited for, for a while.
+/// What there is at a store's path, and how many bytes the file has.
+fn look(path: &Path) -> (Start, u64) {
+    let mut path = path.to_owned();
+    if path.is_dir() {
+        path.push(FILE_NAME);
+    }
+    let flags = OFlags::NONBLOCK | OFlags::NOFOLLOW;
+    let file = File::options()
+        .read(true)
+        .custom_flags(flags.bits() as i32)
+        .open(path);
+    let mut start = Vec::new();
+    let read = file.and_then(|file| {
+        let bytes = file.metadata()?.len();
+        file.take(START_BYTES as u64).read_to_end(&mut start)?;
+        Ok(bytes)
+    });
+    match read {
+        Ok(bytes) => (Start::of(&start), bytes),
+        // Whoever opens it says why.
+        Err(_) => (Start::Blank, 0),
+    }
+}
+
+/// How many bytes what is in this directory has: a store, or something else; 0: there is nothing.
+pub fn stored_bytes(directory: &Path) -> u64 {
+    match look(directory) {
+        (Start::Blank, _) => 0,
+        (Start::Store(made), _) => made,
+        (Start::Other, bytes) => bytes,
+    }
+}
+
+/// Opens a store's file or device. A store that is there keeps its size, if that is within `capacity`, and its file gets back what was
+/// cut off; something else stays as long as it is. The kernel lets go of a killed daemon's ring, and with it of its lock, some time
+/// after the process is gone: so that is waited for, for a while.
 ///
 /// # Errors
-/// As [`Backing::open`], as text.
+/// As [`Backing::open`], as text; and what is too short to be a store.
 pub fn backing(path: &Path, capacity: u64) -> Result<Backing, String> {
     let until = clock() + LOCK_WITHIN;
     loop {
-        match Backing::open(path, Some(capacity)) {
+        let bytes = match look(path) {
+            (Start::Blank, _) => capacity,
+            (Start::Store(made), _) => made.min(capacity),
+            (Start::Other, bytes) if path.is_dir() && bytes < PAGE as u64 => {
+                return Err(format!("{}: {}", path.display(), OpenError::Foreign));
+            }
+            (Start::Other, bytes) if path.is_dir() => bytes.min(capacity),
+            (Start::Other, _) => capacity,
+        };
+        match Backing::open(path, Some(bytes)) {
             Err(error) if error.kind() == OpenErrorKind::Busy && clock() < until => {
                 let pause = Timespec {
                     tv_sec: 0,

@@ -137,12 +137,12 @@ fn tenants(registry: &mut Registry, snapshot: &Snapshot) {
     let pinned = gauges(
         registry,
         "pinned_bytes",
-        "Bytes that leases and writes to NVMe keep",
+        "Bytes that leases, loads that wait for NVMe, and writes to it keep",
     );
     let ahead = gauges(
         registry,
         "ahead_bytes",
-        "Bytes of blocks that came up ahead of loads and that nobody has claimed",
+        "Bytes of blocks that came up ahead of loads, or are on their way, and that nobody has claimed",
     );
     let ahead_reads = gauges(
         registry,
@@ -316,7 +316,8 @@ struct Latencies([Latency; KINDS.len()]);
 
 impl Collector for Latencies {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let help = "Time in the node's thread from a whole request to its reply";
+        let help =
+            "How long the node's thread worked on a request; what it then waits for is not in it";
         let mut family =
             encoder.encode_descriptor("request_seconds", help, None, MetricType::Histogram)?;
         for (kind, latency) in KINDS.iter().zip(&self.0) {

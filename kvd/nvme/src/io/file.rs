@@ -18,8 +18,6 @@ use super::{OpenError, OpenErrorKind, PAGE};
 
 /// Name of the file in a directory.
 pub const FILE_NAME: &str = "kvd.nvme";
-/// What lies in a file or on a device says what it is within so many bytes.
-pub(crate) const HEADS_BYTES: u64 = 16 * PAGE as u64;
 
 /// What was there when it was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,10 +26,8 @@ pub enum Found {
     New,
     /// A file of the wanted size, or a block device.
     Same,
-    /// A file of so many bytes, fewer than wanted, which held nothing and has been lengthened.
+    /// A file of so many bytes, fewer than wanted, which has been lengthened.
     Lengthened(u64),
-    /// A file of so many bytes, fewer than wanted, that holds something. It stays as it is: a store does not grow.
-    Shorter(u64),
     /// A file of so many bytes, more than wanted. It stays as it is: a store may lie there that needs all of them.
     Longer(u64),
 }
@@ -48,8 +44,7 @@ pub struct Backing {
 
 impl Backing {
     /// Opens what `path` names: a directory, made if missing, in which the file [`FILE_NAME`] gets `bytes` bytes
-    /// (rounded down to pages) if there is none, or one that holds nothing yet; or a block device, of which the first `bytes` bytes,
-    /// or all, are used.
+    /// (rounded down to pages) if it has fewer; or a block device, of which the first `bytes` bytes, or all, are used.
     ///
     /// # Errors
     /// `Busy` when another process has it, `NoSpace` when the file system has no room, `Unsupported` when it can't do direct I/O
@@ -164,21 +159,8 @@ impl Backing {
         let found = match size {
             _ if new => Found::New,
             size if size == bytes => Found::Same,
-            size if size > bytes => Found::Longer(size),
-            size if !starts_blank(&file, &path)? => {
-                if size < HEADS_BYTES {
-                    return Err(invalid(format!(
-                        "{} holds something that is not a kvd store; it was left as it is: remove it, or choose another directory",
-                        path.display()
-                    )));
-                }
-                Found::Shorter(size)
-            }
-            size => Found::Lengthened(size),
-        };
-        let bytes = match found {
-            Found::Shorter(size) => size - size % PAGE as u64,
-            _ => bytes,
+            size if size < bytes => Found::Lengthened(size),
+            size => Found::Longer(size),
         };
         let backing = Self {
             filesystem: filesystem(&file),
@@ -289,7 +271,7 @@ impl Backing {
 
     /// Makes the file's name and size durable, so that a power cut leaves what later flushes have promised.
     fn settle(&self, directory: &Path) -> Result<(), OpenError> {
-        if !matches!(self.found, Found::New | Found::Lengthened(_)) {
+        if matches!(self.found, Found::Same | Found::Longer(_)) {
             return Ok(());
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -451,21 +433,6 @@ fn check_alignment(file: &OwnedFd, path: &Path) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// Whether nothing is written where a store, or anything else, would say what it is.
-fn starts_blank(file: &OwnedFd, path: &Path) -> Result<bool, OpenError> {
-    let mut start = [0; HEADS_BYTES as usize];
-    let mut read = 0;
-    while read < start.len() {
-        match rustix::io::pread(file, &mut start[read..], read as u64) {
-            Ok(0) => break,
-            Ok(more) => read += more,
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(OpenError::os(&format!("cannot read {}", path.display()), e)),
-        }
-    }
-    Ok(start.iter().all(|byte| *byte == 0))
-}
-
 fn free(file: &OwnedFd) -> String {
     rustix::fs::fstatvfs(file).map_or_else(
         |_| String::new(),
@@ -494,4 +461,131 @@ fn filesystem(file: &OwnedFd) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+    use crate::io::testing::scratch;
+
+    const MIB: u64 = 1 << 20;
+
+    fn kind(result: Result<Backing, OpenError>) -> OpenErrorKind {
+        result.expect_err("refused").kind()
+    }
+
+    #[test]
+    fn a_file_is_made_whole_and_private_and_found_again() {
+        let scratch = scratch();
+        let directory = scratch.path().join("new/er");
+        let backing = Backing::open(&directory, Some(MIB + 5)).expect("made");
+        assert_eq!((backing.bytes(), backing.found()), (MIB, Found::New));
+        let stat = rustix::fs::stat(backing.path()).expect("there");
+        assert_eq!((stat.st_mode & 0o7777, stat.st_size), (0o600, MIB as i64));
+        assert!(stat.st_blocks * 512 >= MIB as i64, "all space is taken");
+        assert!(
+            rustix::fs::fcntl_getfl(&backing)
+                .expect("flags")
+                .contains(OFlags::DIRECT)
+        );
+        drop(backing);
+        let again = Backing::open(&directory, Some(MIB)).expect("there");
+        assert_eq!(again.found(), Found::Same);
+        drop(again);
+        for (bytes, found) in [
+            (2 * MIB, Found::Lengthened(MIB)),
+            (MIB / 2, Found::Longer(2 * MIB)),
+        ] {
+            let again = Backing::open(&directory, Some(bytes)).expect("there");
+            assert_eq!((again.bytes(), again.found()), (bytes, found));
+            let stat = rustix::fs::stat(again.path()).expect("there");
+            assert_eq!(stat.st_size, 2 * MIB as i64, "never cut");
+        }
+        let again = Backing::existing(&directory).expect("there");
+        assert_eq!((again.bytes(), again.found()), (2 * MIB, Found::Same));
+    }
+
+    #[test]
+    fn two_can_not_share_it() {
+        let scratch = scratch();
+        let first = Backing::open(scratch.path(), Some(MIB)).expect("made");
+        let second = Backing::open(scratch.path(), Some(MIB));
+        assert_eq!(kind(second), OpenErrorKind::Busy);
+        drop(first);
+        Backing::open(scratch.path(), Some(MIB)).expect("free again");
+    }
+
+    #[test]
+    fn a_full_file_system_is_an_error_and_nothing_is_left_behind() {
+        let scratch = scratch();
+        let error = Backing::open(scratch.path(), Some(1 << 43)).expect_err("8 TiB");
+        assert_eq!(error.kind(), OpenErrorKind::NoSpace, "{error}");
+        assert!(error.to_string().contains("smaller size"), "{error}");
+        assert!(!scratch.path().join(FILE_NAME).exists());
+        drop(Backing::open(scratch.path(), Some(MIB)).expect("made"));
+        let error = Backing::open(scratch.path(), Some(1 << 43)).expect_err("8 TiB");
+        assert_eq!(error.kind(), OpenErrorKind::NoSpace, "{error}");
+        let kept = Backing::open(scratch.path(), Some(MIB)).expect("there");
+        assert_eq!(kept.found(), Found::Same, "what was there is as it was");
+    }
+
+    #[test]
+    fn what_can_not_be_is_refused() {
+        let scratch = scratch();
+        let at = |name: &str| scratch.path().join(name);
+        std::fs::write(at("file"), "x").expect("written");
+        assert_eq!(
+            kind(Backing::open(&at("file"), Some(MIB))),
+            OpenErrorKind::Invalid
+        );
+        assert_eq!(
+            kind(Backing::open(scratch.path(), None)),
+            OpenErrorKind::Invalid
+        );
+        assert_eq!(
+            kind(Backing::open(scratch.path(), Some(4095))),
+            OpenErrorKind::Invalid
+        );
+        let missing = Backing::open(Path::new("/dev/kvd-no-such"), Some(MIB));
+        assert_eq!(kind(missing), OpenErrorKind::Invalid);
+        std::os::unix::fs::symlink(at("file"), at(FILE_NAME)).expect("linked");
+        let linked = Backing::open(scratch.path(), Some(MIB)).expect_err("a link");
+        assert!(linked.to_string().contains("is a link"), "{linked}");
+    }
+
+    /// With `KVD_TEST_DEVICE=/dev/...` of a device that may be overwritten.
+    #[test]
+    #[ignore = "wants a block device"]
+    fn a_block_device_is_used_whole_or_in_part_by_one() {
+        let path = PathBuf::from(std::env::var_os("KVD_TEST_DEVICE").expect("a device"));
+        let whole = Backing::open(&path, None).expect("opened");
+        assert!(whole.bytes() >= MIB);
+        assert_eq!(kind(Backing::open(&path, None)), OpenErrorKind::Busy);
+        let bytes = whole.bytes();
+        drop(whole);
+        assert_eq!(
+            kind(Backing::open(&path, Some(bytes + MIB))),
+            OpenErrorKind::Invalid
+        );
+        let part = Backing::open(&path, Some(MIB)).expect("opened");
+        assert_eq!((part.bytes(), part.found()), (MIB, Found::Same));
+        let mut part = std::sync::Arc::new(part);
+        for _ in 0..20 {
+            let io = crate::io::UringIo::open(part, 4).expect("io_uring reads it");
+            drop(io);
+            part = std::sync::Arc::new(Backing::open(&path, Some(MIB)).expect("free again"));
+        }
+    }
+
+    #[test]
+    fn a_file_system_without_direct_io_is_named() {
+        // Whether tmpfs has direct I/O depends on the kernel; /proc and the like can't even have files.
+        let Ok(scratch) = tempfile::tempdir_in("/dev/shm") else {
+            return;
+        };
+        match Backing::open(scratch.path(), Some(MIB)) {
+            Ok(backing) => assert_eq!(backing.filesystem(), "tmpfs"),
+            Err(error) => {
+                assert_eq!(error.kind(), OpenErrorKind::Unsupported, "{error}");
+                assert!(!scratch.path().join(FILE_NAME).exists());
+            }
+        }
+    }
+}

@@ -34,7 +34,6 @@ pub use arena::ArenaRange;
 pub use choose::{Choice, Chosen, DiskIo, IoOptions};
 pub use error::{OpenError, OpenErrorKind};
 pub use faulty::{Fault, Faults, Faulty, Rules};
-pub(crate) use file::HEADS_BYTES;
 pub use file::{Backing, FILE_NAME, Found};
 pub use fixed::FixedReport;
 pub use raw::{RAW_BLOCKS, RawReport, RawRun, cpu_seconds, raw, raw_blocks, raw_memory, scattered};

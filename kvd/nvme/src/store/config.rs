@@ -74,6 +74,9 @@ pub enum OpenError {
         /// Ours.
         known: u32,
     },
+    /// Nothing lies there yet, and nothing is to be made.
+    #[error("there is no store yet: a daemon makes one when it starts")]
+    Empty,
     /// Something else lies there.
     #[error(
         "the device holds something that is not a kvd store; it was left as it is: choose another; or remove the file (of a block device: overwrite the first 64 KiB with zeros)"
@@ -86,7 +89,7 @@ pub enum OpenError {
     Damaged,
     /// The device is shorter than the store on it.
     #[error(
-        "the store takes {store} bytes and the device has only {device}: set the size that it was made with, or remove the file to make a smaller one"
+        "the store takes {store} bytes and the device has only {device}: set nvme_capacity to the size that it was made with; or, to make a new store, remove the file (of a block device: overwrite the first 64 KiB with zeros)"
     )]
     Short {
         /// Bytes of the store.

@@ -98,7 +98,7 @@ pub fn fsck<I: BlockIo>(
         format: false,
         ..config.clone()
     };
-    let heads = heads(&mut wire, &asked)?.ok_or(OpenError::Foreign)?;
+    let heads = heads(&mut wire, &asked)?.ok_or(OpenError::Empty)?;
     let (mut blocks, mut groups) = (Vec::<Listed>::new(), Groups::new());
     let state = recover(
         &mut wire,

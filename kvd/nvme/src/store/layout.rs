@@ -6,11 +6,12 @@ use kvd_core::tier::{Place, STORE_PAGE, StoreShape, stride_of};
 use super::OpenError;
 use super::config::StoreConfig;
 use super::format::{MOST_NUMBER, PER_PAGE, Superblock};
-pub(crate) use crate::io::HEADS_BYTES;
 use crate::io::PAGE;
 
 /// The two superblocks, with room between them.
 pub(crate) const HEADS: [u64; 2] = [0, 8 * PAGE as u64];
+/// Bytes before the first area.
+pub(crate) const HEADS_BYTES: u64 = 16 * PAGE as u64;
 /// Bytes of a namespace slot: the longest record and what stands before it.
 pub(crate) const NAME_SLOT: u64 = (64 << 10) + PAGE as u64;
 /// The smallest half of a journal, pages.

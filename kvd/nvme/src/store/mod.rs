@@ -30,6 +30,7 @@ mod plant;
 mod read;
 mod recover;
 mod slots;
+mod start;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -51,6 +52,7 @@ pub use self::jobs::RESERVE;
 #[cfg(feature = "planted")]
 pub use self::plant::Plant;
 pub use self::recover::Found;
+pub use self::start::{START_BYTES, Start};
 
 use self::block::BlockPage;
 use self::cycle::Cycle;

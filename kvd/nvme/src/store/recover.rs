@@ -13,6 +13,7 @@ use super::format::{
 };
 use super::layout::{HEADS, HEADS_BYTES, Layout, NAME_SLOT};
 use super::names::Names;
+use super::start::is_file_system;
 use super::table::Table;
 use super::wire::Wire;
 use crate::io::{BlockIo, PAGE};
@@ -56,6 +57,9 @@ pub(crate) fn heads<I: BlockIo>(
             }
             Err(error) => (blank, unreadable) = (false, Some(error)),
         }
+    }
+    if blank && let Ok(next) = wire.read(HEADS_BYTES, 1)? {
+        blank = !is_file_system(next.bytes());
     }
     for copy in &found {
         if let Some(SuperRead::Newer(found)) = copy {

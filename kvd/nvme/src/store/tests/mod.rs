@@ -291,6 +291,12 @@ fn what_is_not_ours_is_refused_and_left_as_it_is() {
     *test.pages.borrow_mut() = Default::default();
     test.pages.borrow_mut().insert(3, Box::new([1; PAGE]));
     assert_eq!(refused(&mut test), OpenError::Foreign);
+    // btrfs leaves blank what is before its superblock.
+    let mut head = [0; PAGE];
+    head[64..72].copy_from_slice(b"_BHRfS_M");
+    *test.pages.borrow_mut() = Default::default();
+    test.pages.borrow_mut().insert(16, Box::new(head));
+    assert_eq!(refused(&mut test), OpenError::Foreign);
     test.config.format = true;
     test.open().unwrap();
     assert!(test.report.formatted);
