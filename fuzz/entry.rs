@@ -68,7 +68,7 @@ fn message(body: &[u8]) {
 fn packed(request: &Request) -> Vec<&[u8]> {
     match &request.body {
         Some(request::Body::Lookup(m)) => m.chains.iter().map(|c| &c.hashes[..]).collect(),
-        Some(request::Body::Reserve(m)) => m.chain.iter().map(|c| &c.hashes[..]).collect(),
+        Some(request::Body::Reserve(m)) => m.chains.iter().map(|c| &c.hashes[..]).collect(),
         Some(request::Body::Load(m)) => vec![&m.hashes],
         _ => Vec::new(),
     }

@@ -466,7 +466,9 @@ fn aborts_of_stale_orders(change: fn(&mut StoreOrder)) -> Vec<Vec<u32>> {
         .scheduler
         .on_new_request(0, "b", Adapter::Base, &[], true);
     assert_eq!(engine.step(&["b"], &[16]), [(0, 0, 0)]);
-    engine.scheduler.capture(0, "b", 0, hashes(9..10), [0]);
+    engine
+        .scheduler
+        .capture(0, "b", [(0, hashes(9..10).into(), vec![0])], []);
     daemon.expect(RESERVE);
     // The scheduler has its slots, then the worker's connection is another one.
     for _ in 0..2_000_000 {

@@ -58,8 +58,8 @@ struct Group {
     rule: GroupRule,
 }
 
-/// Blocks of a request: its id, the group, their hashes and numbers.
-type Captured<'a> = (&'a PyBackedStr, u32, Bytes, Vec<u32>);
+/// Blocks of a request: its id, and of each group their hashes and numbers.
+type Captured<'a> = (&'a PyBackedStr, Vec<(u32, Bytes, Vec<u32>)>);
 
 /// Hashes for a block, first and end of a range of blocks.
 type Range = (usize, usize, usize);
@@ -110,7 +110,7 @@ impl SchedulerHalf {
         wanted: &[(usize, u32, u32)],
         lists: &Lists<'_, '_>,
     ) -> PyResult<Vec<Captured<'a>>> {
-        let mut all = Vec::with_capacity(wanted.len());
+        let mut all = Vec::new();
         for of_request in wanted.chunk_by(|a, b| a.0 == b.0) {
             let at = of_request[0].0;
             let (id, name) = (&step.ids[at], &step.names[at]);
@@ -121,7 +121,7 @@ impl SchedulerHalf {
             let tables = lists.blocks(name)?;
             let before = step.computed[at] as usize;
             let after = before + step.ahead.get(at).map_or(0, |tokens| *tokens as usize);
-            let mut read = None;
+            let (mut read, mut of_groups) = (None, Vec::with_capacity(of_request.len()));
             for (_, group, first) in of_request {
                 // What a running request may give up is taken in the step that fills it.
                 let tokens = match self.groups[*group as usize].rule.stands_alone() {
@@ -132,8 +132,11 @@ impl SchedulerHalf {
                 let (hashes, blocks) =
                     self.blocks_of(&running.hashes, &tables, wanted, tokens, &mut read)?;
                 if !blocks.is_empty() {
-                    all.push((id, *group, hashes, blocks));
+                    of_groups.push((*group, hashes, blocks));
                 }
+            }
+            if !of_groups.is_empty() {
+                all.push((id, of_groups));
             }
         }
         Ok(all)
@@ -377,12 +380,22 @@ impl SchedulerHalf {
                 Default::default()
             });
             guard = self.inner.lock();
-            let mut kept = Vec::new();
-            for (id, group, hashes, blocks) in captured {
-                kept.append(&mut guard.capture(now, id, group, hashes, blocks));
+            let (mut kept, mut known) = (Vec::new(), Vec::<&str>::new());
+            let states_of = |id: &PyBackedStr| {
+                let own = states.iter().zip(&hashes);
+                let own = own.filter(|(state, _)| *state.0 == **id);
+                let own = own.map(|(state, hash)| (state.1, &hash[..], state.3));
+                own.collect::<Vec<_>>()
+            };
+            for (id, full) in captured {
+                known.push(id);
+                kept.append(&mut guard.capture(now, id, full, states_of(id)));
             }
-            for ((id, group, _, block), hash) in states.iter().zip(&hashes) {
-                kept.append(&mut guard.capture_state(now, id, *group, hash, *block));
+            for (id, ..) in &states {
+                if !known.contains(&&**id) {
+                    known.push(id);
+                    kept.append(&mut guard.capture(now, id, [], states_of(id)));
+                }
             }
             if !kept.is_empty() {
                 drop(guard);

@@ -139,32 +139,14 @@ impl<P: Port> Guarded<P> {
     }
 
     /// [`Scheduler::capture`].
-    pub fn capture(
+    pub fn capture<'a>(
         &mut self,
         now: u64,
         id: &str,
-        group: u32,
-        hashes: impl Into<Bytes>,
-        blocks: impl Into<Vec<u32>>,
+        full: impl IntoIterator<Item = (u32, Bytes, Vec<u32>)>,
+        states: impl IntoIterator<Item = (u32, &'a [u8], u32)>,
     ) -> Vec<u32> {
-        let kept = self.with(|half| half.capture(now, id, group, hashes, blocks));
-        self.keep(kept)
-    }
-
-    /// [`Scheduler::capture_state`].
-    pub fn capture_state(
-        &mut self,
-        now: u64,
-        id: &str,
-        group: u32,
-        hash: &[u8],
-        block: u32,
-    ) -> Vec<u32> {
-        let kept = self.with(|half| half.capture_state(now, id, group, hash, block));
-        self.keep(kept)
-    }
-
-    fn keep(&mut self, kept: Option<Vec<u32>>) -> Vec<u32> {
+        let kept = self.with(|half| half.capture(now, id, full, states));
         let kept = kept.unwrap_or_default();
         for block in &kept {
             *self.promises.kept.entry(*block).or_default() += 1;

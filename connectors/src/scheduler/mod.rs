@@ -12,6 +12,7 @@ mod guard;
 mod load;
 mod lookup;
 mod namespaces;
+mod orders;
 mod port;
 mod request;
 mod silence;
@@ -39,8 +40,8 @@ use crate::meta::{self, LoadOrder, MetaError, RankHello, RankReport, StepMeta, V
 use crate::notice::{Notice, Notices};
 use load::ActiveLoad;
 use namespaces::Namespaces;
+use orders::OpenOrder;
 use silence::Silence;
-use store::OpenOrder;
 use watch::Watch;
 
 /// What can be chosen. Times in microseconds.
@@ -50,7 +51,7 @@ pub struct Settings {
     pub world: u32,
     /// What a hit needs of each KV-cache group, by number.
     pub groups: Vec<GroupRule>,
-    /// Groups whose blocks the engine offers one by one ([`Scheduler::capture_state`]); their place in a request says nothing.
+    /// Groups whose blocks the engine offers one by one (the states of [`Scheduler::capture`]); their place in a request says nothing.
     pub offered: Vec<u32>,
     /// How long a request waits for the answer to its lookup.
     pub lookup_deadline: u64,

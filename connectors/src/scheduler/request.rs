@@ -122,15 +122,38 @@ pub(crate) struct Tail {
     pub(crate) blocks: Blocks,
 }
 
+/// What is reserved of one KV-cache group.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) group: u32,
+    pub(crate) blocks: Blocks,
+    /// The engine keeps these blocks until it is told that they are not needed any more.
+    pub(crate) held: bool,
+}
+
+/// So many blocks.
+pub(crate) fn count(parts: &[Part]) -> u32 {
+    parts.iter().map(|part| part.blocks.len() as u32).sum()
+}
+
+/// And so many that the engine keeps.
+pub(crate) fn count_held(parts: &[Part]) -> u32 {
+    let held = parts.iter().filter(|part| part.held);
+    held.map(|part| part.blocks.len() as u32).sum()
+}
+
+/// Those that the engine keeps.
+pub(crate) fn held_blocks(parts: Vec<Part>) -> Vec<u32> {
+    let held = parts.into_iter().filter(|part| part.held);
+    held.flat_map(|part| part.blocks.blocks).collect()
+}
+
 /// A reservation under way.
 #[derive(Debug)]
 pub(crate) struct Reservation<T> {
     pub(crate) ticket: T,
     pub(crate) namespace: u32,
-    pub(crate) group: u32,
-    pub(crate) blocks: Blocks,
-    /// The engine keeps these blocks until it is told that they are not needed any more.
-    pub(crate) held: bool,
+    pub(crate) parts: Vec<Part>,
     /// When (us) it was asked for.
     pub(crate) since: u64,
     /// The engine's step in which it was asked for.
@@ -239,10 +262,8 @@ impl<T> Request<T> {
     pub(crate) fn give_up_reservations(&mut self) -> (u32, Vec<u32>) {
         let (mut count, mut held) = (0, Vec::new());
         for reservation in self.reservations.drain(..) {
-            count += reservation.blocks.len() as u32;
-            if reservation.held {
-                held.extend(reservation.blocks.blocks);
-            }
+            count += self::count(&reservation.parts);
+            held.extend(held_blocks(reservation.parts));
         }
         (count, held)
     }

@@ -1,32 +1,18 @@
-//! Stores: from a full block in the engine to the ranks' reports that it has been copied.
+//! Stores: from a full block in the engine to a reservation. What comes of that: `orders`.
 //!
 //! Reserve -> (reply) -> order -> (reports of all ranks). A running request's blocks are reserved as they fill; a finished
 //! request's last blocks likewise, while the engine holds them for us, for a bounded time.
 
 use bytes::Bytes;
-use kvd_wire::session::{Chain, Reserve, ReserveReply, ReserveState, reply, request::Body};
+use kvd_wire::session::{Chain, Reserve, request::Body};
 
 use super::Scheduler;
 use super::namespaces::Standing;
-use super::port::{Fault, Port};
-use super::request::{Blocks, Leaving, Reservation, Tail};
-use crate::HASH_BYTES;
-use crate::meta::StoreOrder;
+use super::port::Port;
+use super::request::{Blocks, Leaving, Part, Reservation, Tail, count, count_held};
 
-/// For how long (us) nothing is reserved after the daemon had no room.
-const NO_ROOM_PAUSE: u64 = 100_000;
 /// Most requests that wait to be sent: the port's queue is finite, and its thread wakes in the time that the next ones take.
 const UNSENT_MOST: u32 = 256;
-
-/// An order that not all ranks have reported.
-#[derive(Debug)]
-pub(crate) struct OpenOrder {
-    request: String,
-    blocks: u32,
-    ranks: u32,
-    /// Blocks that the engine keeps for it.
-    held: Vec<u32>,
-}
 
 impl<P: Port> Scheduler<P> {
     /// Whether a reservation can be sent at all now.
@@ -37,85 +23,108 @@ impl<P: Port> Scheduler<P> {
             && self.in_flight < self.settings.max_in_flight
     }
 
-    /// Blocks of a running request's KV-cache group that are full: their hashes (32 bytes each) and the engine's numbers, from the
+    /// Blocks of a running request that are full: of each KV-cache group their hashes (32 bytes each) and the engine's numbers, from the
     /// block that [`Scheduler::begin_step`] said. One more hash in front is that of the block before them: the daemon keeps chains
-    /// together by it. Slots are asked for.
+    /// together by it. And `states`, which the engine may give up any time: the group, the hash (32 bytes) to store it under, the block.
+    /// Slots are asked for, in one request.
     ///
     /// The engine must keep the blocks that are returned, whatever becomes of the request, until [`Scheduler::released`] has said
     /// them.
-    pub fn capture(
+    pub fn capture<'a>(
         &mut self,
         now: u64,
         id: &str,
-        group: u32,
-        hashes: impl Into<Bytes>,
-        blocks: impl Into<Vec<u32>>,
+        full: impl IntoIterator<Item = (u32, Bytes, Vec<u32>)>,
+        states: impl IntoIterator<Item = (u32, &'a [u8], u32)>,
     ) -> Vec<u32> {
-        let Some(rule) = self.settings.groups.get(group as usize) else {
-            return Vec::new();
-        };
-        let alone = rule.stands_alone();
-        let mut room = self.settings.max_in_flight.saturating_sub(self.in_flight);
-        room = room.min(self.settings.batch);
-        let mut all = Blocks::new(hashes.into(), blocks.into());
-        let (taken, count) = if alone {
-            // What does not fit is left out for good: these blocks go with their step. Hits end at the end of it rather than before.
-            room = room.min(self.room_to_hold());
-            let count = all.len() as u32;
-            let mut taken = all.without_gaps();
-            taken.split_front(taken.len().saturating_sub(room as usize));
-            (taken, count)
-        } else {
-            let taken = all.split_front(room as usize);
-            let count = taken.len() as u32;
-            (taken, count)
-        };
-        let held = match alone {
-            true => taken.blocks.clone(),
-            false => Vec::new(),
-        };
-        if !self.capturable(id) || self.reserve(now, id, group, taken, alone).is_err() {
-            return Vec::new();
+        let mut kept = Vec::new();
+        if !self.capturable(id) {
+            return kept;
         }
+        let (mut parts, mut ends) = (Vec::<Part>::new(), Vec::new());
+        for (group, hashes, blocks) in full {
+            let Some(rule) = self.settings.groups.get(group as usize) else {
+                continue;
+            };
+            let alone = rule.stands_alone();
+            let mut room = self.settings.max_in_flight.saturating_sub(self.in_flight);
+            room = room.saturating_sub(count(&parts)).min(self.settings.batch);
+            let mut all = Blocks::new(hashes, blocks);
+            let (taken, end) = if alone {
+                // What does not fit is left out for good: these blocks go with their step. Hits end at the end of it rather than before.
+                room = room.min(self.room_to_hold(count_held(&parts)));
+                let end = all.len() as u32;
+                let mut taken = all.without_gaps();
+                taken.split_front(taken.len().saturating_sub(room as usize));
+                (taken, end)
+            } else {
+                let taken = all.split_front(room as usize);
+                let end = taken.len() as u32;
+                (taken, end)
+            };
+            if count(&parts) + taken.len() as u32 > self.settings.batch {
+                self.take(now, id, &mut parts, &mut ends, &mut kept);
+            }
+            ends.push((group, end));
+            if taken.len() > 0 {
+                parts.push(Part {
+                    group,
+                    blocks: taken,
+                    held: alone,
+                });
+            }
+        }
+        for (group, hash, block) in states {
+            let room = self.in_flight + count(&parts) < self.settings.max_in_flight
+                && self.held + count_held(&parts) < self.settings.max_held
+                && self.settings.groups.len() > group as usize;
+            if room && !self.is_silent(now) {
+                let blocks = Blocks::new(Bytes::copy_from_slice(hash), vec![block]);
+                parts.push(Part {
+                    group,
+                    blocks: blocks.without_gaps(),
+                    held: true,
+                });
+            }
+        }
+        self.take(now, id, &mut parts, &mut ends, &mut kept);
+        kept
+    }
+
+    /// Asks for slots for these parts of a running request, whose blocks are then dealt with up to `ends` (blocks of a group beyond those
+    /// that were), and adds those that the engine must keep.
+    fn take(
+        &mut self,
+        now: u64,
+        id: &str,
+        parts: &mut Vec<Part>,
+        ends: &mut Vec<(u32, u32)>,
+        kept: &mut Vec<u32>,
+    ) {
+        let (parts, ends) = (std::mem::take(parts), std::mem::take(ends));
+        let held = parts.iter().filter(|part| part.held);
+        let held: Vec<u32> = held.flat_map(|part| &part.blocks.blocks).copied().collect();
+        if self.reserve(now, id, parts).is_err() {
+            return;
+        }
+        kept.extend(held);
         if let Some(request) = self.requests.get_mut(id) {
-            request.next[group as usize] += count;
-        }
-        held
-    }
-
-    /// A block of a running request that holds its state at the end of a block, to be stored under that hash (32 bytes). The
-    /// engine may give it up any time: it must keep it as with [`Scheduler::capture`], if it is returned.
-    pub fn capture_state(
-        &mut self,
-        now: u64,
-        id: &str,
-        group: u32,
-        hash: &[u8],
-        block: u32,
-    ) -> Vec<u32> {
-        let blocks = Blocks::new(Bytes::copy_from_slice(hash), vec![block]).without_gaps();
-        let held = blocks.blocks.clone();
-        let room = self.in_flight < self.settings.max_in_flight
-            && self.held < self.settings.max_held
-            && self.settings.groups.len() > group as usize;
-        if !room || !self.capturable(id) || self.is_silent(now) {
-            return Vec::new();
-        }
-        match self.reserve(now, id, group, blocks, true) {
-            Ok(()) => held,
-            Err(_) => Vec::new(),
+            for (group, count) in ends {
+                request.next[group as usize] += count;
+            }
         }
     }
 
-    /// How many more blocks of one group the engine may keep for us: every group that outgrows its blocks has a share.
-    fn room_to_hold(&self) -> u32 {
+    /// How many more blocks of one group the engine may keep for us, beside so many that it will: every group that outgrows its blocks
+    /// has a share.
+    fn room_to_hold(&self, beside: u32) -> u32 {
         let groups = self
             .settings
             .groups
             .iter()
             .filter(|rule| rule.stands_alone());
         let share = self.settings.max_held / groups.count().max(1) as u32;
-        let left = self.settings.max_held.saturating_sub(self.held);
+        let left = self.settings.max_held.saturating_sub(self.held + beside);
         left.min(share.max(1))
     }
 
@@ -124,53 +133,45 @@ impl<P: Port> Scheduler<P> {
         request.is_some_and(|request| request.leaving == Leaving::No && self.may_store(request))
     }
 
-    /// Asks for slots, with the step's end at the latest. Gives the blocks back when that is not possible now. `held`: the engine keeps
-    /// the blocks until it is told.
-    fn reserve(
-        &mut self,
-        now: u64,
-        id: &str,
-        group: u32,
-        blocks: Blocks,
-        held: bool,
-    ) -> Result<(), Blocks> {
+    /// Asks for slots, with the step's end at the latest. Gives the blocks back when that is not possible now.
+    fn reserve(&mut self, now: u64, id: &str, parts: Vec<Part>) -> Result<(), Vec<Part>> {
         let Some(request) = self.requests.get(id) else {
             return Ok(());
         };
-        if blocks.len() == 0 {
+        if parts.is_empty() {
             return Ok(());
         }
         let adapter = request.adapter.clone();
         let Standing::Ready { index, name } = self.standing(&adapter) else {
-            return Err(blocks);
+            return Err(parts);
         };
         if !self.ranks_ready(index) || !self.can_reserve(now) {
-            return Err(blocks);
+            return Err(parts);
         }
+        let chains = parts.iter().map(|part| Chain {
+            group: part.group,
+            hashes: part.blocks.hashes.clone(),
+            parent: part.blocks.parent.clone(),
+        });
         let body = Body::Reserve(Reserve {
             namespace: name.namespace,
-            chain: Some(Chain {
-                group,
-                hashes: blocks.hashes.clone(),
-                parent: blocks.parent.clone(),
-            }),
+            chains: chains.collect(),
         });
         let Ok(ticket) = self.port.queue_on(&name, body) else {
-            return Err(blocks);
+            return Err(parts);
         };
         self.queued();
+        let blocks = count(&parts);
         self.counters.reserves += 1;
-        self.counters.reserve_blocks += blocks.len() as u64;
-        self.in_flight += blocks.len() as u32;
-        self.held += if held { blocks.len() as u32 } else { 0 };
+        self.counters.reserve_blocks += u64::from(blocks);
+        self.in_flight += blocks;
+        self.held += count_held(&parts);
         let epochs = self.ranks.iter().map(|rank| rank.epoch).collect();
         if let Some(request) = self.requests.get_mut(id) {
             request.reservations.push_back(Reservation {
                 ticket,
                 namespace: index,
-                group,
-                blocks,
-                held,
+                parts,
                 since: now,
                 step: self.steps,
                 epochs,
@@ -216,186 +217,6 @@ impl<P: Port> Scheduler<P> {
         {
             request.listed = true;
             self.listed.push(id.to_owned());
-        }
-    }
-
-    /// Turns the replies that have come into orders.
-    pub(crate) fn collect_reservations(&mut self, now: u64) {
-        for id in std::mem::take(&mut self.listed) {
-            self.collect_of(now, &id);
-            if let Some(request) = self.requests.get_mut(&id) {
-                request.listed = false;
-                if request.has_pending() || request.leaving != Leaving::No {
-                    request.listed = true;
-                    self.listed.push(id);
-                }
-            }
-        }
-    }
-
-    fn collect_of(&mut self, now: u64, id: &str) {
-        loop {
-            let Some(request) = self.requests.get_mut(id) else {
-                return;
-            };
-            let Some(first) = request.reservations.front_mut() else {
-                return;
-            };
-            // What the engine keeps for us is right when its step is wholly over: with drafts, states move once tokens are accepted,
-            // which may be after this step's stores begin.
-            if first.held && first.step == self.steps {
-                return;
-            }
-            let answer = self.port.poll(&mut first.ticket);
-            // The engine's blocks are not kept for a daemon that takes its time. Of a finished request see `tell_finished`.
-            let late = first.held
-                && request.leaving == Leaving::No
-                && now.saturating_sub(first.since) >= self.settings.hold_deadline;
-            if answer.is_none() && !late {
-                return;
-            }
-            let Some(reservation) = request.reservations.pop_front() else {
-                return;
-            };
-            let Some(answer) = answer else {
-                self.counters.hold_timeouts += 1;
-                self.reservation_lost(reservation);
-                continue;
-            };
-            match answer {
-                Ok(reply::Body::Reserve(reply)) => {
-                    self.daemon_spoke();
-                    self.order(now, id, reservation, reply);
-                }
-                Ok(_) => self.reservation_lost(reservation),
-                Err(fault) => {
-                    self.reservation_lost(reservation);
-                    if let Fault::Refused(text) = fault {
-                        self.notices
-                            .warn(format!("a reservation was refused: {text}"));
-                    }
-                }
-            }
-        }
-    }
-
-    fn reservation_lost(&mut self, reservation: Reservation<P::Ticket>) {
-        self.flew(reservation.blocks.len() as u32);
-        self.counters.failed_blocks += reservation.blocks.len() as u64;
-        if reservation.held {
-            self.let_go(reservation.blocks.blocks);
-        }
-    }
-
-    fn order(
-        &mut self,
-        now: u64,
-        id: &str,
-        reservation: Reservation<P::Ticket>,
-        reply: ReserveReply,
-    ) {
-        let asked = reservation.blocks.len();
-        let blocks = &reservation.blocks;
-        let all = reply.states.len() == asked
-            && (reply.states.iter()).all(|state| *state == ReserveState::Reserved as i32);
-        // As a rule all blocks get slots, or none does.
-        let (hashes, blocks) = match all {
-            true => (blocks.hashes.clone(), blocks.blocks.clone()),
-            false => self.reserved(now, blocks, &reply.states),
-        };
-        let slots = reply.slots.len().min(reply.generations.len());
-        let count = blocks.len().min(slots).min(reply.offsets.len());
-        let mut order = StoreOrder {
-            order: self.next_order,
-            request: id.to_owned(),
-            namespace: reservation.namespace,
-            group: reservation.group,
-            epochs: reservation.epochs,
-            incarnation: reservation.incarnation.to_vec(),
-            hashes: match self.namespaces.replicated(reservation.group) {
-                true => hashes.slice(..count * HASH_BYTES),
-                false => Bytes::new(),
-            },
-            blocks,
-            slots: reply.slots,
-            generations: reply.generations,
-            offsets: reply.offsets,
-        };
-        order.blocks.truncate(count);
-        order.slots.truncate(count);
-        order.generations.truncate(count);
-        order.offsets.truncate(count);
-        let count = count as u32;
-        self.flew(asked as u32 - count);
-        let mut held = Vec::new();
-        if reservation.held {
-            // What gets no slot is not copied. The ordered ones are in the same order.
-            let mut ordered = order.blocks.iter().peekable();
-            let all = reservation.blocks.blocks.into_iter();
-            let rest = all.filter(|block| ordered.next_if_eq(&block).is_none());
-            let rest: Vec<u32> = rest.collect();
-            self.let_go(rest);
-            held = order.blocks.clone();
-        }
-        if count == 0 {
-            return;
-        }
-        self.next_order += 1;
-        self.counters.orders += 1;
-        self.counters.ordered_blocks += u64::from(count);
-        self.orders.insert(
-            order.order,
-            OpenOrder {
-                request: order.request.clone(),
-                blocks: count,
-                ranks: self.ranks.len() as u32,
-                held,
-            },
-        );
-        self.meta.stores.push(order);
-        if let Some(request) = self.requests.get_mut(id) {
-            request.orders += 1;
-        }
-    }
-
-    /// The blocks that have got slots, and their hashes. The others are counted.
-    fn reserved(&mut self, now: u64, blocks: &Blocks, states: &[i32]) -> (Bytes, Vec<u32>) {
-        let (all, _) = blocks.hashes.as_chunks::<HASH_BYTES>();
-        let (mut hashes, mut numbers) = (Vec::new(), Vec::new());
-        for (state, (hash, block)) in states.iter().zip(all.iter().zip(&blocks.blocks)) {
-            match ReserveState::try_from(*state) {
-                Ok(ReserveState::Reserved) => {
-                    hashes.extend_from_slice(hash);
-                    numbers.push(*block);
-                }
-                Ok(ReserveState::Present) => self.counters.present_blocks += 1,
-                Ok(ReserveState::Filling) => self.counters.filling_blocks += 1,
-                Ok(ReserveState::NoSpace) => {
-                    self.counters.no_space_blocks += 1;
-                    self.no_room_until = now + NO_ROOM_PAUSE;
-                }
-                Err(_) => self.counters.failed_blocks += 1,
-            }
-        }
-        (hashes.into(), numbers)
-    }
-
-    /// A rank is done with an order.
-    pub(crate) fn order_done(&mut self, order: u64) {
-        let Some(open) = self.orders.get_mut(&order) else {
-            return;
-        };
-        open.ranks = open.ranks.saturating_sub(1);
-        if open.ranks > 0 {
-            return;
-        }
-        if let Some(open) = self.orders.remove(&order) {
-            self.flew(open.blocks);
-            self.let_go(open.held);
-            self.counters.done_blocks += u64::from(open.blocks);
-            if let Some(request) = self.requests.get_mut(&open.request) {
-                request.orders = request.orders.saturating_sub(1);
-            }
         }
     }
 
@@ -480,7 +301,7 @@ impl<P: Port> Scheduler<P> {
     fn push_tail(&mut self, now: u64, id: &str) {
         loop {
             let room = self.settings.max_in_flight.saturating_sub(self.in_flight);
-            let count = room.min(self.settings.batch) as usize;
+            let mut room = room.min(self.settings.batch) as usize;
             let epoch = self.namespaces.epoch();
             let Some(request) = self.requests.get_mut(id) else {
                 return;
@@ -489,18 +310,28 @@ impl<P: Port> Scheduler<P> {
                 // The weights may be others than those it was computed with.
                 request.tails.clear();
             }
-            let Some(tail) = request.tails.front_mut().filter(|_| count > 0) else {
-                return;
-            };
-            let group = tail.group;
-            let front = tail.blocks.split_front(count);
-            if tail.blocks.len() == 0 {
-                request.tails.pop_front();
+            let mut parts = Vec::new();
+            while let Some(tail) = request.tails.front_mut().filter(|_| room > 0) {
+                let (group, blocks) = (tail.group, tail.blocks.split_front(room));
+                room -= blocks.len();
+                if tail.blocks.len() == 0 {
+                    request.tails.pop_front();
+                }
+                parts.push(Part {
+                    group,
+                    blocks,
+                    held: false,
+                });
             }
-            if let Err(blocks) = self.reserve(now, id, group, front, false) {
+            if parts.is_empty() {
+                return;
+            }
+            if let Err(parts) = self.reserve(now, id, parts) {
                 if let Some(request) = self.requests.get_mut(id) {
                     // It does not matter that a tail may be in two pieces now.
-                    request.tails.push_front(Tail { group, blocks });
+                    for Part { group, blocks, .. } in parts.into_iter().rev() {
+                        request.tails.push_front(Tail { group, blocks });
+                    }
                 }
                 return;
             }

@@ -171,7 +171,7 @@ mod tests {
             let whole = reserve(6, namespace, &of, &mut out);
             let body = Body::Reserve(Reserve {
                 namespace,
-                chain: Some(message.clone()),
+                chains: vec![message.clone()],
             });
             assert!(out == generated(6, body), "reserve");
             assert_eq!(whole + 4, out.len());

@@ -51,7 +51,7 @@ fn reserve(range: std::ops::Range<u32>) -> request::Body {
     };
     request::Body::Reserve(Reserve {
         namespace: 1,
-        chain: Some(chain),
+        chains: vec![chain],
     })
 }
 

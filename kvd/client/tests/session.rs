@@ -65,7 +65,7 @@ fn blocks_go_and_come_back_in_windows() {
         .seen()
         .iter()
         .filter_map(|b| match b {
-            request::Body::Reserve(r) => Some(r.chain.as_ref().unwrap().hashes.len() / 32),
+            request::Body::Reserve(r) => Some(r.chains[0].hashes.len() / 32),
             _ => None,
         })
         .collect();

@@ -143,7 +143,7 @@ impl Bench {
         };
         match self.ask(Request::Reserve {
             namespace: 0,
-            chain,
+            chains: &[chain],
         }) {
             Reply::Reserve(reply) => reply.clone(),
             other => panic!("{other:?}"),

@@ -227,7 +227,7 @@ pub enum Request<'a> {
         /// Short name.
         namespace: u32,
         /// What to store.
-        chain: Chain<'a>,
+        chains: &'a [Chain<'a>],
     },
     /// This process's part of these slots is written.
     Commit {
@@ -471,7 +471,7 @@ pub enum Where {
 /// Answer to Reserve.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ReserveReply {
-    /// One for each hash.
+    /// One for each hash, chain after chain.
     pub states: Vec<ReserveState>,
     /// One for each RESERVED, in order.
     pub slots: Vec<u32>,

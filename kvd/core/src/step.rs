@@ -141,7 +141,7 @@ impl Core {
                 lease_ms,
                 scope,
             } => self.lookup(caller, namespace, chains, (lease_ms, scope), out),
-            Request::Reserve { namespace, chain } => self.reserve(caller, namespace, &chain, out),
+            Request::Reserve { namespace, chains } => self.reserve(caller, namespace, chains, out),
             Request::Commit {
                 namespace,
                 group,

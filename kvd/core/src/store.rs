@@ -19,7 +19,7 @@ pub(crate) struct Writer {
     pub(crate) crc_base: u32,
 }
 
-/// One Reserve under way.
+/// One chain of a Reserve under way.
 struct Storing {
     tenant: usize,
     instance: u32,
@@ -44,15 +44,52 @@ impl Core {
         &mut self,
         caller: Caller,
         namespace: u32,
-        chain: &Chain<'_>,
+        chains: &[Chain<'_>],
         out: &mut Vec<Output>,
     ) -> Result<Reply, Failure> {
-        self.bounded("hashes", chain.hashes.len())?;
+        let hashes = chains.iter().map(|chain| chain.hashes.len()).sum();
+        self.bounded("hashes", hashes)?;
         let space = self.space_of(caller, namespace)?;
-        let group = self.group_of(space, chain.group)?;
+        let each = chains
+            .iter()
+            .map(|chain| self.storing(caller, space, chain.group));
+        let mut each = each.collect::<Result<Vec<_>, _>>()?;
+        // First all that is here is touched, so that nothing of these chains is evicted to make room for the rest of them.
+        let mut known = Vec::with_capacity(hashes);
+        for (storing, chain) in each.iter_mut().zip(chains) {
+            if let Some(parent) = &chain.parent
+                && !storing.alone
+                && let Found::Entry(id) = self.index.find(space, storing.group, &parent.0)
+            {
+                self.touch(caller.tenant, storing.class, id, false);
+                storing.parent = id;
+            }
+            self.find_and_touch(storing, chain.hashes, &mut known);
+        }
+        let mut reply = ReserveReply::default();
+        reply.states.reserve_exact(known.len());
+        let mut known = known.into_iter();
+        for (mut storing, chain) in each.into_iter().zip(chains) {
+            for (hash, known) in chain.hashes.iter().zip(known.by_ref()) {
+                let state = self.reserve_one(&mut storing, hash, known, &mut reply, out);
+                reply.states.push(state);
+                let counters = &mut self.counters;
+                *match state {
+                    ReserveState::Reserved => &mut counters.reserved,
+                    ReserveState::Present => &mut counters.present,
+                    ReserveState::Filling => &mut counters.filling,
+                    ReserveState::NoSpace => &mut counters.store_failed.no_space,
+                } += 1;
+            }
+        }
+        Ok(Reply::Reserve(reply))
+    }
+
+    fn storing(&mut self, caller: Caller, space: u32, group: u32) -> Result<Storing, Failure> {
+        let group = self.group_of(space, group)?;
         let crew = self.crew(caller.instance, space, group)?;
         let class = self.spaces.get(space).groups[usize::from(group)].class;
-        let mut storing = Storing {
+        Ok(Storing {
             tenant: caller.tenant,
             instance: caller.instance,
             space,
@@ -65,34 +102,10 @@ impl Core {
             full: false,
             others: true,
             alone: self.spaces.get(space).record.rules()[usize::from(group)].stands_alone(),
-        };
-        if let Some(parent) = &chain.parent
-            && !storing.alone
-            && let Found::Entry(id) = self.index.find(space, group, &parent.0)
-        {
-            self.touch(caller.tenant, storing.class, id, false);
-            storing.parent = id;
-        }
-        // First all that is here is touched, so that nothing of this chain is evicted to make room for the rest of it.
-        let known = self.find_and_touch(&storing, chain.hashes);
-        let mut reply = ReserveReply::default();
-        reply.states.reserve_exact(known.len());
-        for (hash, known) in chain.hashes.iter().zip(known) {
-            let state = self.reserve_one(&mut storing, hash, known, &mut reply, out);
-            reply.states.push(state);
-            let counters = &mut self.counters;
-            *match state {
-                ReserveState::Reserved => &mut counters.reserved,
-                ReserveState::Present => &mut counters.present,
-                ReserveState::Filling => &mut counters.filling,
-                ReserveState::NoSpace => &mut counters.store_failed.no_space,
-            } += 1;
-        }
-        Ok(Reply::Reserve(reply))
+        })
     }
 
-    fn find_and_touch(&mut self, storing: &Storing, hashes: &[[u8; 32]]) -> Vec<u32> {
-        let mut all = Vec::with_capacity(hashes.len());
+    fn find_and_touch(&mut self, storing: &Storing, hashes: &[[u8; 32]], all: &mut Vec<u32>) {
         for batch in hashes.chunks(BATCH) {
             let mut found = [NIL; BATCH];
             self.index
@@ -104,7 +117,6 @@ impl Core {
                 all.push(*id);
             }
         }
-        all
     }
 
     fn reserve_one(

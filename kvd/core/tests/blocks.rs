@@ -28,6 +28,39 @@ fn reserving_twice_says_filling_and_then_present() {
 }
 
 #[test]
+fn several_chains_are_answered_one_after_the_other_or_not_at_all() {
+    let mut world = World::new(Settings::default(), 2);
+    world.script(1, 0);
+    let list = hashes(0..4);
+    let chain = |group, hashes| Chain {
+        group,
+        hashes,
+        parent: None,
+    };
+    let mut ask = |chains: &[Chain<'_>]| {
+        world.ask(
+            1,
+            Request::Reserve {
+                namespace: 0,
+                chains,
+            },
+        )
+    };
+    let refused = ask(&[chain(0, &list), chain(1, &list)]);
+    assert_eq!(kind(&refused), Some(ErrorKind::Invalid));
+    assert_eq!(ask(&[]), Reply::Reserve(ReserveReply::default()));
+    // Of what was refused nothing was reserved.
+    let Reply::Reserve(got) = ask(&[chain(0, &list[..2]), chain(0, &list[1..])]) else {
+        panic!("refused");
+    };
+    use ReserveState::*;
+    let states = [Reserved, Reserved, Filling, Reserved, Reserved];
+    assert_eq!(got.states, states);
+    world.commit(1, &got.slots, &got.generations, &[0; 16]);
+    assert_eq!(world.load(1, &list).slots.len(), 4);
+}
+
+#[test]
 fn tails_go_first_and_the_coldest_chain_before_others() {
     let mut world = World::new(Settings::default(), 1);
     world.script(1, 0);
@@ -338,15 +371,19 @@ fn absurd_requests_get_one_clear_failure() {
         },
         Request::Reserve {
             namespace: u32::MAX,
-            chain: ok,
+            chains: &[ok],
         },
         Request::Reserve {
             namespace: 0,
-            chain: long,
+            chains: &[long],
         },
         Request::Reserve {
             namespace: 0,
-            chain: none,
+            chains: &[none],
+        },
+        Request::Reserve {
+            namespace: 0,
+            chains: &[ok, ok],
         },
         Request::Load {
             namespace: 0,

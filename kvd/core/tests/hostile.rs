@@ -269,7 +269,7 @@ fn ask(world: &mut World, wild: &Wild) {
                 *session,
                 Request::Reserve {
                     namespace: *namespace,
-                    chain,
+                    chains: &[chain],
                 },
             );
         }

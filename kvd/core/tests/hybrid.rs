@@ -70,7 +70,7 @@ fn store(world: &mut World, group: u32, list: &[[u8; 32]]) -> Vec<ReserveState> 
     };
     let body = Request::Reserve {
         namespace: 0,
-        chain,
+        chains: &[chain],
     };
     let Reply::Reserve(reply) = world.ask(1, body) else {
         panic!("no slots")

@@ -64,7 +64,7 @@ fn nothing_is_reserved_before_every_rank_is_there() {
     };
     let body = Request::Reserve {
         namespace: 0,
-        chain,
+        chains: &[chain],
     };
     assert_eq!(
         kind(&world.ask(1, body.clone())),

@@ -329,7 +329,13 @@ fn generations_are_written_before_the_answer_and_counted_for_the_tenant() {
         hashes: &hash,
         parent: None,
     };
-    let Reply::Reserve(reserved) = w.ask(session, Request::Reserve { namespace, chain }) else {
+    let Reply::Reserve(reserved) = w.ask(
+        session,
+        Request::Reserve {
+            namespace,
+            chains: &[chain],
+        },
+    ) else {
         panic!("reserved")
     };
     let word = reserved.generations[0];

@@ -261,7 +261,10 @@ impl World {
             parent: None,
         };
         let namespace = 0;
-        let Reply::Reserve(got) = self.ask(Request::Reserve { namespace, chain }) else {
+        let Reply::Reserve(got) = self.ask(Request::Reserve {
+            namespace,
+            chains: &[chain],
+        }) else {
             panic!("no slots");
         };
         assert!(got.states.iter().all(|s| *s == ReserveState::Reserved));

@@ -50,17 +50,13 @@ pub(crate) fn with_request<R>(
             })));
         }
         request::Body::Reserve(m) => {
-            let Some(asked) = &m.chain else {
-                return Err(Malformed(
-                    "a Reserve without a chain: send the hashes to store".to_owned(),
-                ));
-            };
-            let chain = chain(asked)?;
-            within(chain.hashes.len(), most)?;
-            core::Request::Reserve {
+            let chains = m.chains.iter().map(chain).collect::<Result<Vec<_>, _>>()?;
+            let hashes = chains.iter().map(|c| c.hashes.len()).sum();
+            within(hashes, most)?;
+            return Ok(Some(then(core::Request::Reserve {
                 namespace: m.namespace,
-                chain,
-            }
+                chains: &chains,
+            })));
         }
         request::Body::Commit(m) => {
             within(m.slots.len().max(m.generations.len()), most)?;
@@ -353,14 +349,12 @@ mod tests {
         ] {
             assert_eq!(with_request(&body, 1, |_| ()), Ok(None));
         }
-        let no_chain = request::Body::Reserve(wire::Reserve::default());
-        assert!(with_request(&no_chain, 1, |_| ()).is_err());
         let short_parent = wire::Chain {
             parent: vec![0; 5].into(),
             ..wire::Chain::default()
         };
         let body = request::Body::Reserve(wire::Reserve {
-            chain: Some(short_parent),
+            chains: vec![short_parent],
             ..wire::Reserve::default()
         });
         assert!(

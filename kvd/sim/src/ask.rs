@@ -45,7 +45,7 @@ pub(crate) enum Ask {
     },
     Reserve {
         namespace: u32,
-        chain: OwnChain,
+        chains: Vec<OwnChain>,
     },
     Commit {
         namespace: u32,
@@ -111,10 +111,13 @@ impl Ask {
                     },
                 })
             }
-            Ask::Reserve { namespace, chain } => f(Request::Reserve {
-                namespace: *namespace,
-                chain: chain.lend(),
-            }),
+            Ask::Reserve { namespace, chains } => {
+                let chains: Vec<Chain<'_>> = chains.iter().map(OwnChain::lend).collect();
+                f(Request::Reserve {
+                    namespace: *namespace,
+                    chains: &chains,
+                })
+            }
             Ask::Commit {
                 namespace,
                 group,

@@ -199,7 +199,10 @@ impl World {
                 lease_ms: u32::MAX,
                 leading: true,
             },
-            1 => Ask::Reserve { namespace, chain },
+            1 => Ask::Reserve {
+                namespace,
+                chains: vec![chain],
+            },
             _ => Ask::Load {
                 namespace,
                 group,
@@ -230,7 +233,7 @@ impl World {
             },
             1 => Ask::Reserve {
                 namespace: 0,
-                chain,
+                chains: vec![chain.clone(), chain],
             },
             _ => Ask::Load {
                 namespace: 0,
@@ -315,11 +318,11 @@ impl World {
         let group = self.rng.below(groups) as u32;
         Ask::Reserve {
             namespace: 0,
-            chain: OwnChain {
+            chains: vec![OwnChain {
                 group,
                 hashes,
                 parent: None,
-            },
+            }],
         }
     }
 
@@ -334,7 +337,7 @@ impl World {
         match self.rng.below(4) {
             0 => Ask::Reserve {
                 namespace: 0,
-                chain,
+                chains: vec![chain],
             },
             1 => Ask::Load {
                 namespace: 0,

@@ -54,8 +54,8 @@ impl World {
                 self.judge_lookup(session, *namespace, chains, *leading, found)?;
                 2
             }
-            (Ask::Reserve { namespace, chain }, Reply::Reserve(given)) => {
-                held = self.judge_reserve(session, *namespace, chain, given)?;
+            (Ask::Reserve { namespace, chains }, Reply::Reserve(given)) => {
+                held = self.judge_reserve(session, *namespace, chains, given)?;
                 3
             }
             (Ask::Commit { slots, .. }, Reply::Commit(states)) => {
@@ -250,7 +250,7 @@ impl World {
         &mut self,
         session: u64,
         short: u32,
-        chain: &OwnChain,
+        chains: &[OwnChain],
         given: &ReserveReply,
     ) -> Check<Vec<Held>> {
         let spec = self.meant(session, short)?;
@@ -264,18 +264,21 @@ impl World {
             given.generations.len(),
             given.offsets.len(),
         ];
+        let asked = chains
+            .iter()
+            .flat_map(|chain| chain.hashes.iter().map(|hash| (chain.group, hash)));
         ensure!(
-            given.states.len() == chain.hashes.len() && lists == [count; 3],
+            given.states.len() == asked.clone().count() && lists == [count; 3],
             5,
             "a reservation with lists of wrong lengths"
         );
         let proc = self.session(session).map_or(0, |info| info.proc);
         let mut all = Vec::new();
-        for (hash, state) in chain.hashes.iter().zip(&given.states) {
+        for ((group, hash), state) in asked.zip(&given.states) {
             let key = Key {
                 tenant: spec.tenant,
                 namespace: spec.id,
-                group: chain.group,
+                group,
                 hash: BlockHash(*hash),
             };
             let t = &self.model.tenants[usize::from(spec.tenant)];

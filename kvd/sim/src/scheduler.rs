@@ -192,7 +192,10 @@ impl World {
         };
         self.send(
             p,
-            Ask::Reserve { namespace, chain },
+            Ask::Reserve {
+                namespace,
+                chains: vec![chain],
+            },
             Pending::Reserve { space, known },
         );
     }

@@ -64,11 +64,11 @@ impl BlockMover {
         for (hashes, blocks) in chain.hashes.chunks(window * 32).zip(from.chunks(window)) {
             let request = request::Body::Reserve(Reserve {
                 namespace,
-                chain: Some(Chain {
+                chains: vec![Chain {
                     group: chain.group,
                     hashes: hashes.to_vec().into(),
                     parent: parent.to_vec().into(),
-                }),
+                }],
             });
             parent = &hashes[hashes.len() - 32..];
             let reserved = match caller.call(request) {

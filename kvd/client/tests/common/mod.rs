@@ -429,7 +429,11 @@ fn take_slots(inner: &Inner, reserve: wire::Reserve) -> wire::ReserveReply {
     let mut blocks = inner.blocks.lock().unwrap();
     let mut reply = wire::ReserveReply::default();
     let per_extent = EXTENT / slot_bytes;
-    for hash in reserve.chain.expect("a chain").hashes.chunks(32) {
+    let hashes = reserve
+        .chains
+        .iter()
+        .flat_map(|chain| chain.hashes.chunks(32));
+    for hash in hashes {
         if let Some(block) = blocks.by_hash.get(hash) {
             reply.states.push(if block.committed { 1 } else { 2 });
             continue;

@@ -245,7 +245,7 @@ impl World {
             session,
             Request::Reserve {
                 namespace: 0,
-                chain,
+                chains: &[chain],
             },
         ) {
             Reply::Reserve(reply) => reply,

@@ -290,7 +290,7 @@ impl Model {
             session,
             Request::Reserve {
                 namespace: 0,
-                chain,
+                chains: &[chain],
             },
         ) {
             Reply::Reserve(got) => got,
