@@ -1,7 +1,7 @@
 //! Orders: from the daemon's reply to a reservation to the ranks' reports that its blocks have been copied.
 
 use bytes::Bytes;
-use kvd_wire::session::{ReserveReply, ReserveState, reply};
+use kvd_wire::session::{Abort, ReserveReply, ReserveState, reply, request::Body};
 
 use super::Scheduler;
 use super::port::{Fault, Port};
@@ -99,6 +99,14 @@ impl<P: Port> Scheduler<P> {
         mut reservation: Reservation<P::Ticket>,
         mut reply: ReserveReply,
     ) {
+        if reply.states.len() != count(&reservation.parts) as usize {
+            // A daemon of another kind: nobody knows whose these slots are.
+            let _ = self.port.queue_and_forget(Body::Abort(Abort {
+                slots: reply.slots,
+                generations: reply.generations,
+            }));
+            return self.reservation_lost(reservation);
+        }
         for part in std::mem::take(&mut reservation.parts) {
             let states = split_front(&mut reply.states, part.blocks.len());
             let reserved = states

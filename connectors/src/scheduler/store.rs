@@ -14,6 +14,18 @@ use super::request::{Blocks, Leaving, Part, Reservation, Tail, count, count_held
 /// Most requests that wait to be sent: the port's queue is finite, and its thread wakes in the time that the next ones take.
 const UNSENT_MOST: u32 = 256;
 
+/// What is asked for in one request.
+#[derive(Default)]
+struct Wanted {
+    parts: Vec<Part>,
+    /// With it so many more blocks of these groups are dealt with.
+    ends: Vec<(u32, u32)>,
+}
+
+fn count_all(wanted: &[Wanted; 2]) -> u32 {
+    wanted.iter().map(|wanted| count(&wanted.parts)).sum()
+}
+
 impl<P: Port> Scheduler<P> {
     /// Whether a reservation can be sent at all now.
     pub(crate) fn can_reserve(&self, now: u64) -> bool {
@@ -26,7 +38,7 @@ impl<P: Port> Scheduler<P> {
     /// Blocks of a running request that are full: of each KV-cache group their hashes (32 bytes each) and the engine's numbers, from the
     /// block that [`Scheduler::begin_step`] said. One more hash in front is that of the block before them: the daemon keeps chains
     /// together by it. And `states`, which the engine may give up any time: the group, the hash (32 bytes) to store it under, the block.
-    /// Slots are asked for, in one request.
+    /// Slots are asked for, as a rule in one request for what the engine keeps, and in one for the rest.
     ///
     /// The engine must keep the blocks that are returned, whatever becomes of the request, until [`Scheduler::released`] has said
     /// them.
@@ -41,18 +53,21 @@ impl<P: Port> Scheduler<P> {
         if !self.capturable(id) {
             return kept;
         }
-        let (mut parts, mut ends) = (Vec::<Part>::new(), Vec::new());
+        // What the engine keeps is given up when the daemon takes its time; the rest waits.
+        let mut wanted = [Wanted::default(), Wanted::default()];
         for (group, hashes, blocks) in full {
             let Some(rule) = self.settings.groups.get(group as usize) else {
                 continue;
             };
             let alone = rule.stands_alone();
             let mut room = self.settings.max_in_flight.saturating_sub(self.in_flight);
-            room = room.saturating_sub(count(&parts)).min(self.settings.batch);
+            room = room
+                .saturating_sub(count_all(&wanted))
+                .min(self.settings.batch);
             let mut all = Blocks::new(hashes, blocks);
             let (taken, end) = if alone {
                 // What does not fit is left out for good: these blocks go with their step. Hits end at the end of it rather than before.
-                room = room.min(self.room_to_hold(count_held(&parts)));
+                room = room.min(self.room_to_hold(count_held(&wanted[1].parts)));
                 let end = all.len() as u32;
                 let mut taken = all.without_gaps();
                 taken.split_front(taken.len().saturating_sub(room as usize));
@@ -62,12 +77,11 @@ impl<P: Port> Scheduler<P> {
                 let end = taken.len() as u32;
                 (taken, end)
             };
-            if count(&parts) + taken.len() as u32 > self.settings.batch {
-                self.take(now, id, &mut parts, &mut ends, &mut kept);
-            }
-            ends.push((group, end));
+            let wanted = &mut wanted[usize::from(alone)];
+            self.make_room(now, id, wanted, taken.len(), &mut kept);
+            wanted.ends.push((group, end));
             if taken.len() > 0 {
-                parts.push(Part {
+                wanted.parts.push(Part {
                     group,
                     blocks: taken,
                     held: alone,
@@ -75,33 +89,41 @@ impl<P: Port> Scheduler<P> {
             }
         }
         for (group, hash, block) in states {
-            let room = self.in_flight + count(&parts) < self.settings.max_in_flight
-                && self.held + count_held(&parts) < self.settings.max_held
+            let room = self.in_flight + count_all(&wanted) < self.settings.max_in_flight
+                && self.held + count_held(&wanted[1].parts) < self.settings.max_held
                 && self.settings.groups.len() > group as usize;
-            if room && !self.is_silent(now) {
-                let blocks = Blocks::new(Bytes::copy_from_slice(hash), vec![block]);
-                parts.push(Part {
+            if room && block != 0 && !self.is_silent(now) {
+                self.make_room(now, id, &mut wanted[1], 1, &mut kept);
+                wanted[1].parts.push(Part {
                     group,
-                    blocks: blocks.without_gaps(),
+                    blocks: Blocks::new(Bytes::copy_from_slice(hash), vec![block]),
                     held: true,
                 });
             }
         }
-        self.take(now, id, &mut parts, &mut ends, &mut kept);
+        for wanted in wanted {
+            self.take(now, id, wanted, &mut kept);
+        }
         kept
     }
 
-    /// Asks for slots for these parts of a running request, whose blocks are then dealt with up to `ends` (blocks of a group beyond those
-    /// that were), and adds those that the engine must keep.
-    fn take(
+    /// Asks for what is wanted, if so many blocks more would be too many for one request.
+    fn make_room(
         &mut self,
         now: u64,
         id: &str,
-        parts: &mut Vec<Part>,
-        ends: &mut Vec<(u32, u32)>,
+        wanted: &mut Wanted,
+        more: usize,
         kept: &mut Vec<u32>,
     ) {
-        let (parts, ends) = (std::mem::take(parts), std::mem::take(ends));
+        if count(&wanted.parts) + more as u32 > self.settings.batch {
+            self.take(now, id, std::mem::take(wanted), kept);
+        }
+    }
+
+    /// Asks for slots, and adds those blocks that the engine must keep.
+    fn take(&mut self, now: u64, id: &str, wanted: Wanted, kept: &mut Vec<u32>) {
+        let Wanted { parts, ends } = wanted;
         let held = parts.iter().filter(|part| part.held);
         let held: Vec<u32> = held.flat_map(|part| &part.blocks.blocks).copied().collect();
         if self.reserve(now, id, parts).is_err() {
@@ -328,7 +350,7 @@ impl<P: Port> Scheduler<P> {
             }
             if let Err(parts) = self.reserve(now, id, parts) {
                 if let Some(request) = self.requests.get_mut(id) {
-                    // It does not matter that a tail may be in two pieces now.
+                    // It does not matter that a tail may be in two pieces now: the daemon finds the one by the hash before the other.
                     for Part { group, blocks, .. } in parts.into_iter().rev() {
                         request.tails.push_front(Tail { group, blocks });
                     }

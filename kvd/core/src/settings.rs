@@ -104,7 +104,7 @@ pub struct Settings {
     pub load_bytes_per_us: u64,
     /// Most hashes, slots or generations in one request.
     pub max_hashes: u32,
-    /// Most chains in one lookup.
+    /// Most chains in one request.
     pub max_chains: u32,
     /// Most sessions of the daemon.
     pub max_sessions: u32,

@@ -1,7 +1,7 @@
 //! The one entry point: an input comes in, state changes, outputs go out.
 //! Deliberately absent: anything that outlives the step; there is no queue in here.
 
-use crate::api::{ErrorKind, Failure, Input, NIL, Output, Reply, Request};
+use crate::api::{Chain, ErrorKind, Failure, Input, NIL, Output, Reply, Request};
 use crate::disk::Asked;
 use crate::ids::{Now, RequestId, Role, SessionId};
 use crate::sessions::Opening;
@@ -197,6 +197,22 @@ impl Core {
             return Err(Failure::invalid(text));
         }
         Ok(())
+    }
+
+    /// Refuses more chains, or more hashes in them, than there may be; else so many hashes there are.
+    pub(crate) fn bounded_chains(&self, chains: &[Chain<'_>]) -> Result<usize, Failure> {
+        let most = self.settings.max_chains;
+        if chains.len() > most as usize {
+            let text = format!(
+                "{} chains in one request; send at most {most}",
+                chains.len()
+            );
+            return Err(Failure::invalid(text));
+        }
+        let hashes = chains.iter().map(|chain| chain.hashes.len());
+        let hashes = hashes.fold(0, usize::saturating_add);
+        self.bounded("hashes", hashes)?;
+        Ok(hashes)
     }
 
     fn pairs<'a>(&self, slots: &'a [u32], generations: &'a [u64]) -> Result<SlotList<'a>, Failure> {

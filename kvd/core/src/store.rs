@@ -33,6 +33,8 @@ struct Storing {
     parent: u32,
     /// Nothing more fits: the rest answers NO_SPACE.
     full: bool,
+    /// That is so because no slot of this class can be had.
+    no_slot: bool,
     /// Another class's extents may be colder than this class's blocks.
     others: bool,
     /// Blocks of this group are worth something without those before them: they are linked to none.
@@ -47,8 +49,7 @@ impl Core {
         chains: &[Chain<'_>],
         out: &mut Vec<Output>,
     ) -> Result<Reply, Failure> {
-        let hashes = chains.iter().map(|chain| chain.hashes.len()).sum();
-        self.bounded("hashes", hashes)?;
+        let hashes = self.bounded_chains(chains)?;
         let space = self.space_of(caller, namespace)?;
         let each = chains
             .iter()
@@ -69,7 +70,17 @@ impl Core {
         let mut reply = ReserveReply::default();
         reply.states.reserve_exact(known.len());
         let mut known = known.into_iter();
+        let mut no_slots = Vec::new();
         for (mut storing, chain) in each.into_iter().zip(chains) {
+            // It may be in a chain before this one.
+            if storing.parent == NIL
+                && let Some(parent) = &chain.parent
+                && !storing.alone
+                && let Found::Entry(id) = self.index.find(space, storing.group, &parent.0)
+            {
+                storing.parent = id;
+            }
+            storing.full = no_slots.contains(&storing.class);
             for (hash, known) in chain.hashes.iter().zip(known.by_ref()) {
                 let state = self.reserve_one(&mut storing, hash, known, &mut reply, out);
                 reply.states.push(state);
@@ -80,6 +91,9 @@ impl Core {
                     ReserveState::Filling => &mut counters.filling,
                     ReserveState::NoSpace => &mut counters.store_failed.no_space,
                 } += 1;
+            }
+            if storing.no_slot {
+                no_slots.push(storing.class);
             }
         }
         Ok(Reply::Reserve(reply))
@@ -100,6 +114,7 @@ impl Core {
             crcs: self.crews[crew].crcs,
             parent: NIL,
             full: false,
+            no_slot: false,
             others: true,
             alone: self.spaces.get(space).record.rules()[usize::from(group)].stands_alone(),
         })
@@ -140,15 +155,17 @@ impl Core {
                 EntryState::Filling | EntryState::Vacant => ReserveState::Filling,
             };
         }
-        if !storing.full
-            && found == Found::Absent
-            && let Some(slot) = self.slot_for(storing, out)
-            && let Some((word, offset)) = self.begin_block(storing, hash, slot, out)
-        {
-            reply.slots.push(slot);
-            reply.generations.push(word);
-            reply.offsets.push(offset);
-            return ReserveState::Reserved;
+        if !storing.full && found == Found::Absent {
+            let slot = self.slot_for(storing, out);
+            storing.no_slot = slot.is_none();
+            if let Some(slot) = slot
+                && let Some((word, offset)) = self.begin_block(storing, hash, slot, out)
+            {
+                reply.slots.push(slot);
+                reply.generations.push(word);
+                reply.offsets.push(offset);
+                return ReserveState::Reserved;
+            }
         }
         storing.full = true;
         ReserveState::NoSpace

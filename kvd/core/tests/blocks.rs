@@ -61,6 +61,36 @@ fn several_chains_are_answered_one_after_the_other_or_not_at_all() {
 }
 
 #[test]
+fn the_chains_of_a_request_make_no_room_out_of_each_other() {
+    let mut world = World::new(Settings::default(), 1);
+    world.script(1, 0);
+    let room = world.store(1, &hashes(0..1_000)).slots.len() as u64;
+    assert!(room < 900, "the arena is full");
+    let (one, other) = (hashes(0..2), hashes(5_000..5_000 + room));
+    let parent = one.last().map(|hash| BlockHash(*hash));
+    let chains = [(&one, None), (&other, parent)].map(|(hashes, parent)| Chain {
+        group: 0,
+        hashes,
+        parent,
+    });
+    let Reply::Reserve(got) = world.ask(
+        1,
+        Request::Reserve {
+            namespace: 0,
+            chains: &chains,
+        },
+    ) else {
+        panic!("refused");
+    };
+    use ReserveState::*;
+    assert_eq!(got.states[..2], [Present; 2]);
+    let given = got.slots.len() as u64;
+    assert_eq!(given, room - 2, "all but those two, which are still here");
+    assert_eq!(world.hits(1, &one), 2);
+    assert_eq!(got.states[given as usize + 2..], [NoSpace; 2]);
+}
+
+#[test]
 fn tails_go_first_and_the_coldest_chain_before_others() {
     let mut world = World::new(Settings::default(), 1);
     world.script(1, 0);

@@ -50,6 +50,11 @@ pub(crate) fn with_request<R>(
             })));
         }
         request::Body::Reserve(m) => {
+            if m.chains.is_empty() {
+                return Err(Malformed(
+                    "a Reserve without a chain: send the hashes to store".to_owned(),
+                ));
+            }
             let chains = m.chains.iter().map(chain).collect::<Result<Vec<_>, _>>()?;
             let hashes = chains.iter().map(|c| c.hashes.len()).sum();
             within(hashes, most)?;
@@ -349,6 +354,8 @@ mod tests {
         ] {
             assert_eq!(with_request(&body, 1, |_| ()), Ok(None));
         }
+        let no_chain = request::Body::Reserve(wire::Reserve::default());
+        assert!(with_request(&no_chain, 1, |_| ()).is_err());
         let short_parent = wire::Chain {
             parent: vec![0; 5].into(),
             ..wire::Chain::default()

@@ -52,7 +52,7 @@ fn fresh_seeds_hold() {
     let (seeds, steps) = if soak() {
         (5_000, 20_000)
     } else {
-        (60, 10_000)
+        (180, 10_000)
     };
     eprintln_seed(first, seeds);
     let mut sum = Counters::default();

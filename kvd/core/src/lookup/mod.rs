@@ -70,16 +70,7 @@ impl Core {
         out: &mut Vec<Output>,
     ) -> Result<Reply, Failure> {
         let space = self.space_of(caller, namespace)?;
-        let most = self.settings.max_chains;
-        if chains.len() > most as usize {
-            let text = format!("{} chains in one lookup; send at most {most}", chains.len());
-            return Err(Failure::invalid(text));
-        }
-        let total = chains
-            .iter()
-            .map(|chain| chain.hashes.len())
-            .fold(0, usize::saturating_add);
-        self.bounded("hashes", total)?;
+        self.bounded_chains(chains)?;
         for chain in chains {
             self.group_of(space, chain.group)?;
         }
