@@ -34,7 +34,7 @@ class Kind:
     drafter: tuple[str, Callable[[], models.Recipe] | None] | None = None
     """How tokens are guessed, by layers with a KV cache of their own: the method, and a model, if it is not the same."""
     small: str = "4MiB"
-    """Host memory for less than the blocks of two prompts."""
+    """Host memory for the blocks of one prompt, and for less than those of two. With less than one, the next is not stored for a while."""
 
 
 # vLLM's own cache keeps windows and states only where the same prompt would ask for them again, unless it is told to keep more; states
@@ -47,13 +47,13 @@ KINDS = {
     "deepseek": Kind(models.mla, {"mla_prefix_caching": True}, small="6MiB"),
     "gemma": Kind(models.gemma, WINDOWS, small="6MiB"),
     "gemma-odd": Kind(lambda: models.gemma(window=200), WINDOWS, small="6MiB"),  # no multiple of the block
-    "gemma-one-group": Kind(models.gemma, {"disable_hybrid_kv_cache_manager": True}),  # as beside a connector that can't have several
+    "gemma-one-group": Kind(models.gemma, {"disable_hybrid_kv_cache_manager": True}, small="6MiB"),  # as beside a connector that can't have several
     "gptoss": Kind(models.gptoss, WINDOWS, small="5MiB"),
     "qwen3next": Kind(models.qwen3next, {"prefix_cache_retention_interval": 96, "max_num_batched_tokens": 512}),
     "lora": Kind(models.gqa, LORA, adapter=True),
     "gemma-lora": Kind(models.gemma, WINDOWS | LORA, adapter=True, small="6MiB"),
     "eagle": Kind(models.gqa, drafter=("eagle", models.eagle)),
-    "draft-model": Kind(models.gqa, drafter=("draft_model", models.gqa)),
+    "draft-model": Kind(models.gqa, drafter=("draft_model", models.gqa), small="6MiB"),
     "odd-draft-model": Kind(models.gqa, drafter=("draft_model", lambda: models.gqa(kv_heads=1))),  # its layers in the same group are smaller
     "mtp": Kind(models.mtp, drafter=("mtp", None)),
     "image": Kind(models.multimodal, {"skip_tokenizer_init": False}, images=(1,)),
