@@ -58,12 +58,9 @@ impl Core {
         // First all that is here is touched, so that nothing of these chains is evicted to make room for the rest of them.
         let mut known = Vec::with_capacity(hashes);
         for (storing, chain) in each.iter_mut().zip(chains) {
-            if let Some(parent) = &chain.parent
-                && !storing.alone
-                && let Found::Entry(id) = self.index.find(space, storing.group, &parent.0)
-            {
-                self.touch(caller.tenant, storing.class, id, false);
-                storing.parent = id;
+            storing.parent = self.parent(storing, chain);
+            if storing.parent != NIL {
+                self.touch(caller.tenant, storing.class, storing.parent, false);
             }
             self.find_and_touch(storing, chain.hashes, &mut known);
         }
@@ -73,12 +70,8 @@ impl Core {
         let mut no_slots = Vec::new();
         for (mut storing, chain) in each.into_iter().zip(chains) {
             // It may be in a chain before this one.
-            if storing.parent == NIL
-                && let Some(parent) = &chain.parent
-                && !storing.alone
-                && let Found::Entry(id) = self.index.find(space, storing.group, &parent.0)
-            {
-                storing.parent = id;
+            if storing.parent == NIL {
+                storing.parent = self.parent(&storing, chain);
             }
             storing.full = no_slots.contains(&storing.class);
             for (hash, known) in chain.hashes.iter().zip(known.by_ref()) {
@@ -97,6 +90,19 @@ impl Core {
             }
         }
         Ok(Reply::Reserve(reply))
+    }
+
+    /// The block before a chain's first, if it is here and they are linked; else [`NIL`].
+    fn parent(&self, storing: &Storing, chain: &Chain<'_>) -> u32 {
+        match &chain.parent {
+            Some(parent) if !storing.alone => {
+                match self.index.find(storing.space, storing.group, &parent.0) {
+                    Found::Entry(id) => id,
+                    _ => NIL,
+                }
+            }
+            _ => NIL,
+        }
     }
 
     fn storing(&mut self, caller: Caller, space: u32, group: u32) -> Result<Storing, Failure> {

@@ -33,9 +33,7 @@ pub(crate) fn with_request<R>(
             })));
         }
         request::Body::Lookup(m) => {
-            let chains = m.chains.iter().map(chain).collect::<Result<Vec<_>, _>>()?;
-            let hashes = chains.iter().map(|c| c.hashes.len()).sum();
-            within(hashes, most)?;
+            let chains = chains(&m.chains, most)?;
             return Ok(Some(then(core::Request::Lookup {
                 namespace: m.namespace,
                 chains: &chains,
@@ -55,9 +53,7 @@ pub(crate) fn with_request<R>(
                     "a Reserve without a chain: send the hashes to store".to_owned(),
                 ));
             }
-            let chains = m.chains.iter().map(chain).collect::<Result<Vec<_>, _>>()?;
-            let hashes = chains.iter().map(|c| c.hashes.len()).sum();
-            within(hashes, most)?;
+            let chains = chains(&m.chains, most)?;
             return Ok(Some(then(core::Request::Reserve {
                 namespace: m.namespace,
                 chains: &chains,
@@ -132,6 +128,14 @@ fn layout(sent: &wire::GroupLayout) -> core::GroupLayout<'_> {
         copies: sent.copies,
         part: sent.part,
     }
+}
+
+/// Chains, of no more hashes than that in all.
+fn chains(sent: &[wire::Chain], most: u32) -> Result<Vec<core::Chain<'_>>, Malformed> {
+    let chains = sent.iter().map(chain).collect::<Result<Vec<_>, _>>()?;
+    let hashes = chains.iter().map(|c| c.hashes.len()).sum();
+    within(hashes, most)?;
+    Ok(chains)
 }
 
 fn chain(sent: &wire::Chain) -> Result<core::Chain<'_>, Malformed> {

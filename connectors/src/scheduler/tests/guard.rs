@@ -48,7 +48,7 @@ fn a_failed_half_says_so_once_and_does_nothing() {
     assert!(!guard.finished(1, "a"));
     assert!(
         guard
-            .capture_one(1, "a", 0, hashes(1, 0..1), [3])
+            .capture(1, "a", one(0, hashes(1, 0..1), [3]), [])
             .is_empty()
     );
     let last = end(&mut guard, 1);
@@ -94,10 +94,10 @@ fn a_finished_request_is_reported_once() {
 fn blocks_that_the_engine_keeps_are_let_go_after_the_workers_have_stopped() {
     let mut guard = outgrown();
     assert_eq!(
-        guard.capture_one(1, "a", 0, hashes(1, 0..2), [4, 5]),
+        guard.capture(1, "a", one(0, hashes(1, 0..2), [4, 5]), []),
         [4, 5]
     );
-    assert_eq!(guard.capture_one(1, "a", 0, hashes(1, 1..2), [5]), [5]);
+    assert_eq!(guard.capture(1, "a", one(0, hashes(1, 1..2), [5]), []), [5]);
     assert!(
         guard.has_pending_work(),
         "the engine steps until they are let go"
@@ -114,7 +114,7 @@ fn blocks_that_the_engine_keeps_are_let_go_after_the_workers_have_stopped() {
 #[test]
 fn what_the_engine_could_not_keep_is_not_given_back() {
     let mut guard = outgrown();
-    let kept = guard.capture_one(1, "a", 0, hashes(1, 0..2), [4, 5]);
+    let kept = guard.capture(1, "a", one(0, hashes(1, 0..2), [4, 5]), []);
     assert_eq!(kept, [4, 5]);
     guard.not_kept(&kept);
     assert!(guard.half().is_none() && guard.take_failure());
@@ -125,7 +125,7 @@ fn what_the_engine_could_not_keep_is_not_given_back() {
 #[test]
 fn a_block_is_given_back_no_more_often_than_it_was_kept() {
     let mut guard = outgrown();
-    assert_eq!(guard.capture_one(1, "a", 0, hashes(1, 0..1), [4]), [4]);
+    assert_eq!(guard.capture(1, "a", one(0, hashes(1, 0..1), [4]), []), [4]);
     guard.with(|half| half.released.extend([4, 4, 9]));
     assert_eq!(guard.released(), [4], "others have the rest");
     assert!(guard.take_failure(), "such a half is not believed any more");

@@ -246,14 +246,14 @@ fn another_session_voids_what_the_old_one_promised() {
         "that lease is of the old session"
     );
     half.on_new_request(4, "b", Adapter::Base, &[], true);
-    half.capture_one(4, "b", 0, hashes(2, 0..1), [1]);
+    half.capture(4, "b", one(0, hashes(2, 0..1), [1]), []);
     assert_eq!(
         half.port().count(is_reserve),
         0,
         "they may not be its writers yet"
     );
     report(&mut half, 1, &[0], &[]);
-    half.capture_one(5, "b", 0, hashes(2, 0..1), [1]);
+    half.capture(5, "b", one(0, hashes(2, 0..1), [1]), []);
     assert_eq!(half.port().count(is_reserve), 1);
 }
 

@@ -50,41 +50,12 @@ impl Fake {
 }
 
 /// Blocks of one group.
-trait CaptureOne {
-    fn capture_one(
-        &mut self,
-        now: u64,
-        id: &str,
-        group: u32,
-        hashes: Vec<u8>,
-        blocks: impl Into<Vec<u32>>,
-    ) -> Vec<u32>;
-}
-
-impl<P: Port> CaptureOne for Scheduler<P> {
-    fn capture_one(
-        &mut self,
-        now: u64,
-        id: &str,
-        group: u32,
-        hashes: Vec<u8>,
-        blocks: impl Into<Vec<u32>>,
-    ) -> Vec<u32> {
-        self.capture(now, id, [(group, hashes.into(), blocks.into())], [])
-    }
-}
-
-impl<P: Port> CaptureOne for Guarded<P> {
-    fn capture_one(
-        &mut self,
-        now: u64,
-        id: &str,
-        group: u32,
-        hashes: Vec<u8>,
-        blocks: impl Into<Vec<u32>>,
-    ) -> Vec<u32> {
-        self.capture(now, id, [(group, hashes.into(), blocks.into())], [])
-    }
+fn one(
+    group: u32,
+    hashes: Vec<u8>,
+    blocks: impl Into<Vec<u32>>,
+) -> [(u32, bytes::Bytes, Vec<u32>); 1] {
+    [(group, hashes.into(), blocks.into())]
 }
 
 impl Port for Fake {

@@ -20,7 +20,10 @@ fn an_engine_that_only_loads_stores_nothing() {
     assert_eq!(half.port().count(is_lookup), 1);
     assert_eq!(half.begin_step(2, &[], &["a"], &[8], &[]), []);
     assert_eq!(half.finish_from(3, "a", 8), []);
-    assert!(half.capture_one(3, "a", 0, hashes(1, 0..1), [3]).is_empty());
+    assert!(
+        half.capture(3, "a", one(0, hashes(1, 0..1), [3]), [])
+            .is_empty()
+    );
     assert!(!half.finished(3, "a"));
     assert_eq!(half.port().count(is_reserve), 0);
 }
@@ -34,8 +37,8 @@ fn what_is_asked_for_in_a_step_is_sent_with_it() {
         half.on_new_request(0, id, Adapter::Base, &[], true);
     }
     half.begin_step(1, &[], &["a", "b"], &[8, 8], &[]);
-    half.capture_one(1, "a", 0, hashes(1, 0..1), [7]);
-    half.capture_one(1, "b", 0, hashes(2, 0..1), [8]);
+    half.capture(1, "a", one(0, hashes(1, 0..1), [7]), []);
+    half.capture(1, "b", one(0, hashes(2, 0..1), [8]), []);
     assert_eq!(
         sent(&half),
         (before, before + 2),
@@ -44,7 +47,7 @@ fn what_is_asked_for_in_a_step_is_sent_with_it() {
     half.end_step(1);
     assert_eq!(sent(&half), (before + 2, before + 2));
     for at in 1..=300 {
-        half.capture_one(2, "b", 0, hashes(2, at..at + 1), [at]);
+        half.capture(2, "b", one(0, hashes(2, at..at + 1), [at]), []);
     }
     assert_eq!(
         sent(&half),
@@ -83,7 +86,7 @@ fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
     let mut half = ready(2);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
     assert_eq!(half.begin_step(1, &[], &["a"], &[13], &[]), [(0, 0, 0)]);
-    half.capture_one(1, "a", 0, hashes(1, 0..3), [7, 8, 9]);
+    half.capture(1, "a", one(0, hashes(1, 0..3), [7, 8, 9]), []);
     assert!(step(&mut half, 1).stores.is_empty());
     half.port().answer(
         half.port().last(),
@@ -122,7 +125,7 @@ fn ranks_that_hold_the_same_are_told_whose_turn_it_is() {
     let mut half = ready_of((0..2).map(|rank| hello(rank, 2, 0, 0, 2, (0, 1, 1))));
     half.on_new_request(0, "a", Adapter::Base, &[], false);
     half.begin_step(1, &[], &["a"], &[8], &[]);
-    half.capture_one(1, "a", 0, hashes(1, 0..2), [7, 8]);
+    half.capture(1, "a", one(0, hashes(1, 0..2), [7, 8]), []);
     half.port().answer(
         half.port().last(),
         reserved(&[ReserveState::Present, ReserveState::Reserved]),
@@ -186,7 +189,7 @@ fn a_tail_waits_until_the_workers_have_registered() {
 fn preemption_gives_reservations_up_and_tells_the_workers() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    half.capture_one(1, "a", 0, hashes(1, 0..2), [4, 5]);
+    half.capture(1, "a", one(0, hashes(1, 0..2), [4, 5]), []);
     assert_eq!(half.load_and_hold().1, 2);
     half.port().answer(
         half.port().last(),
@@ -291,7 +294,7 @@ fn last_blocks_that_wait_over_a_reset_are_not_stored() {
 fn no_room_pauses_reservations() {
     let mut half = ready(1);
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    half.capture_one(1, "a", 0, hashes(1, 0..1), [4]);
+    half.capture(1, "a", one(0, hashes(1, 0..1), [4]), []);
     half.port()
         .answer(half.port().last(), reserved(&[ReserveState::NoSpace]));
     step(&mut half, 2);
@@ -308,7 +311,7 @@ fn reservations_in_flight_are_bounded() {
     let mut half = ready(1);
     half.settings.max_in_flight = 3;
     half.on_new_request(0, "a", Adapter::Base, &[], false);
-    half.capture_one(1, "a", 0, hashes(1, 0..5), [1, 2, 3, 4, 5]);
+    half.capture(1, "a", one(0, hashes(1, 0..5), [1, 2, 3, 4, 5]), []);
     assert_eq!(half.load_and_hold().1, 3);
     assert!(half.begin_step(2, &[], &["a"], &[40], &[]).is_empty());
     assert!(finish(&mut half, 3, "a", &hashes(1, 3..5), &[4, 5]));
@@ -343,7 +346,7 @@ fn blocks_of_a_window_are_kept_until_they_are_copied() {
     half.on_new_request(0, "a", Adapter::Base, &[], false);
     // Wanted in the step that computes them; the first of them is gone already.
     assert_eq!(half.begin_step(1, &[], &["a"], &[0], &[20]), [(0, 0, 0)]);
-    let kept = half.capture_one(1, "a", 0, hashes(1, 0..5), [0, 5, 6, 7, 8]);
+    let kept = half.capture(1, "a", one(0, hashes(1, 0..5), [0, 5, 6, 7, 8]), []);
     assert_eq!(kept, [6, 7, 8]);
     half.port().answer(
         half.port().last(),
@@ -362,14 +365,17 @@ fn blocks_of_a_window_are_kept_until_they_are_copied() {
     report(&mut half, 1, &[0], &[order.order]);
     assert_eq!((half.released(), half.held()), (vec![7], 0));
     // Nor are they kept for a daemon that takes its time, or a request that loses its blocks.
-    assert_eq!(half.capture_one(200_000, "a", 0, hashes(1, 5..6), [9]), [9]);
+    assert_eq!(
+        half.capture(200_000, "a", one(0, hashes(1, 5..6), [9]), []),
+        [9]
+    );
     step(&mut half, 200_001);
     assert_eq!(half.released(), []);
     half.begin_step(1_200_001, &[], &[], &[], &[]);
     step(&mut half, 1_200_001);
     assert_eq!(half.released(), [9]);
     assert_eq!(
-        half.capture_one(1_200_002, "a", 0, hashes(1, 6..7), [4]),
+        half.capture(1_200_002, "a", one(0, hashes(1, 6..7), [4]), []),
         [4]
     );
     half.begin_step(1_200_003, &["a"], &[], &[], &[]);
@@ -540,7 +546,7 @@ fn blocks_of_an_answer_are_gathered() {
     // A prompt's are wanted as soon as they are computed.
     assert_eq!(half.begin_step(1, &[], &["a"], &[0], &[]), []);
     assert_eq!(half.begin_step(1, &[], &["a"], &[9], &[]), [(0, 0, 0)]);
-    half.capture_one(1, "a", 0, hashes(1, 0..2), [1, 2]);
+    half.capture(1, "a", one(0, hashes(1, 0..2), [1, 2]), []);
     for computed in 10..21 {
         assert_eq!(half.begin_step(1, &[], &["a"], &[computed], &[]), []);
     }
