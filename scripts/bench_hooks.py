@@ -3,7 +3,8 @@ worker's hooks beside the time from one step to the next, while there is nothing
 
 Real vLLM on a CPU with tiny random models, whose steps are a fraction of a real model's. Its core polls for its worker's answers, as it does
 everywhere (the tests of vLLM let it sleep instead): a core that sleeps has cold caches when it wakes.
-Beside the scheduler's hooks stands what the same machine takes, in the same run, for a few microseconds of Python after a sleep.
+Beside the scheduler's hooks stands what vLLM's own scheduler takes for a step, and what becomes on this machine of some microseconds of
+additions in the same thread, right after a step's orders; and, after all, of a few microseconds of Python after a sleep.
 `make bench-hooks` builds what this needs. A table, or one JSON object with --json; progress goes to standard error.
 """
 
@@ -56,10 +57,12 @@ TRAFFIC = {"steady": steady, "bursts": bursts}
 
 
 def scheduler_row(hooks: dict[str, dict[str, float]]) -> dict[str, Any]:
-    whole, step = hooks.pop("all"), hooks.pop("step")
+    whole, step, vllm, additions = (hooks.pop(name) for name in ("all", "step", "vllm", "additions"))
     slowest = max(hooks, key=lambda name: hooks[name]["cpu_p99"])
     row = {"calls": whole["calls"]} | {f"{part}_us": whole[part] for part in ("p50", "p99", "cpu_p99")}
-    row |= {"steps": step["calls"], "step_p50_us": step["p50"], "step_p99_us": step["p99"]}
+    row |= {"steps": step["calls"]}
+    for name, one in {"step": step, "vllm": vllm, "additions": additions}.items():
+        row |= {f"{name}_p50_us": one["p50"], f"{name}_p99_us": one["p99"]}
     return row | {"slowest": slowest, "slowest_p99_us": hooks[slowest]["p99"], "slowest_cpu_p99_us": hooks[slowest]["cpu_p99"]}
 
 
@@ -103,15 +106,18 @@ def shape(name: str, where: pathlib.Path, count: int) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     p50, p99 = results["reference_us"]
     lines = [
-        "scheduler's hooks (us): each call by the clock, and of the thread's own time on a CPU; and all that belong to a step that computes something",
-        f"{'shape':<12}{'prompts':<8}{'':<9}{'calls':>7}{'p50':>8}{'p99':>8}{'cpu p99':>9}   steps{'p50':>8}{'p99':>8}   slowest kind of hook: p99, cpu p99",
+        "scheduler's hooks (us): each call by the clock, and of the thread's own time on a CPU; all that belong to a step that computes something,",
+        "and vLLM's own part of a step; a loop of additions in the same thread",
+        f"{'shape':<12}{'prompts':<8}{'':<9}{'calls':>6}{'p50':>6}{'p99':>7}{'cpu p99':>9}  step p50{'p99':>6}  vLLM p50{'p99':>6}"
+        f"  loop p50{'p99':>6}   slowest kind of hook: p99, cpu p99",
     ]
     for name, row in results["shapes"].items():
         for traffic, phase in itertools.product(TRAFFIC, ("storing", "loading")):
             one = row[traffic][phase]
             lines.append(
-                f"{name:<12}{traffic:<8}{phase:<9}{one['calls']:>7}{one['p50_us']:>8.1f}{one['p99_us']:>8.1f}{one['cpu_p99_us']:>9.1f}"
-                f"{one['steps']:>8}{one['step_p50_us']:>8.1f}{one['step_p99_us']:>8.1f}{one['slowest_p99_us']:>11.1f}{one['slowest_cpu_p99_us']:>9.1f} {one['slowest']}"
+                f"{name:<12}{traffic:<8}{phase:<9}{one['calls']:>6}{one['p50_us']:>6.1f}{one['p99_us']:>7.1f}{one['cpu_p99_us']:>9.1f}"
+                f"{one['step_p50_us']:>10.0f}{one['step_p99_us']:>6.0f}{one['vllm_p50_us']:>10.0f}{one['vllm_p99_us']:>6.0f}"
+                f"{one['additions_p50_us']:>10.1f}{one['additions_p99_us']:>6.1f}{one['slowest_p99_us']:>9.0f}{one['slowest_cpu_p99_us']:>5.0f} {one['slowest']}"
             )
     lines += [f"beside it, json.dumps of 8 numbers after a sleep of 3 ms: p50 {p50:.1f}, p99 {p99:.1f}", ""]
     lines += ["worker's hooks with nothing to do, from one step to the next", f"{'shape':<12}{'steps':>7}{'step us':>10}{'hooks us':>10}{'share':>9}"]

@@ -3,11 +3,10 @@
 //!
 //! No block bytes, no token ids and no file descriptors travel here.
 
-use bytes::Bytes;
 use prost::Message;
 
 /// The version of these messages. Both halves come from one package, so another version is a broken installation.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// A message of the other half that this half can't use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -94,7 +93,7 @@ pub struct GroupIntro {
 /// Copy these blocks of a request into these slots.
 #[derive(Clone, PartialEq, Message)]
 pub struct StoreOrder {
-    /// Number to report it by.
+    /// Number to report it by, once for each group.
     #[prost(uint64, tag = "1")]
     pub order: u64,
     /// Whose blocks.
@@ -103,24 +102,18 @@ pub struct StoreOrder {
     /// Index of the namespace.
     #[prost(uint32, tag = "3")]
     pub namespace: u32,
-    /// Group number.
-    #[prost(uint32, tag = "4")]
-    pub group: u32,
+    /// Of these KV-cache groups,
+    #[prost(uint32, repeated, tag = "4")]
+    pub groups: Vec<u32>,
+    /// and of each so many blocks, one group's after another's.
+    #[prost(uint32, repeated, tag = "12")]
+    pub counts: Vec<u32>,
     /// 32 bytes a block; empty where no two ranks hold the same part. Those that do take turns by them.
-    #[prost(bytes = "bytes", tag = "5")]
-    pub hashes: Bytes,
-    /// The engine's block numbers.
-    #[prost(uint32, repeated, tag = "6")]
-    pub blocks: Vec<u32>,
-    /// One a block.
-    #[prost(fixed32, repeated, tag = "7")]
-    pub slots: Vec<u32>,
-    /// One a block.
-    #[prost(fixed64, repeated, tag = "8")]
-    pub generations: Vec<u64>,
-    /// One a block; bytes from the start of the arena.
-    #[prost(fixed64, repeated, tag = "9")]
-    pub offsets: Vec<u64>,
+    #[prost(bytes = "vec", tag = "5")]
+    pub hashes: Vec<u8>,
+    /// A [`StoreEntry`] for each block.
+    #[prost(bytes = "vec", tag = "6")]
+    pub entries: Vec<u8>,
     /// The connection of each rank, as it last reported it, when the slots were reserved. A rank with another one is no
     /// writer of these slots and must not touch them.
     #[prost(uint64, repeated, tag = "10")]
@@ -129,6 +122,19 @@ pub struct StoreOrder {
     /// to somebody else.
     #[prost(bytes = "vec", tag = "11")]
     pub incarnation: Vec<u8>,
+}
+
+/// A block of a [`StoreOrder`]. In bytes, as it stands there: these fields in this order, little-endian, [`StoreEntry::BYTES`] in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreEntry {
+    /// The engine's number of the block.
+    pub block: u32,
+    /// Where its bytes go.
+    pub slot: u32,
+    /// Of the slot.
+    pub generation: u64,
+    /// Of the slot, in bytes from the start of the arena.
+    pub offset: u64,
 }
 
 /// Copy these stored blocks into these blocks of the engine.
@@ -166,7 +172,7 @@ pub struct RankReport {
     /// Namespaces that this connection has registered.
     #[prost(uint32, repeated, tag = "4")]
     pub registered: Vec<u32>,
-    /// Store orders that are over: copied, or given up.
+    /// Store orders that are over, copied or given up: each once for each of its groups.
     #[prost(uint64, repeated, tag = "5")]
     pub done: Vec<u64>,
     /// Who it is, until the scheduler half has been told by other means.
@@ -291,6 +297,59 @@ impl RankHello {
     }
 }
 
+impl StoreEntry {
+    /// Of one entry.
+    pub const BYTES: usize = 24;
+}
+
+impl StoreOrder {
+    /// Adds a block at the end.
+    pub fn push(&mut self, entry: StoreEntry) {
+        self.entries.extend_from_slice(&entry.block.to_le_bytes());
+        self.entries.extend_from_slice(&entry.slot.to_le_bytes());
+        self.entries
+            .extend_from_slice(&entry.generation.to_le_bytes());
+        self.entries.extend_from_slice(&entry.offset.to_le_bytes());
+    }
+
+    /// How many blocks there are.
+    pub fn blocks(&self) -> usize {
+        self.entries.len() / StoreEntry::BYTES
+    }
+
+    /// The block at this position, if there are so many.
+    pub fn entry(&self, at: usize) -> Option<StoreEntry> {
+        let (entries, _) = self.entries.as_chunks::<{ StoreEntry::BYTES }>();
+        let (words, _) = entries.get(at)?.as_chunks::<4>();
+        let word = |at: usize| u32::from_le_bytes(words[at]);
+        let double = |at: usize| u64::from(word(at)) | u64::from(word(at + 1)) << 32;
+        Some(StoreEntry {
+            block: word(0),
+            slot: word(1),
+            generation: double(2),
+            offset: double(4),
+        })
+    }
+
+    /// All blocks.
+    pub fn all(&self) -> impl Iterator<Item = StoreEntry> {
+        (0..self.blocks()).filter_map(|at| self.entry(at))
+    }
+
+    /// Of each group, where its blocks are among all.
+    pub fn parts(&self) -> impl Iterator<Item = (u32, std::ops::Range<usize>)> {
+        let mut end = 0;
+        self.groups
+            .iter()
+            .zip(&self.counts)
+            .map(move |(group, count)| {
+                let begin = end;
+                end += *count as usize;
+                (*group, begin..end)
+            })
+    }
+}
+
 impl StepMeta {
     /// Whether the step has no orders.
     pub fn is_empty(&self) -> bool {
@@ -326,6 +385,27 @@ mod tests {
             decode::<StepMeta>(&[0xff, 0xff]),
             Err(MetaError::Malformed(_))
         ));
+    }
+
+    #[test]
+    fn entries_are_read_as_they_were_written() {
+        let entry = |n: u32| StoreEntry {
+            block: n,
+            slot: u32::MAX - n,
+            generation: 1 << 40 | u64::from(n),
+            offset: u64::MAX - u64::from(n),
+        };
+        let mut order = StoreOrder {
+            groups: vec![4, 2],
+            counts: vec![1, 2],
+            ..StoreOrder::default()
+        };
+        (0..3).for_each(|n| order.push(entry(n)));
+        let back = StoreOrder::decode(order.encode_to_vec().as_slice()).unwrap();
+        assert_eq!(back.all().collect::<Vec<_>>(), [0, 1, 2].map(entry));
+        assert_eq!(back.parts().collect::<Vec<_>>(), [(4, 0..1), (2, 1..3)]);
+        order.entries.truncate(50);
+        assert_eq!((order.blocks(), order.entry(2)), (2, None));
     }
 
     #[test]

@@ -19,7 +19,8 @@ use blocks::{Buffers, hashes};
 use common::{FakeDaemon, LOAD, LONG, RESERVE, Script};
 use kvd_client::{Identity, Link, LinkConfig, Role, request};
 use kvd_connectors::meta::{
-    GroupIntro, LoadOrder, NamespaceIntro, RankGroup, RankHello, StepMeta, StoreOrder, VERSION,
+    GroupIntro, LoadOrder, NamespaceIntro, RankGroup, RankHello, StepMeta, StoreEntry, StoreOrder,
+    VERSION,
 };
 use kvd_connectors::scheduler::{Adapter, Match, Scheduler, Settings};
 use kvd_connectors::worker::{Results, Settings as WorkerSettings, Worker};
@@ -527,18 +528,22 @@ fn replicas_take_turns_by_hash() {
             vec![cache.refs()[0].at.clone()],
         )
         .expect("threads");
-        let order = StoreOrder {
+        let mut order = StoreOrder {
             order: 1,
             request: "a".into(),
             namespace: 3,
-            hashes: hashes(0..1).into(),
-            blocks: vec![0],
-            slots: vec![0],
-            generations: vec![1],
-            offsets: vec![0],
+            groups: vec![0],
+            counts: vec![1],
+            hashes: hashes(0..1),
             epochs: vec![1, 1],
             ..StoreOrder::default()
         };
+        order.push(StoreEntry {
+            block: 0,
+            slot: 0,
+            generation: 1,
+            offset: 0,
+        });
         let meta = StepMeta {
             version: VERSION,
             namespaces: vec![NamespaceIntro {

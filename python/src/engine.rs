@@ -81,34 +81,97 @@ impl<'py> Lists<'_, 'py> {
     ///
     /// # Errors
     /// What Python raises when the objects are others.
-    pub(crate) fn blocks(&self, id: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    pub(crate) fn blocks(&self, id: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
         let py = self.output.py();
         if !self.tables.is_empty() {
             let blocks = self.tables.iter().map(|table| match table.get_item(id)? {
                 Some(blocks) => Ok(blocks),
                 None => Ok(PyList::empty(py).into_any()),
             });
-            let blocks = blocks.collect::<PyResult<Vec<_>>>()?;
-            return Ok(PyList::new(py, blocks)?.into_any());
+            return blocks.collect();
         }
-        if self.manager.is_none() {
-            let state = self
-                .output
-                .getattr(intern!(py, "kv_connector_block_state"))?;
-            return state.call_method1(intern!(py, "resolve_block_ids"), (id,));
-        }
-        let blocks = self
-            .manager
-            .call_method1(intern!(py, "get_blocks"), (id,))?;
-        blocks.getattr(intern!(py, "blocks"))
+        let (output, manager) = (self.output, self.manager);
+        let blocks = if manager.is_none() {
+            let state = output.getattr(intern!(py, "kv_connector_block_state"))?;
+            state.call_method1(intern!(py, "resolve_block_ids"), (id,))?
+        } else {
+            let blocks = manager.call_method1(intern!(py, "get_blocks"), (id,))?;
+            blocks.getattr(intern!(py, "blocks"))?
+        };
+        groups(&blocks)
     }
+}
+
+/// A request's blocks as vLLM tells them, group by group.
+///
+/// # Errors
+/// What Python raises when the object is another.
+pub(crate) fn groups<'py>(blocks: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    blocks.try_iter()?.collect()
+}
+
+/// A recurrent state that vLLM offers once, in a block of its own.
+pub(crate) struct Offer<'py> {
+    /// The request's id.
+    pub(crate) id: Bound<'py, PyAny>,
+    /// vLLM's number of the group.
+    pub(crate) of: usize,
+    pub(crate) block: u32,
+    /// How many tokens led to it.
+    pub(crate) tokens: usize,
+}
+
+/// Recurrent states that a step (`SchedulerOutput`) leaves in blocks of their own.
+///
+/// # Errors
+/// What Python raises when the object is another.
+pub(crate) fn offers<'py>(output: &Bound<'py, PyAny>) -> PyResult<Vec<Offer<'py>>> {
+    let py = output.py();
+    let mut offers = Vec::new();
+    let Some(state) = output.getattr_opt(intern!(py, "kv_connector_block_state"))? else {
+        return Ok(offers);
+    };
+    let Some(all) = state.getattr_opt(intern!(py, "boundary_state_offloads"))? else {
+        return Ok(offers);
+    };
+    if all.is_truthy()? {
+        for (id, list) in all.cast::<PyDict>()? {
+            for one in list.try_iter()? {
+                let (of, block, tokens) = one?.extract()?;
+                let id = id.clone();
+                offers.push(Offer {
+                    id,
+                    of,
+                    block,
+                    tokens,
+                });
+            }
+        }
+    }
+    Ok(offers)
+}
+
+/// The hash under which vLLM's pool (`BlockPool`) finds a block: Python's None if it does not, or if the pool is not known.
+///
+/// # Errors
+/// What Python raises when the pool is another.
+pub(crate) fn found_by<'py>(pool: &Bound<'py, PyAny>, block: u32) -> PyResult<Bound<'py, PyAny>> {
+    let py = pool.py();
+    if pool.is_none() {
+        return Ok(pool.clone());
+    }
+    let blocks = pool.getattr(intern!(py, "blocks"))?;
+    let block = blocks.cast::<PyList>()?.get_item(block as usize)?;
+    block.getattr(intern!(py, "block_hash"))
 }
 
 /// A running request: `Request`.
 pub(crate) struct Running<'py> {
     /// Of its full blocks, one for so many tokens as the engine hashes at a time.
     pub(crate) hashes: Bound<'py, PyAny>,
-    /// So many of its tokens are hashed, and have KV that is final once it is computed.
+    /// So many of its tokens are hashed.
+    pub(crate) hashed: usize,
+    /// So many of those have KV that is final once it is computed.
     pub(crate) last: usize,
 }
 
@@ -122,12 +185,49 @@ impl<'py> Running<'py> {
         let py = request.py();
         let hashes = request.getattr(intern!(py, "block_hashes"))?;
         let tokens: usize = request.getattr(intern!(py, "num_tokens"))?.extract()?;
-        let hashed = hashes.len()?.saturating_mul(hash_tokens);
+        let hashed = hashes.len()?.saturating_mul(hash_tokens).min(tokens);
         Ok(Running {
+            hashed,
             last: tokens.saturating_sub(1).min(hashed),
             hashes,
         })
     }
+}
+
+/// What came back from the workers with a step: `KVConnectorOutput`.
+pub(crate) struct Ended {
+    /// Requests whose blocks are free of copies.
+    pub(crate) sent: Vec<PyBackedStr>,
+    /// Requests whose loads are over.
+    pub(crate) received: Vec<PyBackedStr>,
+    /// Blocks that could not be loaded.
+    pub(crate) invalid: Vec<u32>,
+    /// Requests whose loads failed.
+    pub(crate) failed: Vec<PyBackedStr>,
+}
+
+impl Ended {
+    /// # Errors
+    /// What Python raises when the object is another.
+    pub(crate) fn read(output: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = output.py();
+        let failed = output.getattr_opt(intern!(py, "failed_recving"))?;
+        Ok(Ended {
+            sent: all(&output.getattr(intern!(py, "finished_sending"))?)?,
+            received: all(&output.getattr(intern!(py, "finished_recving"))?)?,
+            invalid: all(&output.getattr(intern!(py, "invalid_block_ids"))?)?,
+            failed: failed.map_or(Ok(Vec::new()), |failed| all(&failed))?,
+        })
+    }
+}
+
+/// What is in a collection, or in none.
+fn all<'py, T: FromPyObjectOwned<'py>>(collection: &Bound<'py, PyAny>) -> PyResult<Vec<T>> {
+    if collection.is_none() {
+        return Ok(Vec::new());
+    }
+    let all = collection.try_iter()?;
+    all.map(|one| one?.extract().map_err(Into::into)).collect()
 }
 
 /// Takes a reference to each of these blocks of vLLM's pool (`BlockPool`). vLLM does not count that as a use of the block.
@@ -160,6 +260,16 @@ pub(crate) fn let_go(pool: &Bound<'_, PyAny>, ids: &[u32]) -> PyResult<()> {
         pool.call_method1(intern!(pool.py(), "free_blocks"), (last,))?;
     }
     Ok(())
+}
+
+/// Whether less than an eighth of vLLM's pool is free, as far as can be told.
+pub(crate) fn is_short(pool: &Bound<'_, PyAny>) -> bool {
+    let py = pool.py();
+    let free = pool.call_method0(intern!(py, "get_num_free_blocks"));
+    let free = free.and_then(|free| free.extract::<u64>());
+    let all = pool.getattr(intern!(py, "num_gpu_blocks"));
+    let all = all.and_then(|all| all.extract::<u64>());
+    !matches!((free, all), (Ok(free), Ok(all)) if free >= all / 8)
 }
 
 /// The blocks with these numbers.

@@ -7,19 +7,21 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvd_client::{Identity, Link, LinkConfig, Role};
+use kvd_connectors::HASH_BYTES;
 use kvd_connectors::meta::{self, RankHello};
 use kvd_connectors::notice::Level;
 use kvd_connectors::scheduler::{Adapter, ByTier, Guarded, Match, Scheduler, Settings};
 use kvd_connectors::worker::Counters;
 use kvd_core::{GroupKind, GroupRule};
 use parking_lot::Mutex;
+use pyo3::exceptions::PyIndexError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::clock::now_us;
-use crate::engine::{self, Lists, Running, Step};
+use crate::engine::{self, Ended, Lists, Running, Step};
 use crate::errors::{error, from_client, invalid};
 use crate::lists;
 use crate::observed::dict;
@@ -38,8 +40,10 @@ pub(crate) struct SchedulerHalf {
     grains: usize,
     /// How many of the engine's tokens a hash covers.
     hash_tokens: usize,
-    /// Whether a running request gives blocks up.
+    /// Whether a running request gives blocks up,
     outgrows: bool,
+    /// and whether the engine offers some of them.
+    offers: bool,
 }
 
 /// 16 bytes that are the same for all processes of an engine instance, and for no others.
@@ -65,7 +69,7 @@ type Captured<'a> = (&'a PyBackedStr, Vec<(u32, Bytes, Vec<u32>)>);
 type Range = (usize, usize, usize);
 
 /// A state in a block of its own: the request's id, the group, its hash, the block.
-type State<'py> = (PyBackedStr, u32, Bound<'py, PyAny>, u32);
+type State = (PyBackedStr, u32, [u8; HASH_BYTES], u32);
 
 fn strings(list: &[PyBackedStr]) -> Vec<&str> {
     list.iter().map(|text| -> &str { text }).collect()
@@ -82,14 +86,17 @@ impl SchedulerHalf {
     fn blocks_of(
         &self,
         hashes: &Bound<'_, PyAny>,
-        tables: &Bound<'_, PyAny>,
+        tables: &[Bound<'_, PyAny>],
         (group, first): (u32, u32),
         tokens: usize,
         read: &mut Option<(Range, Bytes)>,
     ) -> PyResult<(Bytes, Vec<u32>)> {
         let group = &self.groups[group as usize];
         let (first, last) = (first as usize, tokens / group.rule.span() as usize);
-        let blocks = lists::blocks(&tables.get_item(group.of)?, first, last)?;
+        let blocks = match tables.get(group.of) {
+            Some(table) => lists::blocks(table, first, last)?,
+            None => return Err(PyIndexError::new_err("a KV-cache group has no blocks")),
+        };
         let range = (group.ratio, first.saturating_sub(1), first + blocks.len());
         let found = match read {
             // Groups alike have the same.
@@ -119,15 +126,11 @@ impl SchedulerHalf {
             };
             let running = Running::read(&request, self.hash_tokens)?;
             let tables = lists.blocks(name)?;
-            let before = step.computed[at] as usize;
-            let after = before + step.ahead.get(at).map_or(0, |tokens| *tokens as usize);
+            let ahead = step.ahead.get(at).copied().unwrap_or(0);
+            let after = step.computed[at] as usize + ahead as usize;
             let (mut read, mut of_groups) = (None, Vec::with_capacity(of_request.len()));
+            let tokens = after.min(running.last);
             for (_, group, first) in of_request {
-                // What a running request may give up is taken in the step that fills it.
-                let tokens = match self.groups[*group as usize].rule.stands_alone() {
-                    true => after.min(running.last),
-                    false => before.min(running.last),
-                };
                 let wanted = (*group, *first);
                 let (hashes, blocks) =
                     self.blocks_of(&running.hashes, &tables, wanted, tokens, &mut read)?;
@@ -142,6 +145,43 @@ impl SchedulerHalf {
         Ok(all)
     }
 
+    /// Recurrent states that a step leaves in blocks of their own, and that may be stored. `with_group`: a hash as vLLM's pool has it.
+    ///
+    /// With async scheduling and drafts vLLM offers a state when a step's output has come, and may give its block to another request
+    /// before the next step tells us: then the pool finds it by another hash.
+    fn states(
+        &self,
+        output: &Bound<'_, PyAny>,
+        requests: &Bound<'_, PyDict>,
+        pool: &Bound<'_, PyAny>,
+        with_group: &Bound<'_, PyAny>,
+    ) -> PyResult<Vec<State>> {
+        let mut states = Vec::new();
+        for offer in engine::offers(output)? {
+            let Some(request) = requests.get_item(&offer.id)? else {
+                continue;
+            };
+            let running = Running::read(&request, self.hash_tokens)?;
+            let own = (0..).zip(&self.groups).filter(|(_, g)| g.of == offer.of);
+            for (number, group) in own {
+                let whole = offer.tokens.is_multiple_of(group.rule.span() as usize);
+                // The last token counts here: a state is offered once, with the step that computes it or (drafts) when its output has
+                // come.
+                if !whole || offer.tokens == 0 || offer.tokens > running.hashed {
+                    continue;
+                }
+                let at = offer.tokens / self.hash_tokens - 1;
+                let hash = running.hashes.get_item(at)?;
+                let known = engine::found_by(pool, offer.block)?;
+                if known.eq(with_group.call1((&hash, offer.of))?)? {
+                    let id = offer.id.extract()?;
+                    states.push((id, number, lists::hash(&hash)?, offer.block));
+                }
+            }
+        }
+        Ok(states)
+    }
+
     /// Takes the last blocks of a request that is over.
     fn last_blocks(
         &self,
@@ -154,10 +194,10 @@ impl SchedulerHalf {
         let computed = request.getattr(intern!(request.py(), "num_computed_tokens"))?;
         let tokens = running.last.min(computed.extract()?);
         let wanted = self.with(|half| half.finish_from(now, id, tokens as u32));
-        let mut read = None;
+        let (mut read, tables) = (None, engine::groups(tables)?);
         for (group, first) in wanted.unwrap_or_default() {
             let (hashes, blocks) =
-                self.blocks_of(&running.hashes, tables, (group, first), tokens, &mut read)?;
+                self.blocks_of(&running.hashes, &tables, (group, first), tokens, &mut read)?;
             self.with(|half| half.last_blocks(id, group, hashes, blocks));
         }
         Ok(())
@@ -176,6 +216,26 @@ impl SchedulerHalf {
             self.strange(request.py(), &error);
             Vec::new()
         })
+    }
+
+    /// Gives back to the engine's pool what is copied, or will not be: some at a time, or none if the hook has done much else, unless they
+    /// are missed.
+    fn let_go(&self, pool: &Bound<'_, PyAny>, busy: bool) {
+        if !self.outgrows {
+            return;
+        }
+        let counts = self.with(|half| (half.to_release(), half.due(busy)));
+        let (all, due) = counts.unwrap_or((usize::MAX, usize::MAX));
+        let most = match all > due && engine::is_short(pool) {
+            true => all,
+            false => due,
+        };
+        let released = self.inner.lock().released(most);
+        if !released.is_empty()
+            && let Err(error) = engine::let_go(pool, &released)
+        {
+            self.lost(pool.py(), error);
+        }
     }
 
     /// The engine is so much another than was thought that what it was promised can only be settled. It goes on; the error is shown.
@@ -266,7 +326,8 @@ impl SchedulerHalf {
             grain: (settings.grain() / hash_tokens) as usize,
             grains: settings.unit().checked_div(settings.grain()).unwrap_or(0) as usize,
             hash_tokens: hash_tokens as usize,
-            outgrows: settings.groups.iter().any(GroupRule::stands_alone),
+            outgrows: settings.outgrows(),
+            offers: !settings.offered.is_empty(),
             inner: Mutex::new(Guarded::new(Scheduler::new(settings, link))),
         })
     }
@@ -339,8 +400,8 @@ impl SchedulerHalf {
     }
 
     /// A step: takes the blocks that are to be stored, keeps those that the engine would give up, and gives back what is copied. `lists`:
-    /// where the engine has requests and blocks. `states`: those in blocks of their own (id, group, hash, block). The step's orders, and
-    /// whether there are notices.
+    /// where the engine has requests and blocks. `with_group`: a block's hash as the engine's pool has it. The step's orders, and whether
+    /// there are notices.
     fn step<'py>(
         &self,
         output: &Bound<'py, PyAny>,
@@ -348,7 +409,7 @@ impl SchedulerHalf {
         manager: &Bound<'py, PyAny>,
         tables: Vec<Bound<'py, PyDict>>,
         pool: &Bound<'py, PyAny>,
-        states: Vec<State<'py>>,
+        with_group: &Bound<'py, PyAny>,
     ) -> (Bound<'py, PyBytes>, bool) {
         let py = output.py();
         let lists = Lists {
@@ -362,8 +423,14 @@ impl SchedulerHalf {
             self.lost(py, error);
             Step::default()
         });
-        let hashes = states.iter().map(|state| lists::hash(&state.2));
-        let hashes = hashes.collect::<PyResult<Vec<_>>>();
+        let states = match self.offers {
+            true => self.states(output, requests, pool, with_group),
+            false => Ok(Vec::new()),
+        };
+        let states = states.unwrap_or_else(|error| {
+            self.strange(py, &error);
+            Vec::new()
+        });
         let now = now_us();
         let mut guard = self.inner.lock();
         let begun = |half: &mut Scheduler<Link>| {
@@ -371,20 +438,18 @@ impl SchedulerHalf {
             half.begin_step(now, &preempted, &ids, &step.computed, &step.ahead)
         };
         let wanted = guard.with(begun).unwrap_or_default();
+        let mut busy = false;
         if !wanted.is_empty() || !states.is_empty() {
             drop(guard);
-            let captured = self.read(&step, &wanted, &lists);
-            let captured = captured.and_then(|captured| Ok((captured, hashes?)));
-            let (captured, hashes) = captured.unwrap_or_else(|error| {
+            let captured = self.read(&step, &wanted, &lists).unwrap_or_else(|error| {
                 self.strange(py, &error);
-                Default::default()
+                Vec::new()
             });
             guard = self.inner.lock();
             let (mut kept, mut known) = (Vec::new(), Vec::<&str>::new());
             let states_of = |id: &PyBackedStr| {
-                let own = states.iter().zip(&hashes);
-                let own = own.filter(|(state, _)| *state.0 == **id);
-                let own = own.map(|(state, hash)| (state.1, &hash[..], state.3));
+                let own = states.iter().filter(|state| *state.0 == **id);
+                let own = own.map(|state| (state.1, &state.2[..], state.3));
                 own.collect::<Vec<_>>()
             };
             for (id, full) in captured {
@@ -397,7 +462,8 @@ impl SchedulerHalf {
                     kept.append(&mut guard.capture(now, id, [], states_of(id)));
                 }
             }
-            if !kept.is_empty() {
+            busy = !kept.is_empty();
+            if busy {
                 drop(guard);
                 if let Err(error) = engine::keep(pool, &kept) {
                     self.inner.lock().not_kept(&kept);
@@ -409,7 +475,7 @@ impl SchedulerHalf {
         let orders = PyBytes::new(py, &guard.end_step(now));
         let notices = guard.has_failure() || guard.half().is_some_and(Scheduler::has_notices);
         drop(guard);
-        self.let_go(pool);
+        self.let_go(pool, busy || orders.len().is_ok_and(|len| len > 0));
         (orders, notices)
     }
 
@@ -426,40 +492,36 @@ impl SchedulerHalf {
         self.with(|half| half.lets_go_soon()).unwrap_or(false)
     }
 
-    /// Gives back to the engine's pool what is copied, or will not be.
-    fn let_go(&self, pool: &Bound<'_, PyAny>) {
-        let released = match self.outgrows {
-            true => self.inner.lock().released(),
-            false => Vec::new(),
-        };
-        if !released.is_empty()
-            && let Err(error) = engine::let_go(pool, &released)
-        {
-            self.lost(pool.py(), error);
-        }
-    }
-
+    /// What came back from the workers with a step (`KVConnectorOutput`), and their reports.
     fn on_output(
         &self,
-        py: Python<'_>,
-        sent: Vec<PyBackedStr>,
-        received: Vec<PyBackedStr>,
-        invalid_blocks: Vec<u32>,
-        failed: Vec<PyBackedStr>,
+        output: &Bound<'_, PyAny>,
         reports: Vec<PyBackedBytes>,
+        pool: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
+        let py = output.py();
+        let ended = match Ended::read(output) {
+            Ok(ended) => ended,
+            Err(error) => {
+                // Nothing is known of what is over.
+                self.lost(py, error);
+                return Ok(());
+            }
+        };
         let reports: Vec<&[u8]> = reports.iter().map(|report| -> &[u8] { report }).collect();
-        self.with(|half| {
+        let taken = self.with(|half| {
             half.on_output(
-                &strings(&sent),
-                &strings(&received),
-                &invalid_blocks,
-                &strings(&failed),
+                &strings(&ended.sent),
+                &strings(&ended.received),
+                &ended.invalid,
+                &strings(&ended.failed),
                 &reports,
             )
-        })
-        .unwrap_or(Ok(()))
-        .map_err(|failure| error(py, kvd_client::ErrorKind::Internal, failure.to_string()))
+        });
+        self.let_go(pool, false);
+        taken
+            .unwrap_or(Ok(()))
+            .map_err(|failure| error(py, kvd_client::ErrorKind::Internal, failure.to_string()))
     }
 
     /// A request is over that has these blocks by the engine's groups: whether they must be held.

@@ -62,6 +62,7 @@ def expose_hook_times() -> None:
         times = getattr(core, "kvd_hook_times", None)
         if times is None:
             times = core.kvd_hook_times = hooks.HookTimes(core.scheduler.connector, hooks.SCHEDULER)
+            times.watch_scheduler(core.scheduler)
         spread: dict[str, dict[str, float]] = times.spread()
         times.clear()
         return spread

@@ -21,6 +21,10 @@ WORKER = (
 """What vLLM calls in a worker, around a step and in it."""
 
 
+OWN = ("schedule", "update_from_output")
+"""What vLLM's scheduler does in every step, our hooks in it."""
+
+
 class HookTimes:
     """Wraps hooks of a connector, and keeps how long each call took: by the clock and of the thread's own time on a CPU, in nanoseconds. One
     that another hook calls is part of that one. What the watching costs is counted with them; less of it without `cpu`."""
@@ -31,6 +35,8 @@ class HookTimes:
         """By the clock, of all calls."""
         self.steps: list[tuple[int, int]] = []
         """What the calls since the last step took together, for each that computes something."""
+        self.beside: dict[str, list[int]] = {}
+        """What else took how long in the same thread: vLLM's own part of a step, and a loop of additions."""
         self._step = (0, 0)
         self._inside = False
         self._cpu: Callable[[], int] = time.thread_time_ns if cpu else int
@@ -59,14 +65,39 @@ class HookTimes:
 
         return timed
 
+    def watch_scheduler(self, scheduler: Any) -> None:
+        """Takes the times of vLLM's own part of a step, too, and after each step's orders those of a loop of additions: what happens to that
+        is the machine's."""
+        for name in OWN:
+            setattr(scheduler, name, self._timed_beside(name, getattr(scheduler, name)))
+
+    def _timed_beside(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            hooks, begin = self.total, time.perf_counter_ns()
+            result = call(*args, **kwargs)
+            took = time.perf_counter_ns() - begin
+            self.beside.setdefault(name, []).append(took - (self.total - hooks))
+            if name == OWN[0]:
+                begin, total = time.perf_counter_ns(), 0
+                for one in range(700):
+                    total += one
+                self.beside.setdefault("additions", []).append(time.perf_counter_ns() - begin)
+            return result
+
+        return timed
+
     def clear(self) -> None:
         self.calls.clear()
         self.steps.clear()
+        self.beside.clear()
         self._step = (0, 0)
 
     def spread(self) -> dict[str, dict[str, float]]:
-        """Calls, p50, p90, p99 and max (microseconds), and `cpu_p99`, by hook, of `all` together, and of all in a `step`."""
+        """Calls, p50, p90, p99 and max (microseconds), and `cpu_p99`, by hook, of `all` together, and of all in a `step`. And, without times of
+        a CPU, of `vllm`'s own part of a step and of `additions`, if they are watched."""
         whole = self.calls | {"all": [one for calls in self.calls.values() for one in calls], "step": self.steps}
+        own = zip(*(self.beside.get(name, []) for name in OWN))
+        whole |= {"vllm": [(sum(parts), 0) for parts in own], "additions": [(took, 0) for took in self.beside.get("additions", [])]}
         return {name: _spread(calls) for name, calls in whole.items() if calls}
 
 

@@ -265,17 +265,22 @@ def test_states_that_were_given_away_before_they_were_offered(
     trusting: bool, monkeypatch: pytest.MonkeyPatch, model: Callable[[models.Recipe], pathlib.Path], daemon: daemon_module.Daemon
 ) -> None:
     """With async scheduling and drafts, vLLM offers blocks that are another request's by then. Who trusts the offer keeps a block that others write."""
-    from kvdaemon.vllm.capture import Capture
+    from kvdaemon.vllm import capture
 
-    usual: Callable[..., bool] = Capture._is_still
+    usual: Callable[[Any, int], bytes] = capture.make_block_hash_with_group_id
     stale: list[Any] = []
 
-    def still(self: Any, *args: Any) -> bool:
-        if not (is_still := usual(self, *args)):
-            stale.append(args)
-        return trusting or is_still
+    class Offered(bytes):
+        """The hash under which the pool should find a block that is offered."""
 
-    monkeypatch.setattr(Capture, "_is_still", still)
+        __hash__ = bytes.__hash__
+
+        def __eq__(self, found_by: object) -> bool:
+            if not (is_still := bytes(self) == found_by):
+                stale.append(found_by)
+            return trusting or is_still
+
+    monkeypatch.setattr(capture, "make_block_hash_with_group_id", lambda hash, group: Offered(usual(hash, group)))
     with closing(Rig(model(models.gqa()), daemon, True, SHAPES["all"])) as rig:
         engine = rig.engine(spec_tokens=3, blocks=64, budget=128)
 

@@ -1,8 +1,7 @@
 //! A scheduler half that may fail by a bug without harm to the engine. What the engine was promised is written down here, outside of
 //! the half: should the half panic, the engine's next step carries last orders that settle it, and from then on nothing is done.
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bytes::Bytes;
@@ -17,8 +16,8 @@ const NOWHERE: u32 = u32::MAX;
 /// What the engine waits for.
 #[derive(Default)]
 struct Promises {
-    /// Blocks that it keeps for us, and how often it was asked to.
-    kept: HashMap<u32, u32>,
+    /// How often it was asked to keep each block of its pool for us, by the block's number: a step may name hundreds.
+    kept: Vec<u32>,
     /// Finished requests whose blocks it holds until the workers, who have not been told yet, report them.
     leaving: HashSet<String>,
     /// Requests that wait for loads which the workers have not heard of yet, and by KV-cache group their blocks that nobody else has.
@@ -28,16 +27,23 @@ struct Promises {
 }
 
 impl Promises {
+    fn keep(&mut self, block: u32) {
+        let at = block as usize;
+        if self.kept.len() <= at {
+            self.kept.resize(at + 1, 0);
+        }
+        self.kept[at] += 1;
+    }
+
     /// One reference to a block is given back. Whether there was one.
     fn give_back(&mut self, block: u32) -> bool {
-        let Entry::Occupied(mut times) = self.kept.entry(block) else {
-            return false;
-        };
-        *times.get_mut() -= 1;
-        if *times.get() == 0 {
-            times.remove();
+        match self.kept.get_mut(block as usize) {
+            Some(times) if *times > 0 => {
+                *times -= 1;
+                true
+            }
+            _ => false,
         }
-        true
     }
 }
 
@@ -149,21 +155,21 @@ impl<P: Port> Guarded<P> {
         let kept = self.with(|half| half.capture(now, id, full, states));
         let kept = kept.unwrap_or_default();
         for block in &kept {
-            *self.promises.kept.entry(*block).or_default() += 1;
+            self.promises.keep(*block);
         }
         kept
     }
 
     /// [`Scheduler::released`]; of a half that has failed all that the engine keeps, as soon as the workers are told to stop: whoever
     /// gets these blocks then writes them in a later step.
-    pub fn released(&mut self) -> Vec<u32> {
+    pub fn released(&mut self, most: usize) -> Vec<u32> {
         if self.health == Health::Over {
-            let kept = self.promises.kept.drain();
+            let kept = (0..).zip(std::mem::take(&mut self.promises.kept));
             return kept
                 .flat_map(|(block, times)| std::iter::repeat_n(block, times as usize))
                 .collect();
         }
-        let mut released = self.with(Scheduler::released).unwrap_or_default();
+        let mut released = self.with(|half| half.released(most)).unwrap_or_default();
         let asked = released.len();
         released.retain(|block| self.promises.give_back(*block));
         if released.len() < asked {

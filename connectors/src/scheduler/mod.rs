@@ -44,6 +44,9 @@ use orders::OpenOrder;
 use silence::Silence;
 use watch::Watch;
 
+/// So many blocks go back to the engine's pool at a time, which takes it a fraction of a microsecond each.
+const RELEASED_AT_A_TIME: usize = 16;
+
 /// What can be chosen. Times in microseconds.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -69,7 +72,8 @@ pub struct Settings {
     pub batch: u32,
     /// A request that computes token after token is asked for its blocks when they have so many tokens.
     pub gather: u32,
-    /// Most blocks that the engine keeps for us beyond what its requests need.
+    /// Most blocks that the engine keeps for us beyond what its requests need, until they are copied; an eighth more may wait to be
+    /// given back.
     pub max_held: u32,
     /// Whether blocks are stored at all.
     pub stores: bool,
@@ -118,10 +122,15 @@ impl Settings {
         }
     }
 
+    /// Whether there are groups whose blocks a running request gives up. Then blocks are taken in the step that computes them.
+    pub fn outgrows(&self) -> bool {
+        self.groups.iter().any(GroupRule::stands_alone)
+    }
+
     /// Whether blocks of a group are wanted now, from `first` on. `steps`: tokens that were computed when the step before the last one
     /// began, now, and when this step is over.
     fn wants(&self, rule: &GroupRule, first: u32, steps: [u32; 3]) -> bool {
-        let [earlier, now, after] = steps;
+        let [earlier, now, end] = steps;
         let span = rule.span();
         // Those of a window must still be there when they are wanted: the engine gives them up when the next token does not look at
         // them.
@@ -129,12 +138,9 @@ impl Settings {
             Some(window) => window >= self.gather + 2 * span,
             None => !rule.stands_alone(),
         };
-        let end = match rule.stands_alone() {
-            true => after,
-            false => now,
-        };
+        let more = now.saturating_sub(earlier).max(end.saturating_sub(now));
+        let prompt = more >= span;
         // What was computed last may not be final yet: with asynchronous scheduling its token is not known, with drafts not accepted.
-        let prompt = end.saturating_sub(earlier) >= span;
         let known = now.saturating_sub(self.gather / 8);
         let many = (known / span).saturating_sub(first).saturating_mul(span) >= self.gather;
         end / span > first && (!may_wait || prompt || many)
@@ -172,10 +178,14 @@ pub struct Scheduler<P: Port> {
     steps: u64,
     /// Blocks reserved (or asked for) and not yet reported as copied.
     in_flight: u32,
-    /// Of those: blocks that the engine keeps for us.
+    /// Blocks that the engine keeps for us.
     held: u32,
-    /// Blocks that it need not keep any more.
+    /// Of those: blocks that it need not keep any more.
     released: Vec<u32>,
+    /// The engine waits for some of them.
+    missed: bool,
+    /// The engine's last step computed nothing.
+    idle: bool,
     /// Requests to the daemon that may not have been sent yet.
     unsent: u32,
     /// Requests of the engine whose lookups are among them.
@@ -213,6 +223,8 @@ impl<P: Port> Scheduler<P> {
             in_flight: 0,
             held: 0,
             released: Vec::new(),
+            missed: false,
+            idle: false,
             unsent: 0,
             asking: Vec::new(),
             no_room_until: 0,
@@ -290,8 +302,9 @@ impl<P: Port> Scheduler<P> {
     /// which block on, are wanted by [`Scheduler::capture`].
     ///
     /// Blocks that are worth something alone (those of a window, say) are wanted in the step that computes them: the engine may give
-    /// them up in the next. Others stay with the request, and are wanted once they are computed. While a request computes token after
-    /// token, they are [gathered](Settings::gather): a block at a time costs the engine and the daemon as much as several.
+    /// them up in the next. Others stay with the request; they are wanted with those, or, if there are none such (nothing is `ahead`
+    /// then), once they are computed. While a request computes token after token, they are [gathered](Settings::gather): a block at a
+    /// time costs the engine and the daemon as much as several.
     pub fn begin_step(
         &mut self,
         now: u64,
@@ -301,6 +314,7 @@ impl<P: Port> Scheduler<P> {
         ahead: &[u32],
     ) -> Vec<(usize, u32, u32)> {
         self.steps += 1;
+        self.idle = ids.is_empty();
         self.note_connection();
         for id in preempted {
             self.preempt(id);
@@ -414,10 +428,30 @@ impl<P: Port> Scheduler<P> {
         self.ranks.iter().map(|rank| rank.counters.as_slice())
     }
 
-    /// Takes the blocks that the engine kept for us (see [`Scheduler::capture`]) and need not keep any more, each as often as it was
-    /// asked to keep it.
-    pub fn released(&mut self) -> Vec<u32> {
-        std::mem::take(&mut self.released)
+    /// Takes up to so many of the blocks that the engine kept for us (see [`Scheduler::capture`]) and need not keep any more, each as
+    /// often as it was asked to keep it.
+    pub fn released(&mut self, most: usize) -> Vec<u32> {
+        let rest = self.released.split_off(most.min(self.released.len()));
+        let released = std::mem::replace(&mut self.released, rest);
+        self.held = self.held.saturating_sub(released.len() as u32);
+        self.missed = false;
+        released
+    }
+
+    /// How many [`Scheduler::released`] would give.
+    pub fn to_release(&self) -> usize {
+        self.released.len()
+    }
+
+    /// So many of them should be taken now, to keep hooks short: some, or none if much else was done (`busy`). All if nothing is
+    /// computed, or if the engine wants them; and no more than an eighth of what may be kept waits.
+    pub fn due(&self, busy: bool) -> usize {
+        if self.idle || self.missed || self.requests.is_empty() {
+            return self.released.len();
+        }
+        let usual = if busy { 0 } else { RELEASED_AT_A_TIME };
+        let most = self.settings.max_held as usize / 8;
+        usual.max(self.released.len().saturating_sub(most))
     }
 
     /// Blocks that the engine keeps for us.
@@ -425,9 +459,16 @@ impl<P: Port> Scheduler<P> {
         self.held
     }
 
+    /// Of those: blocks that are not copied yet.
+    pub(crate) fn held_for_copies(&self) -> u32 {
+        self.held.saturating_sub(self.released.len() as u32)
+    }
+
     /// Whether blocks that the engine keeps for us will be let go soon, so that it need not take others from its requests.
-    pub fn lets_go_soon(&self) -> bool {
-        self.held > 0 && self.port.connected() && !self.silence.lasts()
+    pub fn lets_go_soon(&mut self) -> bool {
+        self.missed = !self.released.is_empty();
+        let soon = self.port.connected() && !self.silence.lasts();
+        self.held > 0 && soon || self.missed
     }
 
     /// Most blocks that the engine keeps for us.
@@ -436,9 +477,7 @@ impl<P: Port> Scheduler<P> {
     }
 
     /// The engine need not keep these any more.
-    pub(crate) fn let_go(&mut self, blocks: Vec<u32>) {
-        debug_assert!(self.held as usize >= blocks.len(), "more let go than held");
-        self.held = self.held.saturating_sub(blocks.len() as u32);
+    pub(crate) fn let_go(&mut self, blocks: impl IntoIterator<Item = u32>) {
         self.released.extend(blocks);
     }
 

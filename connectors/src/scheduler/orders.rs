@@ -1,13 +1,12 @@
 //! Orders: from the daemon's reply to a reservation to the ranks' reports that its blocks have been copied.
 
-use bytes::Bytes;
 use kvd_wire::session::{Abort, ReserveReply, ReserveState, reply, request::Body};
 
 use super::Scheduler;
 use super::port::{Fault, Port};
-use super::request::{Blocks, Leaving, Part, Reservation, count, held_blocks};
+use super::request::{Kept, Leaving, Reservation, count, count_held, held_blocks};
 use crate::HASH_BYTES;
-use crate::meta::StoreOrder;
+use crate::meta::{StoreEntry, StoreOrder};
 
 /// For how long (us) nothing is reserved after the daemon had no room.
 const NO_ROOM_PAUSE: u64 = 100_000;
@@ -17,7 +16,8 @@ const NO_ROOM_PAUSE: u64 = 100_000;
 pub(crate) struct OpenOrder {
     request: String,
     blocks: u32,
-    ranks: u32,
+    /// So many reports are to come: of each rank, one for each group.
+    reports: u32,
     /// Blocks that the engine keeps for it.
     held: Vec<u32>,
 }
@@ -38,43 +38,28 @@ impl<P: Port> Scheduler<P> {
     }
 
     fn collect_of(&mut self, now: u64, id: &str) {
-        loop {
-            let Some(request) = self.requests.get_mut(id) else {
-                return;
-            };
-            let Some(first) = request.reservations.front_mut() else {
-                return;
-            };
-            // What the engine keeps for us is right when its step is wholly over: with drafts, states move once tokens are accepted,
-            // which may be after this step's stores begin.
-            let held = first.parts.iter().any(|part| part.held);
-            if held && first.step == self.steps {
+        while let Some(request) = self.requests.get_mut(id)
+            && let Some(first) = request.reservations.front_mut()
+        {
+            // What a step computes is right when it is wholly over: with drafts, states move once tokens are accepted, and a drafter
+            // writes, which may be after this step's stores begin.
+            if first.step == self.steps && self.settings.outgrows() {
                 return;
             }
-            let answer = self.port.poll(&mut first.ticket);
-            // The engine's blocks are not kept for a daemon that takes its time. Of a finished request see `tell_finished`.
-            let late = held
-                && request.leaving == Leaving::No
-                && now.saturating_sub(first.since) >= self.settings.hold_deadline;
-            if answer.is_none() && !late {
-                return;
-            }
+            let Some(answer) = self.port.poll(&mut first.ticket) else {
+                return self.give_up_late(now, id);
+            };
             let Some(reservation) = request.reservations.pop_front() else {
                 return;
-            };
-            let Some(answer) = answer else {
-                self.counters.hold_timeouts += 1;
-                self.reservation_lost(reservation);
-                continue;
             };
             match answer {
                 Ok(reply::Body::Reserve(reply)) => {
                     self.daemon_spoke();
                     self.order(now, id, reservation, reply);
                 }
-                Ok(_) => self.reservation_lost(reservation),
+                Ok(_) => self.reservation_lost(&reservation),
                 Err(fault) => {
-                    self.reservation_lost(reservation);
+                    self.reservation_lost(&reservation);
                     if let Fault::Refused(text) = fault {
                         self.notices
                             .warn(format!("a reservation was refused: {text}"));
@@ -84,143 +69,164 @@ impl<P: Port> Scheduler<P> {
         }
     }
 
-    fn reservation_lost(&mut self, reservation: Reservation<P::Ticket>) {
+    /// The engine's blocks are not kept for a daemon that takes its time; what their request has waits. Of a finished request see
+    /// `tell_finished`.
+    fn give_up_late(&mut self, now: u64, id: &str) {
+        let Some(request) = self.requests.get_mut(id) else {
+            return;
+        };
+        let mut held = Vec::new();
+        if request.leaving == Leaving::No {
+            for reservation in &mut request.reservations {
+                let late = now.saturating_sub(reservation.since) >= self.settings.hold_deadline;
+                if late && count_held(&reservation.parts) > 0 {
+                    self.counters.hold_timeouts += 1;
+                    held.append(&mut reservation.give_up_held());
+                }
+            }
+        }
+        if !held.is_empty() {
+            // What nothing is left of is given back with its ticket.
+            let rest = &mut request.reservations;
+            rest.retain(|reservation| count(&reservation.parts) > 0);
+            self.flew(held.len() as u32);
+            self.counters.failed_blocks += held.len() as u64;
+            self.let_go(held);
+        }
+    }
+
+    fn reservation_lost(&mut self, reservation: &Reservation<P::Ticket>) {
         let blocks = count(&reservation.parts);
         self.flew(blocks);
         self.counters.failed_blocks += u64::from(blocks);
-        self.let_go(held_blocks(reservation.parts));
+        self.let_go(held_blocks(&reservation.parts));
     }
 
-    /// Makes an order of each part that has got slots.
+    /// Makes an order of what has got slots.
     fn order(
         &mut self,
         now: u64,
         id: &str,
-        mut reservation: Reservation<P::Ticket>,
-        mut reply: ReserveReply,
-    ) {
-        if reply.states.len() != count(&reservation.parts) as usize {
-            // A daemon of another kind: nobody knows whose these slots are.
-            let _ = self.port.queue_and_forget(Body::Abort(Abort {
-                slots: reply.slots,
-                generations: reply.generations,
-            }));
-            return self.reservation_lost(reservation);
-        }
-        for part in std::mem::take(&mut reservation.parts) {
-            let states = split_front(&mut reply.states, part.blocks.len());
-            let reserved = states
-                .iter()
-                .filter(|state| **state == ReserveState::Reserved as i32);
-            let slots = reserved.count();
-            let given = ReserveReply {
-                states,
-                slots: split_front(&mut reply.slots, slots),
-                generations: split_front(&mut reply.generations, slots),
-                offsets: split_front(&mut reply.offsets, slots),
-            };
-            self.order_part(now, id, &reservation, part, given);
-        }
-    }
-
-    fn order_part(
-        &mut self,
-        now: u64,
-        id: &str,
-        reservation: &Reservation<P::Ticket>,
-        part: Part,
+        reservation: Reservation<P::Ticket>,
         reply: ReserveReply,
     ) {
-        let asked = part.blocks.len();
-        // As a rule all blocks get slots, or none does.
-        let (hashes, blocks) = match reply.slots.len() == asked {
-            true => (part.blocks.hashes.clone(), part.blocks.blocks.clone()),
-            false => self.reserved(now, &part.blocks, &reply.states),
-        };
-        let slots = reply.slots.len().min(reply.generations.len());
-        let count = blocks.len().min(slots).min(reply.offsets.len());
-        let mut order = StoreOrder {
-            order: self.next_order,
-            request: id.to_owned(),
-            namespace: reservation.namespace,
-            group: part.group,
-            epochs: reservation.epochs.clone(),
-            incarnation: reservation.incarnation.to_vec(),
-            hashes: match self.namespaces.replicated(part.group) {
-                true => hashes.slice(..count * HASH_BYTES),
-                false => Bytes::new(),
-            },
-            blocks,
-            slots: reply.slots,
-            generations: reply.generations,
-            offsets: reply.offsets,
-        };
-        order.blocks.truncate(count);
-        order.slots.truncate(count);
-        order.generations.truncate(count);
-        order.offsets.truncate(count);
-        let count = count as u32;
-        self.flew(asked as u32 - count);
-        let mut held = Vec::new();
-        if part.held {
-            // What gets no slot is not copied. The ordered ones are in the same order.
-            let mut ordered = order.blocks.iter().peekable();
-            let all = part.blocks.blocks.into_iter();
-            let rest = all.filter(|block| ordered.next_if_eq(&block).is_none());
-            let rest: Vec<u32> = rest.collect();
-            self.let_go(rest);
-            held = order.blocks.clone();
+        let parts = &reservation.parts;
+        let all: usize = parts.iter().map(|part| part.blocks.len()).sum();
+        if reply.states.len() != all {
+            // A daemon of another kind: nobody knows whose these slots are.
+            self.give_back_slots(reply.slots, reply.generations);
+            return self.reservation_lost(&reservation);
         }
-        if count == 0 {
+        let replicated = parts.iter().any(|p| self.namespaces.replicated(p.group));
+        let mut order = StoreOrder {
+            entries: Vec::with_capacity(reply.slots.len() * StoreEntry::BYTES),
+            groups: Vec::with_capacity(parts.len()),
+            counts: Vec::with_capacity(parts.len()),
+            ..StoreOrder::default()
+        };
+        let (mut held, mut rest) = (Vec::with_capacity(all), Vec::new());
+        let (mut back, mut back_generations) = (Vec::new(), Vec::new());
+        let mut states = reply.states.iter();
+        let slots = reply.slots.iter().zip(&reply.generations);
+        let mut slots = slots.zip(&reply.offsets);
+        for part in parts {
+            let before = order.blocks();
+            let (hashes, _) = part.blocks.hashes.as_chunks::<HASH_BYTES>();
+            let blocks = hashes.iter().zip(&part.blocks.blocks);
+            for ((hash, block), state) in blocks.zip(&mut states) {
+                let slot = match self.has_slot(now, *state) {
+                    true => slots.next(),
+                    false => None,
+                };
+                match (slot, part.kept) {
+                    (Some(((slot, generation), _)), Kept::NoMore) => {
+                        back.push(*slot);
+                        back_generations.push(*generation);
+                    }
+                    (Some(((slot, generation), offset)), kept) => {
+                        order.push(StoreEntry {
+                            block: *block,
+                            slot: *slot,
+                            generation: *generation,
+                            offset: *offset,
+                        });
+                        if replicated {
+                            order.hashes.extend_from_slice(hash);
+                        }
+                        if kept == Kept::ByEngine {
+                            held.push(*block);
+                        }
+                    }
+                    // What gets no slot is not copied.
+                    (None, Kept::ByEngine) => rest.push(*block),
+                    (None, _) => {}
+                }
+            }
+            if order.blocks() > before {
+                order.groups.push(part.group);
+                order.counts.push((order.blocks() - before) as u32);
+            }
+        }
+        let blocks = order.blocks() as u32;
+        self.flew(count(parts) - blocks);
+        self.let_go(rest);
+        if !back.is_empty() {
+            self.give_back_slots(back, back_generations);
+        }
+        if blocks == 0 {
             return;
         }
+        order.order = self.next_order;
+        order.request = id.to_owned();
+        order.namespace = reservation.namespace;
+        order.epochs = reservation.epochs;
+        order.incarnation = reservation.incarnation.to_vec();
         self.next_order += 1;
         self.counters.orders += 1;
-        self.counters.ordered_blocks += u64::from(count);
-        self.orders.insert(
-            order.order,
-            OpenOrder {
-                request: order.request.clone(),
-                blocks: count,
-                ranks: self.ranks.len() as u32,
-                held,
-            },
-        );
+        self.counters.ordered_blocks += u64::from(blocks);
+        let open = OpenOrder {
+            request: id.to_owned(),
+            blocks,
+            reports: (self.ranks.len() * order.groups.len()) as u32,
+            held,
+        };
+        self.orders.insert(order.order, open);
         self.meta.stores.push(order);
         if let Some(request) = self.requests.get_mut(id) {
             request.orders += 1;
         }
     }
 
-    /// The blocks that have got slots, and their hashes. The others are counted.
-    fn reserved(&mut self, now: u64, blocks: &Blocks, states: &[i32]) -> (Bytes, Vec<u32>) {
-        let (all, _) = blocks.hashes.as_chunks::<HASH_BYTES>();
-        let (mut hashes, mut numbers) = (Vec::new(), Vec::new());
-        for (state, (hash, block)) in states.iter().zip(all.iter().zip(&blocks.blocks)) {
-            match ReserveState::try_from(*state) {
-                Ok(ReserveState::Reserved) => {
-                    hashes.extend_from_slice(hash);
-                    numbers.push(*block);
-                }
-                Ok(ReserveState::Present) => self.counters.present_blocks += 1,
-                Ok(ReserveState::Filling) => self.counters.filling_blocks += 1,
-                Ok(ReserveState::NoSpace) => {
-                    self.counters.no_space_blocks += 1;
-                    self.no_room_until = now + NO_ROOM_PAUSE;
-                }
-                Err(_) => self.counters.failed_blocks += 1,
-            }
+    /// Nobody will write these slots.
+    fn give_back_slots(&mut self, slots: Vec<u32>, generations: Vec<u64>) {
+        let abort = Abort { slots, generations };
+        if self.port.queue_and_forget(Body::Abort(abort)).is_ok() {
+            self.queued();
         }
-        (hashes.into(), numbers)
     }
 
-    /// A rank is done with an order.
+    /// Whether a block has got a slot. The others are counted.
+    fn has_slot(&mut self, now: u64, state: i32) -> bool {
+        match ReserveState::try_from(state) {
+            Ok(ReserveState::Reserved) => return true,
+            Ok(ReserveState::Present) => self.counters.present_blocks += 1,
+            Ok(ReserveState::Filling) => self.counters.filling_blocks += 1,
+            Ok(ReserveState::NoSpace) => {
+                self.counters.no_space_blocks += 1;
+                self.no_room_until = now + NO_ROOM_PAUSE;
+            }
+            Err(_) => self.counters.failed_blocks += 1,
+        }
+        false
+    }
+
+    /// A rank is done with an order's blocks of one group.
     pub(crate) fn order_done(&mut self, order: u64) {
         let Some(open) = self.orders.get_mut(&order) else {
             return;
         };
-        open.ranks = open.ranks.saturating_sub(1);
-        if open.ranks > 0 {
+        open.reports = open.reports.saturating_sub(1);
+        if open.reports > 0 {
             return;
         }
         if let Some(open) = self.orders.remove(&order) {
@@ -232,10 +238,4 @@ impl<P: Port> Scheduler<P> {
             }
         }
     }
-}
-
-/// Takes the first so many off, or all.
-fn split_front<T>(list: &mut Vec<T>, count: usize) -> Vec<T> {
-    let rest = list.split_off(count.min(list.len()));
-    std::mem::replace(list, rest)
 }

@@ -71,6 +71,9 @@ impl Blocks {
     /// Takes the first `count` blocks off.
     pub(crate) fn split_front(&mut self, count: usize) -> Blocks {
         let count = count.min(self.len());
+        if count == 0 {
+            return Blocks::default();
+        }
         let rest_hashes = self.hashes.split_off(count * HASH_BYTES);
         let rest_blocks = self.blocks.split_off(count);
         let rest_parent = match self.hashes.len().checked_sub(HASH_BYTES) {
@@ -127,25 +130,36 @@ pub(crate) struct Tail {
 pub(crate) struct Part {
     pub(crate) group: u32,
     pub(crate) blocks: Blocks,
-    /// The engine keeps these blocks until it is told that they are not needed any more.
-    pub(crate) held: bool,
+    pub(crate) kept: Kept,
 }
 
-/// So many blocks.
+/// Who keeps blocks until they are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// Their request has them.
+    ByRequest,
+    /// The engine, for us, until it is told that they are not needed any more.
+    ByEngine,
+    /// Nobody: they took too long. Their slots are given back.
+    NoMore,
+}
+
+/// So many blocks are still to be stored.
 pub(crate) fn count(parts: &[Part]) -> u32 {
-    parts.iter().map(|part| part.blocks.len() as u32).sum()
+    let wanted = parts.iter().filter(|part| part.kept != Kept::NoMore);
+    wanted.map(|part| part.blocks.len() as u32).sum()
 }
 
 /// And so many that the engine keeps.
 pub(crate) fn count_held(parts: &[Part]) -> u32 {
-    let held = parts.iter().filter(|part| part.held);
+    let held = parts.iter().filter(|part| part.kept == Kept::ByEngine);
     held.map(|part| part.blocks.len() as u32).sum()
 }
 
 /// Those that the engine keeps.
-pub(crate) fn held_blocks(parts: Vec<Part>) -> Vec<u32> {
-    let held = parts.into_iter().filter(|part| part.held);
-    held.flat_map(|part| part.blocks.blocks).collect()
+pub(crate) fn held_blocks(parts: &[Part]) -> impl Iterator<Item = u32> {
+    let held = parts.iter().filter(|part| part.kept == Kept::ByEngine);
+    held.flat_map(|part| part.blocks.blocks.iter().copied())
 }
 
 /// A reservation under way.
@@ -162,6 +176,18 @@ pub(crate) struct Reservation<T> {
     pub(crate) epochs: Vec<u64>,
     /// The start of the daemon that it was asked of.
     pub(crate) incarnation: [u8; 16],
+}
+
+impl<T> Reservation<T> {
+    /// What the engine keeps is not stored. Those blocks.
+    pub(crate) fn give_up_held(&mut self) -> Vec<u32> {
+        let held = held_blocks(&self.parts).collect();
+        let parts = self.parts.iter_mut();
+        for part in parts.filter(|part| part.kept == Kept::ByEngine) {
+            part.kept = Kept::NoMore;
+        }
+        held
+    }
 }
 
 /// Where a request is on its way out.
@@ -263,7 +289,7 @@ impl<T> Request<T> {
         let (mut count, mut held) = (0, Vec::new());
         for reservation in self.reservations.drain(..) {
             count += self::count(&reservation.parts);
-            held.extend(held_blocks(reservation.parts));
+            held.extend(held_blocks(&reservation.parts));
         }
         (count, held)
     }

@@ -9,7 +9,9 @@ use kvd_wire::session::{Chain, Reserve, request::Body};
 use super::Scheduler;
 use super::namespaces::Standing;
 use super::port::Port;
-use super::request::{Blocks, Leaving, Part, Reservation, Tail, count, count_held};
+use super::request::{
+    Blocks, Kept, Leaving, Part, Reservation, Tail, count, count_held, held_blocks,
+};
 
 /// Most requests that wait to be sent: the port's queue is finite, and its thread wakes in the time that the next ones take.
 const UNSENT_MOST: u32 = 256;
@@ -20,10 +22,6 @@ struct Wanted {
     parts: Vec<Part>,
     /// With it so many more blocks of these groups are dealt with.
     ends: Vec<(u32, u32)>,
-}
-
-fn count_all(wanted: &[Wanted; 2]) -> u32 {
-    wanted.iter().map(|wanted| count(&wanted.parts)).sum()
 }
 
 impl<P: Port> Scheduler<P> {
@@ -38,7 +36,7 @@ impl<P: Port> Scheduler<P> {
     /// Blocks of a running request that are full: of each KV-cache group their hashes (32 bytes each) and the engine's numbers, from the
     /// block that [`Scheduler::begin_step`] said. One more hash in front is that of the block before them: the daemon keeps chains
     /// together by it. And `states`, which the engine may give up any time: the group, the hash (32 bytes) to store it under, the block.
-    /// Slots are asked for, as a rule in one request for what the engine keeps, and in one for the rest.
+    /// Slots are asked for, as a rule in one request.
     ///
     /// The engine must keep the blocks that are returned, whatever becomes of the request, until [`Scheduler::released`] has said
     /// them.
@@ -53,8 +51,7 @@ impl<P: Port> Scheduler<P> {
         if !self.capturable(id) {
             return kept;
         }
-        // What the engine keeps is given up when the daemon takes its time; the rest waits.
-        let mut wanted = [Wanted::default(), Wanted::default()];
+        let mut wanted = Wanted::default();
         for (group, hashes, blocks) in full {
             let Some(rule) = self.settings.groups.get(group as usize) else {
                 continue;
@@ -62,48 +59,50 @@ impl<P: Port> Scheduler<P> {
             let alone = rule.stands_alone();
             let mut room = self.settings.max_in_flight.saturating_sub(self.in_flight);
             room = room
-                .saturating_sub(count_all(&wanted))
+                .saturating_sub(count(&wanted.parts))
                 .min(self.settings.batch);
             let mut all = Blocks::new(hashes, blocks);
             let (taken, end) = if alone {
                 // What does not fit is left out for good: these blocks go with their step. Hits end at the end of it rather than before.
-                room = room.min(self.room_to_hold(count_held(&wanted[1].parts)));
+                room = room.min(self.room_to_hold(count_held(&wanted.parts)));
                 let end = all.len() as u32;
-                let mut taken = all.without_gaps();
-                taken.split_front(taken.len().saturating_sub(room as usize));
-                (taken, end)
+                all = all.without_gaps();
+                all.split_front(all.len().saturating_sub(room as usize));
+                (all, end)
             } else {
-                let taken = all.split_front(room as usize);
-                let end = taken.len() as u32;
-                (taken, end)
+                if all.len() > room as usize {
+                    all = all.split_front(room as usize);
+                }
+                let end = all.len() as u32;
+                (all, end)
             };
-            let wanted = &mut wanted[usize::from(alone)];
-            self.make_room(now, id, wanted, taken.len(), &mut kept);
+            self.make_room(now, id, &mut wanted, taken.len(), &mut kept);
             wanted.ends.push((group, end));
             if taken.len() > 0 {
                 wanted.parts.push(Part {
                     group,
                     blocks: taken,
-                    held: alone,
+                    kept: match alone {
+                        true => Kept::ByEngine,
+                        false => Kept::ByRequest,
+                    },
                 });
             }
         }
         for (group, hash, block) in states {
-            let room = self.in_flight + count_all(&wanted) < self.settings.max_in_flight
-                && self.held + count_held(&wanted[1].parts) < self.settings.max_held
+            let room = self.in_flight + count(&wanted.parts) < self.settings.max_in_flight
+                && self.held_for_copies() + count_held(&wanted.parts) < self.settings.max_held
                 && self.settings.groups.len() > group as usize;
             if room && block != 0 && !self.is_silent(now) {
-                self.make_room(now, id, &mut wanted[1], 1, &mut kept);
-                wanted[1].parts.push(Part {
+                self.make_room(now, id, &mut wanted, 1, &mut kept);
+                wanted.parts.push(Part {
                     group,
                     blocks: Blocks::new(Bytes::copy_from_slice(hash), vec![block]),
-                    held: true,
+                    kept: Kept::ByEngine,
                 });
             }
         }
-        for wanted in wanted {
-            self.take(now, id, wanted, &mut kept);
-        }
+        self.take(now, id, wanted, &mut kept);
         kept
     }
 
@@ -124,12 +123,11 @@ impl<P: Port> Scheduler<P> {
     /// Asks for slots, and adds those blocks that the engine must keep.
     fn take(&mut self, now: u64, id: &str, wanted: Wanted, kept: &mut Vec<u32>) {
         let Wanted { parts, ends } = wanted;
-        let held = parts.iter().filter(|part| part.held);
-        let held: Vec<u32> = held.flat_map(|part| &part.blocks.blocks).copied().collect();
+        let before = kept.len();
+        kept.extend(held_blocks(&parts));
         if self.reserve(now, id, parts).is_err() {
-            return;
+            return kept.truncate(before);
         }
-        kept.extend(held);
         if let Some(request) = self.requests.get_mut(id) {
             for (group, count) in ends {
                 request.next[group as usize] += count;
@@ -146,7 +144,8 @@ impl<P: Port> Scheduler<P> {
             .iter()
             .filter(|rule| rule.stands_alone());
         let share = self.settings.max_held / groups.count().max(1) as u32;
-        let left = self.settings.max_held.saturating_sub(self.held + beside);
+        let held = self.held_for_copies() + beside;
+        let left = self.settings.max_held.saturating_sub(held);
         left.min(share.max(1))
     }
 
@@ -342,7 +341,7 @@ impl<P: Port> Scheduler<P> {
                 parts.push(Part {
                     group,
                     blocks,
-                    held: false,
+                    kept: Kept::ByRequest,
                 });
             }
             if parts.is_empty() {

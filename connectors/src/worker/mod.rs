@@ -130,7 +130,9 @@ impl Worker {
         }
         if meta.stop {
             for order in self.stores.drain(..) {
-                self.shared.store_over(&order.request, order.order);
+                for _ in order.parts() {
+                    self.shared.store_over(&order.request, order.order);
+                }
             }
             self.shared.wait_for_all_stores();
         }
@@ -144,7 +146,9 @@ impl Worker {
             self.namespaces.remove(index);
         }
         for order in &meta.stores {
-            self.shared.open_store(&order.request);
+            for _ in order.parts() {
+                self.shared.open_store(&order.request);
+            }
         }
         if meta.report {
             self.told_state = None;
@@ -287,13 +291,17 @@ impl Worker {
         }
         let after = self.point(stream);
         for order in std::mem::take(&mut self.stores) {
-            match self.share(order.namespace, order.group) {
-                Some((joined, pages)) => {
-                    let (pages, clock) = (pages.clone(), self.clock.clone());
-                    let task = StoreTask::new(joined, pages, order, after.clone(), clock);
-                    self.copier.store(task, &self.link, &self.shared);
+            let order = Arc::new(order);
+            for (group, range) in order.parts() {
+                match self.share(order.namespace, group) {
+                    Some((joined, pages)) => {
+                        let (pages, clock) = (pages.clone(), self.clock.clone());
+                        let part = (order.clone(), range);
+                        let task = StoreTask::new(joined, pages, part, after.clone(), clock);
+                        self.copier.store(task, &self.link, &self.shared);
+                    }
+                    None => self.shared.store_over(&order.request, order.order),
                 }
-                None => self.shared.store_over(&order.request, order.order),
             }
         }
     }

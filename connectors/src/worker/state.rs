@@ -76,7 +76,7 @@ pub struct Results {
 
 #[derive(Default)]
 struct Inner {
-    /// Store orders not over, by request.
+    /// Stores not over, by request: one for each group of each order.
     open: HashMap<String, usize>,
     /// Loads not over, by request: one for each group, and whether one of them went wrong.
     loads: HashMap<String, (usize, bool)>,
@@ -85,7 +85,7 @@ struct Inner {
     done: Vec<u64>,
     results: Results,
     counters: Counters,
-    /// What the engine's metrics know of the counters, and what they don't know of the times (us) that orders took.
+    /// What the engine's metrics know of the counters, and what they don't know of the times (us) that stores and loads took.
     told: Counters,
     store_times: Vec<u32>,
     load_times: Vec<u32>,
@@ -109,7 +109,7 @@ impl Shared {
         }
     }
 
-    /// A store order of this request has come.
+    /// An order to store blocks of one group of this request has come.
     pub(crate) fn open_store(&self, request: &str) {
         let mut inner = self.inner.lock();
         match inner.open.get_mut(request) {
@@ -138,7 +138,7 @@ impl Shared {
         self.wait(|inner| inner.open.is_empty() && inner.loads.is_empty());
     }
 
-    /// A store order is over: copied or given up.
+    /// An order is over for one of its groups: copied or given up.
     pub(crate) fn store_over(&self, request: &str, order: u64) {
         let mut inner = self.inner.lock();
         inner.done.push(order);
@@ -265,7 +265,7 @@ impl Shared {
         }
     }
 
-    /// An order to store of which something was copied took so long.
+    /// A store of which something was copied took so long.
     pub(crate) fn store_took(&self, us: u64) {
         observed::keep(&mut self.inner.lock().store_times, us);
     }

@@ -1,6 +1,7 @@
 //! The copy threads and what they do. Stores have threads of their own, so that a load that waits for the daemon delays no
 //! copy out of a block that the engine wants back.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -40,19 +41,16 @@ pub(crate) struct Joined {
 }
 
 impl Joined {
-    /// The positions in an order whose part this rank writes: replicas take turns.
-    fn own(&self, order: &StoreOrder) -> Vec<usize> {
-        let count = order.blocks.len().min(order.slots.len());
-        let count = count.min(order.generations.len()).min(order.offsets.len());
+    /// The positions in a part of an order whose blocks this rank writes: replicas take turns.
+    fn own(&self, order: &StoreOrder, part: Range<usize>) -> Vec<usize> {
+        let part = part.start..part.end.min(order.blocks());
         if self.replicas == [self.rank] {
-            return (0..count).collect();
+            return part.collect();
         }
         let (hashes, _) = order.hashes.as_chunks::<HASH_BYTES>();
         let turn = |hash| self.replicas.get(replica_of(hash, self.replicas.len()));
-        let all = hashes.iter().take(count).enumerate();
-        all.filter(|(_, hash)| turn(hash) == Some(&self.rank))
-            .map(|(at, _)| at)
-            .collect()
+        let is_own = |at: &usize| hashes.get(*at).map(turn) == Some(Some(&self.rank));
+        part.filter(is_own).collect()
     }
 
     fn mover(&self, device: &Arc<dyn Device>, deadline: Duration) -> Result<BlockMover, Error> {
@@ -70,14 +68,14 @@ impl Joined {
     }
 }
 
-/// An order of blocks to copy out.
+/// Blocks of one group to copy out.
 pub(crate) struct StoreTask {
     joined: Arc<Joined>,
     pages: Pages,
-    order: StoreOrder,
+    order: Arc<StoreOrder>,
     /// What the engine does until then fills the blocks.
     after: Point,
-    /// Positions in the order whose part this rank writes.
+    /// Positions in the order whose blocks this rank writes.
     own: Vec<usize>,
     clock: Clock,
     /// When (us) it came.
@@ -90,11 +88,11 @@ impl StoreTask {
     pub(crate) fn new(
         joined: Arc<Joined>,
         pages: Pages,
-        order: StoreOrder,
+        (order, part): (Arc<StoreOrder>, Range<usize>),
         after: Point,
         clock: Clock,
     ) -> Self {
-        let own = joined.own(&order);
+        let own = joined.own(&order, part);
         StoreTask {
             joined,
             pages,
@@ -117,12 +115,12 @@ impl StoreTask {
 /// A piece of a [`StoreTask`].
 struct StorePiece {
     task: Arc<StoreTask>,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     left: Arc<AtomicUsize>,
 }
 
 impl StorePiece {
-    /// The piece is over; the order with its last one.
+    /// The piece is over; this part of the order with its last one.
     fn over(&self, shared: &Shared) {
         if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
             let task = &self.task;
@@ -218,7 +216,7 @@ impl Copier {
         Ok(())
     }
 
-    /// Queues an order, in pieces. What does not fit in the queue is given up.
+    /// Queues a store, in pieces. What does not fit in the queue is given up.
     pub(crate) fn store(&self, task: StoreTask, link: &Link, shared: &Shared) {
         let block = task.pages.part().bytes().max(1);
         let each = (TASK_BYTES / block).clamp(1, 64);
@@ -278,10 +276,9 @@ fn give_up(link: &Link, shared: &Shared, piece: &StorePiece) {
     let Some(now) = now.filter(|now| now.incarnation[..] == order.incarnation[..]) else {
         return;
     };
-    let body = request::Body::Abort(Abort {
-        slots: own.iter().map(|at| order.slots[*at]).collect(),
-        generations: own.iter().map(|at| order.generations[*at]).collect(),
-    });
+    let given = own.iter().filter_map(|at| order.entry(*at));
+    let (slots, generations) = given.map(|entry| (entry.slot, entry.generation)).unzip();
+    let body = request::Body::Abort(Abort { slots, generations });
     // Without a connection the daemon knows anyway.
     let _ = link.submit_on(now.epoch, body);
 }
@@ -345,16 +342,16 @@ fn store(context: &Context, piece: &StorePiece) {
     if task.after.wait().is_err() {
         return give_up();
     }
-    let order = &task.order;
-    let slots: Vec<ReservedSlot> = own
-        .iter()
-        .map(|at| ReservedSlot {
-            slot: order.slots[*at],
-            generation: order.generations[*at],
-            offset: order.offsets[*at],
-        })
-        .collect();
-    let blocks: Vec<u32> = own.iter().map(|at| order.blocks[*at]).collect();
+    let entries = own.iter().filter_map(|at| task.order.entry(*at));
+    let entries = entries.map(|entry| {
+        let slot = ReservedSlot {
+            slot: entry.slot,
+            generation: entry.generation,
+            offset: entry.offset,
+        };
+        (slot, entry.block)
+    });
+    let (slots, blocks): (Vec<_>, Vec<_>) = entries.unzip();
     let pages = pages_of(&task.pages, &blocks);
     let from = refs(&task.pages, &pages);
     let mut caller = StoreCaller {

@@ -6,7 +6,6 @@ stored are kept by a reference in vLLM's block pool, from the step that computes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
@@ -24,7 +23,7 @@ class Capture:
     """The scheduler half's eyes on vLLM's requests."""
 
     def __init__(self, half: SchedulerHalf, rules: list[Rule], hash_tokens: int, room: Room) -> None:
-        self._half, self._rules, self._hash_tokens, self._room = half, rules, hash_tokens, room
+        self._half, self._room = half, room
         self.requests: dict[str, Request] = {}
         self.manager: Any = None
         """vLLM's manager of KV-cache blocks, once it is bound: tells those of a request."""
@@ -32,7 +31,6 @@ class Capture:
         """Where it has them, by vLLM's groups, if that is known: to ask it is slow."""
         self.pool: Any = None
         """vLLM's block pool, once it is bound."""
-        self._offers = any(rule.offered for rule in rules)
         self._outgrows = any(rule.outgrown for rule in rules)
 
     def bind_pool(self, pool: Any) -> None:
@@ -59,40 +57,11 @@ class Capture:
     def step(self, output: SchedulerOutput) -> tuple[bytes, bool]:
         """A step's orders, and whether there are notices."""
         half = self._half
-        states: list[tuple[str, int, bytes, int]] = []
         if self._outgrows:
             if self.pool is None and half.refusal() is None:
                 half.refuse("vLLM has not said where its blocks are kept (bind_gpu_block_pool)")
-            if self._offers:
-                states = self._states(output)
             self._room.step(output)
-        return half.step(output, self.requests, self.manager, self._tables, self.pool, states)
-
-    # --- recurrent states -----------------------------------------------------------------------------------------------
-
-    def _states(self, output: SchedulerOutput) -> list[tuple[str, int, bytes, int]]:
-        """Recurrent states that this step leaves in blocks of their own: request, group, hash, block."""
-        offers = getattr(getattr(output, "kv_connector_block_state", None), "boundary_state_offloads", None)
-        return [state for name, offered in (offers or {}).items() for state in self._offered(name, offered)]
-
-    def _offered(self, name: str, states: list[tuple[int, int, int]]) -> Iterator[tuple[str, int, bytes, int]]:
-        """Of one request, given vLLM's group, the block, and the tokens that led to it."""
-        request = self.requests.get(name)
-        if request is None:
-            return
-        # The last token counts here: a state is offered once, with the step that computes it or (drafts) when its output has come.
-        final = min(request.num_tokens, len(request.block_hashes) * self._hash_tokens)
-        for of, block, tokens in states:
-            for group, rule in enumerate(self._rules):
-                span = rule.block_tokens
-                if rule.of == of and tokens % span == 0 and 0 < tokens <= final and self._is_still(request, of, block, tokens):
-                    yield name, group, request.block_hashes[tokens // self._hash_tokens - 1], block
-
-    def _is_still(self, request: Request, of: int, block: int, tokens: int) -> bool:
-        """Whether an offered block of vLLM's group is what it was offered as. With async scheduling and drafts vLLM offers a state when a step's
-        output has come, and may give its block to another request before the next step tells us."""
-        known = self.pool.blocks[block].block_hash if self.pool is not None else None
-        return known == make_block_hash_with_group_id(request.block_hashes[tokens // self._hash_tokens - 1], of)
+        return half.step(output, self.requests, self.manager, self._tables, self.pool, make_block_hash_with_group_id)
 
     # --- the end of a request ---------------------------------------------------------------------------------------------
 

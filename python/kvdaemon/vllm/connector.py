@@ -243,15 +243,10 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         half = self._scheduler
         if half is not None:
-            meta = connector_output.kv_connector_worker_meta
+            meta, output = connector_output.kv_connector_worker_meta, connector_output
             reports = meta.reports if isinstance(meta, KvdWorkerMeta) else []
-            sent = connector_output.finished_sending
-            received = connector_output.finished_recving
-            invalid = connector_output.invalid_block_ids
-            failed = getattr(connector_output, "failed_recving", None)
-            if reports or sent or received or invalid or failed:
-                half.on_output(list(sent or ()), list(received or ()), list(invalid or ()), list(failed or ()), reports)
-                half.let_go(self._capture.pool)
+            if reports or output.finished_sending or output.finished_recving or output.invalid_block_ids or getattr(output, "failed_recving", None):
+                half.on_output(output, reports, self._capture.pool)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))

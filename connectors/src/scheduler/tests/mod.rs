@@ -14,7 +14,7 @@ mod stores;
 
 use super::*;
 use crate::fleet::tests::hello;
-use crate::meta::StepMeta;
+use crate::meta::{StepMeta, StoreOrder};
 
 /// A fake daemon: remembers what it was asked, answers when told.
 #[derive(Default)]
@@ -230,6 +230,11 @@ fn step(half: &mut Scheduler<Fake>, now: u64) -> StepMeta {
         true => StepMeta::default(),
         false => meta::decode(&bytes).unwrap(),
     }
+}
+
+/// The engine's numbers of what an order copies.
+fn blocks(order: &StoreOrder) -> Vec<u32> {
+    order.all().map(|entry| entry.block).collect()
 }
 
 fn is_lookup(body: &Body) -> bool {

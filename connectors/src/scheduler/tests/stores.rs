@@ -100,12 +100,13 @@ fn full_blocks_are_reserved_ordered_and_reported_by_all_ranks() {
     let meta = step(&mut half, 2);
     assert_eq!(meta.stores.len(), 1);
     let order = &meta.stores[0];
-    assert_eq!(order.blocks, [8, 9]);
+    assert_eq!(blocks(order), [8, 9]);
     assert!(
         order.hashes.is_empty(),
         "every rank writes a part of its own"
     );
-    assert_eq!(order.slots, [100, 101]);
+    let slots = order.all().map(|entry| entry.slot);
+    assert_eq!(slots.collect::<Vec<_>>(), [100, 101]);
     assert_eq!(order.epochs, [5, 6]);
     assert_eq!(half.load_and_hold().1, 2);
     assert_eq!(half.counters().present_blocks, 1);
@@ -131,10 +132,7 @@ fn ranks_that_hold_the_same_are_told_whose_turn_it_is() {
         reserved(&[ReserveState::Present, ReserveState::Reserved]),
     );
     let order = step(&mut half, 1).stores.remove(0);
-    assert_eq!(
-        (order.hashes, order.blocks),
-        (hashes(1, 1..2).into(), vec![8])
-    );
+    assert_eq!((blocks(&order), order.hashes), (vec![8], hashes(1, 1..2)));
 }
 
 #[test]
@@ -152,7 +150,7 @@ fn the_tail_of_a_finished_request_is_stored_before_it_is_told() {
         reserved(&[ReserveState::Reserved, ReserveState::Reserved]),
     );
     let meta = step(&mut half, 3);
-    assert_eq!(meta.stores[0].blocks, [4, 5]);
+    assert_eq!(blocks(&meta.stores[0]), [4, 5]);
     assert_eq!(
         meta.finish,
         ["a"],
@@ -360,26 +358,30 @@ fn blocks_of_a_window_are_kept_until_they_are_copied() {
     assert!(same.stores.is_empty(), "their step is not over");
     assert_eq!(half.begin_step(2, &[], &["a"], &[20], &[1]), []);
     let order = step(&mut half, 2).stores.remove(0);
-    assert_eq!(order.blocks, [7]);
-    assert_eq!(half.released(), [6, 8], "what gets no slot is let go");
+    assert_eq!(blocks(&order), [7]);
+    assert_eq!(
+        half.released(usize::MAX),
+        [6, 8],
+        "what gets no slot is let go"
+    );
     report(&mut half, 1, &[0], &[order.order]);
-    assert_eq!((half.released(), half.held()), (vec![7], 0));
+    assert_eq!((half.released(usize::MAX), half.held()), (vec![7], 0));
     // Nor are they kept for a daemon that takes its time, or a request that loses its blocks.
     assert_eq!(
         half.capture(200_000, "a", one(0, hashes(1, 5..6), [9]), []),
         [9]
     );
     step(&mut half, 200_001);
-    assert_eq!(half.released(), []);
+    assert_eq!(half.released(usize::MAX), []);
     half.begin_step(1_200_001, &[], &[], &[], &[]);
     step(&mut half, 1_200_001);
-    assert_eq!(half.released(), [9]);
+    assert_eq!(half.released(usize::MAX), [9]);
     assert_eq!(
         half.capture(1_200_002, "a", one(0, hashes(1, 6..7), [4]), []),
         [4]
     );
     half.begin_step(1_200_003, &["a"], &[], &[], &[]);
-    assert_eq!((half.released(), half.held()), (vec![4], 0));
+    assert_eq!((half.released(usize::MAX), half.held()), (vec![4], 0));
     assert_eq!(half.load_and_hold().1, 0);
 }
 
@@ -425,43 +427,48 @@ fn chains(half: &Scheduler<Fake>) -> Vec<Vec<(u32, usize)>> {
 }
 
 #[test]
-fn groups_share_a_reservation_and_each_gets_its_order() {
+fn groups_share_a_reservation_and_an_order() {
     use ReserveState::*;
     let mut half = of_three_groups();
     half.begin_step(1, &[], &["a"], &[8], &[8]);
-    let blocks = |group, blocks: &[u32]| {
+    let of_group = |group, blocks: &[u32]| {
         let hashes = hashes(1, 0..blocks.len() as u32);
         (group, hashes.into(), blocks.to_vec())
     };
     let state = hashes(9, 0..1);
-    let full = [blocks(0, &[1, 2]), blocks(1, &[3, 4]), blocks(2, &[0, 5])];
+    let full =
+        [(0, [1, 2]), (1, [3, 4]), (2, [0, 5])].map(|(group, blocks)| of_group(group, &blocks));
     let kept = half.capture(1, "a", full, [(2, &state[..], 6)]);
     assert_eq!(kept, [3, 4, 5, 6]);
     assert_eq!((half.held(), half.load_and_hold().1), (4, 6));
-    // What is kept is asked for apart: only that is given up when the daemon takes its time.
-    let asked = [vec![(0, 2)], vec![(1, 2), (2, 1), (2, 1)]];
-    assert_eq!(chains(&half), asked);
-    let last = half.port().last();
-    half.port().answer(last - 1, reserved(&[Present, Reserved]));
-    let states = [Reserved, NoSpace, Reserved, Reserved];
-    half.port().answer(last, reserved(&states));
+    assert_eq!(chains(&half), [[(0, 2), (1, 2), (2, 1), (2, 1)]]);
+    let states = [Present, Reserved, Reserved, NoSpace, Reserved, Reserved];
+    half.port().answer(half.port().last(), reserved(&states));
+    assert!(step(&mut half, 1).stores.is_empty(), "the step is not over");
     half.begin_step(2, &[], &["a"], &[16], &[1]);
     let stores = step(&mut half, 2).stores;
-    let orders = stores.iter().map(|order| {
-        let list = (order.blocks.clone(), order.slots.clone());
-        (order.group, list.0, list.1, order.generations.clone())
-    });
-    let wanted = [
-        (0, vec![2], vec![100], vec![1]),
-        (1, vec![3], vec![100], vec![1]),
-        (2, vec![5], vec![101], vec![3]),
-        (2, vec![6], vec![102], vec![5]),
-    ];
-    assert_eq!(orders.collect::<Vec<_>>(), wanted);
-    assert_eq!(half.released(), [4]);
-    let done: Vec<u64> = stores.iter().map(|order| order.order).collect();
-    report(&mut half, 1, &[0], &done);
-    assert_eq!(half.released(), [3, 5, 6]);
+    let parts: Vec<_> = stores[0].parts().collect();
+    assert_eq!(parts, [(0, 0..1), (1, 1..2), (2, 2..3), (2, 3..4)]);
+    assert_eq!(blocks(&stores[0]), [2, 3, 5, 6]);
+    let slots = stores[0].all().map(|one| (one.slot, one.generation));
+    let wanted = [(100, 1), (101, 3), (102, 5), (103, 7)];
+    assert_eq!(slots.collect::<Vec<_>>(), wanted);
+    assert_eq!(half.released(usize::MAX), [4]);
+    report(&mut half, 1, &[0], &[stores[0].order; 3]);
+    assert_eq!(half.released(usize::MAX), [], "one group is not copied");
+    report(&mut half, 1, &[0], &[stores[0].order]);
+    assert_eq!(half.released(1), [3]);
+    assert_eq!((half.to_release(), half.held()), (2, 2));
+    // They go back some at a time, unless they are missed, or many, or nothing else is to be done.
+    assert_eq!((half.due(true), half.due(false)), (0, 16));
+    half.limit_held(8);
+    assert_eq!(half.due(true), 1);
+    half.begin_step(3, &[], &[], &[], &[]);
+    assert_eq!(half.due(true), 2);
+    half.begin_step(3, &[], &["a"], &[16], &[0]);
+    assert!(half.due(true) == 1 && half.has_pending_work() && half.lets_go_soon());
+    assert_eq!(half.due(true), 2);
+    assert_eq!(half.released(usize::MAX), [5, 6]);
     assert_eq!((half.held(), half.load_and_hold().1), (0, 0));
     // All are dealt with.
     half.no_room_until = 0;
@@ -500,12 +507,19 @@ fn what_is_kept_is_given_up_before_the_rest() {
         (1, hashes(1, 0..1).into(), vec![2]),
     ];
     assert_eq!(half.capture(1, "a", full, []), [2]);
-    let first = half.port().last() - 1;
+    let asked = half.port().last();
     half.begin_step(1_100_000, &[], &["a"], &[8], &[1]);
-    half.port()
-        .answer(first, reserved(&[ReserveState::Reserved]));
-    assert_eq!(step(&mut half, 1_100_000).stores[0].blocks, [1]);
-    assert_eq!((half.released(), half.held()), (vec![2], 0));
+    assert!(step(&mut half, 1_100_000).stores.is_empty());
+    assert_eq!((half.released(usize::MAX), half.held()), (vec![2], 0));
+    assert_eq!(half.load_and_hold().1, 1);
+    let both = [ReserveState::Reserved, ReserveState::Reserved];
+    half.port().answer(asked, reserved(&both));
+    let order = step(&mut half, 1_100_001).stores.remove(0);
+    assert_eq!((blocks(&order), order.groups), (vec![1], vec![0]));
+    let body = half.port().asked.borrow().last().cloned();
+    assert!(matches!(body, Some(Body::Abort(one)) if one.slots == [101]));
+    report(&mut half, 1, &[0], &[order.order]);
+    assert_eq!(half.load_and_hold().1, 0);
 }
 
 #[test]
@@ -522,7 +536,7 @@ fn an_answer_to_something_else_is_given_back() {
         .answer(asked, reserved(&[ReserveState::Reserved]));
     half.begin_step(2, &[], &["a"], &[4], &[1]);
     assert!(step(&mut half, 2).stores.is_empty());
-    assert_eq!((half.released(), half.held()), (vec![1, 2], 0));
+    assert_eq!((half.released(usize::MAX), half.held()), (vec![1, 2], 0));
     let asked = half.port().asked.borrow();
     assert!(matches!(&asked[asked.len() - 1], Body::Abort(one) if one.slots == [100]));
 }
