@@ -1,9 +1,10 @@
 //! The native module of the Python package `kvdaemon`: a session for scripts, and the two halves of the vLLM connector.
 //!
 //! Everything here translates; what is decided is decided in `kvd-connectors` and `kvd-client`. The GIL is released around
-//! everything that waits or copies. Of vLLM it knows the form of a few objects (`engine`, `lists`), of torch nothing; addresses come in as numbers.
+//! everything that waits or copies. Of vLLM it knows the form of a few objects (`engine`, `lists`, `capture`), of torch nothing; addresses come in as numbers.
 
 mod cache;
+mod capture;
 mod clock;
 mod digest;
 mod engine;

@@ -5,25 +5,22 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use kvd_client::{Identity, Link, LinkConfig, Role};
-use kvd_connectors::HASH_BYTES;
 use kvd_connectors::meta::{self, RankHello};
 use kvd_connectors::notice::Level;
 use kvd_connectors::scheduler::{Adapter, ByTier, Guarded, Match, Scheduler, Settings};
 use kvd_connectors::worker::Counters;
 use kvd_core::{GroupKind, GroupRule};
 use parking_lot::Mutex;
-use pyo3::exceptions::PyIndexError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyBytes, PyDict};
 
+use crate::capture::Reader;
 use crate::clock::now_us;
-use crate::engine::{self, Ended, Lists, Running, Step};
+use crate::engine::{self, Ended, Lists, Step};
 use crate::errors::{error, from_client, invalid};
-use crate::lists;
 use crate::observed::dict;
 
 /// So many tokens of an answer are stored at a time: four blocks of vLLM's usual size. What is left is stored when the request finishes.
@@ -33,13 +30,7 @@ const GATHER_TOKENS: u32 = 64;
 #[pyclass(frozen, module = "kvdaemon._native")]
 pub(crate) struct SchedulerHalf {
     inner: Mutex<Guarded<Link>>,
-    groups: Vec<Group>,
-    /// How many of the engine's hashes there are from one that the half is given to the next.
-    grain: usize,
-    /// And how many of those a unit has.
-    grains: usize,
-    /// How many of the engine's tokens a hash covers.
-    hash_tokens: usize,
+    reader: Reader,
     /// Whether a running request gives blocks up,
     outgrows: bool,
     /// and whether the engine offers some of them.
@@ -53,24 +44,6 @@ pub(crate) fn instance_id(py: Python<'_>, bytes: &[u8]) -> PyResult<[u8; 16]> {
         .map_err(|_| invalid(py, "an instance id has 16 bytes"))
 }
 
-/// A KV-cache group as the engine has it.
-struct Group {
-    /// The engine's number of it.
-    of: usize,
-    /// How many of the engine's hashes a block has.
-    ratio: usize,
-    rule: GroupRule,
-}
-
-/// Blocks of a request: its id, and of each group their hashes and numbers.
-type Captured<'a> = (&'a PyBackedStr, Vec<(u32, Bytes, Vec<u32>)>);
-
-/// Hashes for a block, first and end of a range of blocks.
-type Range = (usize, usize, usize);
-
-/// A state in a block of its own: the request's id, the group, its hash, the block.
-type State = (PyBackedStr, u32, [u8; HASH_BYTES], u32);
-
 fn strings(list: &[PyBackedStr]) -> Vec<&str> {
     list.iter().map(|text| -> &str { text }).collect()
 }
@@ -81,107 +54,6 @@ impl SchedulerHalf {
         self.inner.lock().with(run)
     }
 
-    /// Hashes and numbers of a request's full blocks of a group within so many tokens, from the block `first` on; the hash of the block
-    /// before them in front.
-    fn blocks_of(
-        &self,
-        hashes: &Bound<'_, PyAny>,
-        tables: &[Bound<'_, PyAny>],
-        (group, first): (u32, u32),
-        tokens: usize,
-        read: &mut Option<(Range, Bytes)>,
-    ) -> PyResult<(Bytes, Vec<u32>)> {
-        let group = &self.groups[group as usize];
-        let (first, last) = (first as usize, tokens / group.rule.span() as usize);
-        let blocks = match tables.get(group.of) {
-            Some(table) => lists::blocks(table, first, last)?,
-            None => return Err(PyIndexError::new_err("a KV-cache group has no blocks")),
-        };
-        let range = (group.ratio, first.saturating_sub(1), first + blocks.len());
-        let found = match read {
-            // Groups alike have the same.
-            Some((same, found)) if *same == range => found.clone(),
-            _ if blocks.is_empty() => Bytes::new(),
-            _ => lists::hashes(hashes, range.0, range.1, range.2)?.into(),
-        };
-        if !blocks.is_empty() {
-            *read = Some((range, found.clone()));
-        }
-        Ok((found, blocks))
-    }
-
-    /// What is wanted of a step's requests. The half is not locked meanwhile: Python may run anything.
-    fn read<'a>(
-        &self,
-        step: &'a Step<'_>,
-        wanted: &[(usize, u32, u32)],
-        lists: &Lists<'_, '_>,
-    ) -> PyResult<Vec<Captured<'a>>> {
-        let mut all = Vec::new();
-        for of_request in wanted.chunk_by(|a, b| a.0 == b.0) {
-            let at = of_request[0].0;
-            let (id, name) = (&step.ids[at], &step.names[at]);
-            let Some(request) = lists.requests.get_item(name)? else {
-                continue;
-            };
-            let running = Running::read(&request, self.hash_tokens)?;
-            let tables = lists.blocks(name)?;
-            let ahead = step.ahead.get(at).copied().unwrap_or(0);
-            let after = step.computed[at] as usize + ahead as usize;
-            let (mut read, mut of_groups) = (None, Vec::with_capacity(of_request.len()));
-            let tokens = after.min(running.last);
-            for (_, group, first) in of_request {
-                let wanted = (*group, *first);
-                let (hashes, blocks) =
-                    self.blocks_of(&running.hashes, &tables, wanted, tokens, &mut read)?;
-                if !blocks.is_empty() {
-                    of_groups.push((*group, hashes, blocks));
-                }
-            }
-            if !of_groups.is_empty() {
-                all.push((id, of_groups));
-            }
-        }
-        Ok(all)
-    }
-
-    /// Recurrent states that a step leaves in blocks of their own, and that may be stored. `with_group`: a hash as vLLM's pool has it.
-    ///
-    /// With async scheduling and drafts vLLM offers a state when a step's output has come, and may give its block to another request
-    /// before the next step tells us: then the pool finds it by another hash.
-    fn states(
-        &self,
-        output: &Bound<'_, PyAny>,
-        requests: &Bound<'_, PyDict>,
-        pool: &Bound<'_, PyAny>,
-        with_group: &Bound<'_, PyAny>,
-    ) -> PyResult<Vec<State>> {
-        let mut states = Vec::new();
-        for offer in engine::offers(output)? {
-            let Some(request) = requests.get_item(&offer.id)? else {
-                continue;
-            };
-            let running = Running::read(&request, self.hash_tokens)?;
-            let own = (0..).zip(&self.groups).filter(|(_, g)| g.of == offer.of);
-            for (number, group) in own {
-                let whole = offer.tokens.is_multiple_of(group.rule.span() as usize);
-                // The last token counts here: a state is offered once, with the step that computes it or (drafts) when its output has
-                // come.
-                if !whole || offer.tokens == 0 || offer.tokens > running.hashed {
-                    continue;
-                }
-                let at = offer.tokens / self.hash_tokens - 1;
-                let hash = running.hashes.get_item(at)?;
-                let known = engine::found_by(pool, offer.block)?;
-                if known.eq(with_group.call1((&hash, offer.of))?)? {
-                    let id = offer.id.extract()?;
-                    states.push((id, number, lists::hash(&hash)?, offer.block));
-                }
-            }
-        }
-        Ok(states)
-    }
-
     /// Takes the last blocks of a request that is over.
     fn last_blocks(
         &self,
@@ -190,29 +62,25 @@ impl SchedulerHalf {
         request: &Bound<'_, PyAny>,
         tables: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let running = Running::read(request, self.hash_tokens)?;
+        let running = self.reader.running(request)?;
         let computed = request.getattr(intern!(request.py(), "num_computed_tokens"))?;
         let tokens = running.last.min(computed.extract()?);
         let wanted = self.with(|half| half.finish_from(now, id, tokens as u32));
         let (mut read, tables) = (None, engine::groups(tables)?);
         for (group, first) in wanted.unwrap_or_default() {
-            let (hashes, blocks) =
-                self.blocks_of(&running.hashes, &tables, (group, first), tokens, &mut read)?;
+            let wanted = (group, first);
+            let hashes = &running.hashes;
+            let (hashes, blocks) = self
+                .reader
+                .blocks_of(hashes, &tables, wanted, tokens, &mut read)?;
             self.with(|half| half.last_blocks(id, group, hashes, blocks));
         }
         Ok(())
     }
 
-    /// Hashes of a request's units that may be loaded, as the half wants them: never the one with the last token, which is always computed.
+    /// Hashes of a request's units that may be loaded, as the half wants them.
     fn loadable(&self, request: &Bound<'_, PyAny>) -> Vec<u8> {
-        let running = Running::read(request, self.hash_tokens);
-        let hashes = running.and_then(|running| {
-            let grain = self.grain * self.hash_tokens;
-            let unit = grain * self.grains;
-            let units = running.last.checked_div(unit).unwrap_or(0);
-            lists::hashes(&running.hashes, self.grain, 0, units * self.grains)
-        });
-        hashes.unwrap_or_else(|error| {
+        self.reader.loadable(request).unwrap_or_else(|error| {
             self.strange(request.py(), &error);
             Vec::new()
         })
@@ -292,12 +160,8 @@ impl SchedulerHalf {
             let text = "blocks must be multiples of the tokens that a hash covers";
             return Err(invalid(py, text));
         }
-        let own = rules.iter().zip(&groups).map(|(rule, group)| Group {
-            of: group.4,
-            ratio: (rule.span() / hash_tokens) as usize,
-            rule: *rule,
-        });
-        let own = own.collect();
+        let own = rules.iter().zip(&groups);
+        let own = own.map(|(rule, group)| (group.4, *rule)).collect();
         let settings = Settings {
             world,
             groups: rules,
@@ -322,10 +186,7 @@ impl SchedulerHalf {
         };
         let link = start_link(socket, identity).map_err(|failure| from_client(py, &failure))?;
         Ok(SchedulerHalf {
-            groups: own,
-            grain: (settings.grain() / hash_tokens) as usize,
-            grains: settings.unit().checked_div(settings.grain()).unwrap_or(0) as usize,
-            hash_tokens: hash_tokens as usize,
+            reader: Reader::new(own, &settings, hash_tokens),
             outgrows: settings.outgrows(),
             offers: !settings.offered.is_empty(),
             inner: Mutex::new(Guarded::new(Scheduler::new(settings, link))),
@@ -424,7 +285,7 @@ impl SchedulerHalf {
             Step::default()
         });
         let states = match self.offers {
-            true => self.states(output, requests, pool, with_group),
+            true => self.reader.states(output, requests, pool, with_group),
             false => Ok(Vec::new()),
         };
         let states = states.unwrap_or_else(|error| {
@@ -441,10 +302,13 @@ impl SchedulerHalf {
         let mut busy = false;
         if !wanted.is_empty() || !states.is_empty() {
             drop(guard);
-            let captured = self.read(&step, &wanted, &lists).unwrap_or_else(|error| {
-                self.strange(py, &error);
-                Vec::new()
-            });
+            let captured = self
+                .reader
+                .read(&step, &wanted, &lists)
+                .unwrap_or_else(|error| {
+                    self.strange(py, &error);
+                    Vec::new()
+                });
             guard = self.inner.lock();
             let (mut kept, mut known) = (Vec::new(), Vec::<&str>::new());
             let states_of = |id: &PyBackedStr| {

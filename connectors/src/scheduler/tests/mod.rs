@@ -8,6 +8,7 @@ use kvd_core::GroupKind;
 use kvd_wire::session::{LookupReply, Presence, ReserveReply, ReserveState, Where, request::Body};
 use prost::Message;
 
+mod groups;
 mod guard;
 mod loads;
 mod stores;
