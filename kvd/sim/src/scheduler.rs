@@ -156,26 +156,38 @@ impl World {
             }
         }
         let from = hits.min(hashes.len());
-        let parent = from.checked_sub(1).map(|at| hashes[at]);
-        self.reserve(p, space, group, hashes[from..].to_vec(), parent);
+        self.reserve(p, space, vec![chain_from(group, hashes, from)]);
     }
 
+    /// A prompt's blocks, of one group or, as the connector asks for them, of all: then of some only the last ones, and a list may come in
+    /// two pieces, the second after the first.
     fn reserve_unasked(&mut self, p: usize) {
         let (space, group) = self.some_group(p);
         let hashes = self.prompt();
-        self.reserve(p, space, group, hashes, None);
+        let mut chains = vec![chain_from(group, &hashes, 0)];
+        if self.rng.one_in(2) {
+            let groups = 0..self.config.namespaces[space].groups.len() as u32;
+            for other in groups.filter(|other| *other != group) {
+                let from = self.rng.below(hashes.len());
+                chains.push(chain_from(other, &hashes, from));
+            }
+            if self.rng.one_in(4) && hashes.len() > 1 {
+                let cut = 1 + self.rng.below(hashes.len() - 1);
+                chains[0].hashes.truncate(cut);
+                chains.insert(1, chain_from(group, &hashes, cut));
+            }
+        }
+        self.reserve(p, space, chains);
     }
 
-    fn reserve(
-        &mut self,
-        p: usize,
-        space: usize,
-        group: u32,
-        mut hashes: Vec<[u8; 32]>,
-        parent: Option<[u8; 32]>,
-    ) {
-        hashes.truncate(self.config.node.core.max_hashes as usize);
-        let Some(namespace) = self.short(p, space).filter(|_| !hashes.is_empty()) else {
+    fn reserve(&mut self, p: usize, space: usize, mut chains: Vec<OwnChain>) {
+        let mut room = self.config.node.core.max_hashes as usize;
+        for chain in &mut chains {
+            chain.hashes.truncate(room);
+            room -= chain.hashes.len();
+        }
+        chains.retain(|chain| !chain.hashes.is_empty());
+        let Some(namespace) = self.short(p, space).filter(|_| !chains.is_empty()) else {
             return;
         };
         if self.procs[p].role.copies() {
@@ -185,19 +197,11 @@ impl World {
         if known.contains(&0) {
             return;
         }
-        let chain = OwnChain {
-            group,
-            hashes,
-            parent,
-        };
-        self.send(
-            p,
-            Ask::Reserve {
-                namespace,
-                chains: vec![chain],
-            },
-            Pending::Reserve { space, known },
-        );
+        if chains.len() > 1 {
+            self.counters.add("reservations of several lists");
+        }
+        let ask = Ask::Reserve { namespace, chains };
+        self.send(p, ask, Pending::Reserve { space, known });
     }
 
     fn workers_of(&self, p: usize) -> Vec<usize> {
@@ -233,6 +237,15 @@ impl World {
             };
             self.procs[worker].orders.push_back(order);
         }
+    }
+}
+
+/// A prompt's blocks of a group, from this one on.
+fn chain_from(group: u32, hashes: &[[u8; 32]], from: usize) -> OwnChain {
+    OwnChain {
+        group,
+        hashes: hashes[from..].to_vec(),
+        parent: from.checked_sub(1).map(|at| hashes[at]),
     }
 }
 
