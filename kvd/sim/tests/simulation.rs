@@ -71,7 +71,7 @@ fn fresh_seeds_hold() {
     }
 }
 
-const HAPPENS: [&str; 19] = [
+const HAPPENS: [&str; 20] = [
     "arenas adopted",
     "blocks fetched",
     "blocks found",
@@ -90,6 +90,7 @@ const HAPPENS: [&str; 19] = [
     "parts aborted in mid-copy",
     "reads corrupt",
     "reads overrun",
+    "reservations of several lists",
     "scribbles",
 ];
 
