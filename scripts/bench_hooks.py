@@ -90,16 +90,16 @@ def shape(name: str, where: pathlib.Path, count: int) -> dict[str, Any]:
             attached(engine, daemon)
             rows = {}
             for traffic, run in TRAFFIC.items():
-                engine.hooks()
+                engine.hooks(beside=True)
                 run(engine, count)
-                rows[traffic] = {"storing": scheduler_row(engine.hooks())}
+                rows[traffic] = {"storing": scheduler_row(engine.hooks(beside=True))}
             for traffic, run in TRAFFIC.items():
                 engine.reset_local()
-                engine.hooks()
+                engine.hooks(beside=True)
                 share = run(engine, count)
                 if share < 0.3:
                     raise SystemExit(f"{name}: only {share:.0%} of the prompts was loaded; the numbers would say nothing")
-                rows[traffic]["loading"] = scheduler_row(engine.hooks()) | {"loaded_share": share}
+                rows[traffic]["loading"] = scheduler_row(engine.hooks(beside=True)) | {"loaded_share": share}
             return rows | {"idle_worker": worker_row(engine, 4 * count)}
 
 

@@ -332,7 +332,8 @@ impl StoreOrder {
     }
 
     /// All blocks.
-    pub fn all(&self) -> impl Iterator<Item = StoreEntry> {
+    #[cfg(test)]
+    pub(crate) fn all(&self) -> impl Iterator<Item = StoreEntry> {
         (0..self.blocks()).filter_map(|at| self.entry(at))
     }
 

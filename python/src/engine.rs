@@ -156,13 +156,10 @@ pub(crate) fn offers<'py>(output: &Bound<'py, PyAny>) -> PyResult<Vec<Offer<'py>
 /// # Errors
 /// What Python raises when the pool is another.
 pub(crate) fn found_by<'py>(pool: &Bound<'py, PyAny>, block: u32) -> PyResult<Bound<'py, PyAny>> {
-    let py = pool.py();
     if pool.is_none() {
         return Ok(pool.clone());
     }
-    let blocks = pool.getattr(intern!(py, "blocks"))?;
-    let block = blocks.cast::<PyList>()?.get_item(block as usize)?;
-    block.getattr(intern!(py, "block_hash"))
+    of(pool, &[block])?[0].getattr(intern!(pool.py(), "block_hash"))
 }
 
 /// A running request: `Request`.

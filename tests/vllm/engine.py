@@ -284,10 +284,10 @@ class Engine:
     def counters(self) -> dict[str, float]:
         return self.call("counters")
 
-    def hooks(self) -> dict[str, dict[str, float]]:
+    def hooks(self, beside: bool = False) -> dict[str, dict[str, float]]:
         """Calls, p50, p90, p99 and max (microseconds) of each scheduler hook of the connector since the last call of this; the first one
-        begins to watch them. See hooks.py."""
-        return self.call("hooks")
+        begins to watch them, and what else a step takes, if that is wanted `beside` them. See hooks.py."""
+        return self.call("hooks", beside=beside)
 
     def watch_steps(self) -> None:
         """From now on `watched_steps` can tell what the first worker's steps and the connector's hooks in them took."""

@@ -58,11 +58,12 @@ def expose_hook_times() -> None:
     """Lets `hooks` ask the engine's core, which may be a process of its own (forked, so that it has this too)."""
     from vllm.v1.engine.core import EngineCore
 
-    def hook_times(core: Any) -> dict[str, dict[str, float]]:
+    def hook_times(core: Any, beside: bool) -> dict[str, dict[str, float]]:
         times = getattr(core, "kvd_hook_times", None)
         if times is None:
             times = core.kvd_hook_times = hooks.HookTimes(core.scheduler.connector, hooks.SCHEDULER)
-            times.watch_scheduler(core.scheduler)
+            if beside:
+                times.watch_scheduler(core.scheduler)
         spread: dict[str, dict[str, float]] = times.spread()
         times.clear()
         return spread
@@ -207,12 +208,12 @@ class Child:
             out[name] = out.get(name, 0.0) + float(value)
         return out
 
-    def hooks(self) -> dict[str, dict[str, float]]:
+    def hooks(self, beside: bool) -> dict[str, dict[str, float]]:
         """How long the connector's hooks took on the scheduler's thread since the last call, microseconds, by hook. The first call
-        begins to watch them."""
+        begins to watch them, and what hooks.py has `beside` them."""
         client = self.engine.engine_core
         core = getattr(client, "engine_core", None)
-        return client.call_utility("hook_times") if core is None else core.hook_times()
+        return client.call_utility("hook_times", beside) if core is None else core.hook_times(beside)
 
     def stats(self) -> dict[str, Any]:
         """Counters of our connector's scheduler half, of an engine that is all in this process."""
@@ -300,7 +301,7 @@ class Child:
             "facts": lambda c: self.facts(),
             "generate": self.generate,
             "counters": lambda c: self.counters(),
-            "hooks": lambda c: self.hooks(),
+            "hooks": lambda c: self.hooks(c["beside"]),
             "stats": lambda c: self.stats(),
             "watch_steps": lambda c: self.engine.collective_rpc(watch_steps),
             "watched_steps": lambda c: self.engine.collective_rpc(watched_steps)[0],

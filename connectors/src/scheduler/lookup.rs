@@ -333,8 +333,7 @@ impl<P: Port> Scheduler<P> {
             lease,
             ..Release::default()
         });
-        if self.port.queue_and_forget(body).is_ok() {
-            self.queued();
+        if self.forget(body) {
             self.counters.leases_released += 1;
         }
     }

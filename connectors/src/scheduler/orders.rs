@@ -114,7 +114,8 @@ impl<P: Port> Scheduler<P> {
         let all: usize = parts.iter().map(|part| part.blocks.len()).sum();
         if reply.states.len() != all {
             // A daemon of another kind: nobody knows whose these slots are.
-            self.give_back_slots(reply.slots, reply.generations);
+            let (slots, generations) = (reply.slots, reply.generations);
+            self.forget(Body::Abort(Abort { slots, generations }));
             return self.reservation_lost(&reservation);
         }
         let replicated = parts.iter().any(|p| self.namespaces.replicated(p.group));
@@ -125,7 +126,8 @@ impl<P: Port> Scheduler<P> {
             ..StoreOrder::default()
         };
         let (mut held, mut rest) = (Vec::with_capacity(all), Vec::new());
-        let (mut back, mut back_generations) = (Vec::new(), Vec::new());
+        // Slots that nobody will write.
+        let mut back = Abort::default();
         let mut states = reply.states.iter();
         let slots = reply.slots.iter().zip(&reply.generations);
         let mut slots = slots.zip(&reply.offsets);
@@ -140,8 +142,8 @@ impl<P: Port> Scheduler<P> {
                 };
                 match (slot, part.kept) {
                     (Some(((slot, generation), _)), Kept::NoMore) => {
-                        back.push(*slot);
-                        back_generations.push(*generation);
+                        back.slots.push(*slot);
+                        back.generations.push(*generation);
                     }
                     (Some(((slot, generation), offset)), kept) => {
                         order.push(StoreEntry {
@@ -170,8 +172,8 @@ impl<P: Port> Scheduler<P> {
         let blocks = order.blocks() as u32;
         self.flew(count(parts) - blocks);
         self.let_go(rest);
-        if !back.is_empty() {
-            self.give_back_slots(back, back_generations);
+        if !back.slots.is_empty() {
+            self.forget(Body::Abort(back));
         }
         if blocks == 0 {
             return;
@@ -194,14 +196,6 @@ impl<P: Port> Scheduler<P> {
         self.meta.stores.push(order);
         if let Some(request) = self.requests.get_mut(id) {
             request.orders += 1;
-        }
-    }
-
-    /// Nobody will write these slots.
-    fn give_back_slots(&mut self, slots: Vec<u32>, generations: Vec<u64>) {
-        let abort = Abort { slots, generations };
-        if self.port.queue_and_forget(Body::Abort(abort)).is_ok() {
-            self.queued();
         }
     }
 

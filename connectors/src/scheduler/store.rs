@@ -62,26 +62,25 @@ impl<P: Port> Scheduler<P> {
                 .saturating_sub(count(&wanted.parts))
                 .min(self.settings.batch);
             let mut all = Blocks::new(hashes, blocks);
-            let (taken, end) = if alone {
+            let end = if alone {
                 // What does not fit is left out for good: these blocks go with their step. Hits end at the end of it rather than before.
                 room = room.min(self.room_to_hold(count_held(&wanted.parts)));
                 let end = all.len() as u32;
                 all = all.without_gaps();
                 all.split_front(all.len().saturating_sub(room as usize));
-                (all, end)
+                end
             } else {
                 if all.len() > room as usize {
                     all = all.split_front(room as usize);
                 }
-                let end = all.len() as u32;
-                (all, end)
+                all.len() as u32
             };
-            self.make_room(now, id, &mut wanted, taken.len(), &mut kept);
+            self.make_room(now, id, &mut wanted, all.len(), &mut kept);
             wanted.ends.push((group, end));
-            if taken.len() > 0 {
+            if all.len() > 0 {
                 wanted.parts.push(Part {
                     group,
-                    blocks: taken,
+                    blocks: all,
                     kept: match alone {
                         true => Kept::ByEngine,
                         false => Kept::ByRequest,
@@ -210,6 +209,15 @@ impl<P: Port> Scheduler<P> {
             self.unsent = 0;
             self.port.wake();
         }
+    }
+
+    /// Queues a request whose reply nobody waits for. Whether that was possible.
+    pub(crate) fn forget(&mut self, body: Body) -> bool {
+        let taken = self.port.queue_and_forget(body).is_ok();
+        if taken {
+            self.queued();
+        }
+        taken
     }
 
     /// Sends what was queued.

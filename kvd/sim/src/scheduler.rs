@@ -106,11 +106,7 @@ impl World {
         };
         let ask = Ask::Lookup {
             namespace,
-            chains: vec![OwnChain {
-                group,
-                hashes: hashes.clone(),
-                parent: None,
-            }],
+            chains: vec![chain_from(group, &hashes, 0)],
             lease_ms: if self.rng.one_in(2) {
                 0
             } else {

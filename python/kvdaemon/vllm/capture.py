@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Capture:
     """The scheduler half's eyes on vLLM's requests."""
 
-    def __init__(self, half: SchedulerHalf, rules: list[Rule], hash_tokens: int, room: Room) -> None:
+    def __init__(self, half: SchedulerHalf, rules: list[Rule], room: Room) -> None:
         self._half, self._room = half, room
         self.requests: dict[str, Request] = {}
         self.manager: Any = None

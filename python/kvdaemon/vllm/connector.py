@@ -130,7 +130,7 @@ class KvdConnector(stats.Metrics, KVConnectorBase_V1, SupportsHMA):
         ahead = getattr(vllm_config, "num_lookahead_tokens", 0)
         at_a_time = getattr(vllm_config, "max_in_flight_tokens", None) or 2 * vllm_config.scheduler_config.max_num_batched_tokens
         self._room = Room(list({rule.of: rule for rule in self._rules}.values()), self._hash_tokens, at_a_time, drafts, ahead)
-        self._capture = Capture(half, self._rules, self._hash_tokens, self._room)
+        self._capture = Capture(half, self._rules, self._room)
         self._finder.start("kvd-identity", self._find_facts)
         return None
 

@@ -29,6 +29,12 @@ fn of_three_groups() -> Scheduler<Fake> {
     half
 }
 
+/// The first blocks of a request, of this group.
+fn first(group: u32, blocks: &[u32]) -> (u32, bytes::Bytes, Vec<u32>) {
+    let hashes = hashes(1, 0..blocks.len() as u32);
+    (group, hashes.into(), blocks.to_vec())
+}
+
 fn chains(half: &Scheduler<Fake>) -> Vec<Vec<(u32, usize)>> {
     let asked = half.port().asked.borrow();
     let chains = asked.iter().filter_map(|body| match body {
@@ -49,13 +55,8 @@ fn groups_share_a_reservation_and_an_order() {
     use ReserveState::*;
     let mut half = of_three_groups();
     half.begin_step(1, &[], &["a"], &[8], &[8]);
-    let of_group = |group, blocks: &[u32]| {
-        let hashes = hashes(1, 0..blocks.len() as u32);
-        (group, hashes.into(), blocks.to_vec())
-    };
     let state = hashes(9, 0..1);
-    let full =
-        [(0, [1, 2]), (1, [3, 4]), (2, [0, 5])].map(|(group, blocks)| of_group(group, &blocks));
+    let full = [first(0, &[1, 2]), first(1, &[3, 4]), first(2, &[0, 5])];
     let kept = half.capture(1, "a", full, [(2, &state[..], 6)]);
     assert_eq!(kept, [3, 4, 5, 6]);
     assert_eq!((half.held(), half.load_and_hold().1), (4, 6));
@@ -120,10 +121,7 @@ fn what_is_too_much_for_one_request_goes_in_several() {
 fn what_is_kept_is_given_up_before_the_rest() {
     let mut half = of_three_groups();
     half.begin_step(1, &[], &["a"], &[4], &[4]);
-    let full = [
-        (0, hashes(1, 0..1).into(), vec![1]),
-        (1, hashes(1, 0..1).into(), vec![2]),
-    ];
+    let full = [first(0, &[1]), first(1, &[2])];
     assert_eq!(half.capture(1, "a", full, []), [2]);
     let asked = half.port().last();
     half.begin_step(1_100_000, &[], &["a"], &[8], &[1]);
@@ -144,10 +142,7 @@ fn what_is_kept_is_given_up_before_the_rest() {
 fn an_answer_to_something_else_is_given_back() {
     let mut half = of_three_groups();
     half.begin_step(1, &[], &["a"], &[0], &[4]);
-    let full = [
-        (1, hashes(1, 0..1).into(), vec![1]),
-        (2, hashes(1, 0..1).into(), vec![2]),
-    ];
+    let full = [first(1, &[1]), first(2, &[2])];
     assert_eq!(half.capture(1, "a", full, []), [1, 2]);
     let asked = half.port().last();
     half.port()
