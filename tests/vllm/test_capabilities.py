@@ -6,6 +6,7 @@ vLLM's scheduler and engine, which must get along with what kvd gives them inste
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import logging
@@ -25,7 +26,7 @@ import models  # noqa: E402
 from conftest import Engines  # noqa: E402
 from daemon import Daemon  # noqa: E402
 from engine import patient  # noqa: E402
-from harness import BLOCK, FULL, SHAPES, ScriptedEngine, Shape, make_config, make_kv  # noqa: E402
+from harness import BLOCK, FULL, SHAPES, ScriptedEngine, Shape, WrongCache, make_config, make_kv  # noqa: E402
 
 pytestmark = pytest.mark.plugin
 Model = Callable[[models.Recipe], pathlib.Path]
@@ -186,6 +187,39 @@ def test_hits_within_a_block_of_states_are_refused(anew: Callable[[], Any], mode
     blocks = torch.arange(4.0).reshape(4, 1)
     utils.copy_kv_cache_blocks_inplace([blocks], 4, [(0, 1), (1, 2)])
     assert blocks.flatten().tolist() == [0, 0, 1, 3], "0, 0, 0, 3 would be right"
+
+
+def test_more_drafts_than_a_block_of_states_has_tokens(anew: Callable[[], Any], model: Model) -> None:
+    """Refused, for vLLM's states are wrong then, without any connector: the worker copies one to where the request's newest is. Where
+    that is mended, this fails, and the refusal can go."""
+    anew()
+    from kvdaemon.vllm import caches
+
+    def config(drafts: int, shape: str = "states") -> Any:
+        return make_config(
+            model(models.gqa()), None, async_scheduling=True, shape=SHAPES[shape], spec_tokens=drafts, blocks=512, budget=64,
+            prefix_cache_retention_interval=BLOCK,
+        )
+
+    def said(drafts: int, shape: str = "states") -> str | None:
+        one = config(drafts, shape)
+        return caches.refuse_config(one, make_kv(one, SHAPES[shape]))
+
+    assert f"({BLOCK}) as their blocks have tokens" in (said(BLOCK) or "")
+    assert said(BLOCK - 1) is None and said(BLOCK + 8, "windows") is None
+    tier = config(BLOCK)
+    assert caches.refuse_wrong_kv(tier, None) is None
+    tier.cache_config.mamba_block_size = BLOCK
+    assert "drafts" in (caches.refuse_wrong_kv(tier, None) or ""), "a tier may not find the configuration of the KV cache"
+
+    def asks(drafts: int) -> None:
+        for seed in range(5000, 5010):
+            with contextlib.closing(ScriptedEngine(config(drafts), spec_tokens=drafts, shape=SHAPES["states"])) as engine:
+                engine.ask(models.prompt(seed, 412), 100)
+
+    asks(BLOCK - 1)
+    with pytest.raises(WrongCache, match="does not hold the state"):
+        asks(BLOCK + 8)
 
 
 def test_settings_that_are_refused(anew: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, model: Model) -> None:

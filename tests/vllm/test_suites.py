@@ -190,6 +190,8 @@ def test_hits_that_do_not_fit_together(rig: Rig, spec: int) -> None:
 @pytest.mark.parametrize("spec", [0, 3, 40])
 def test_the_longest_request_of_the_smallest_pool(rig: Rig, spec: int) -> None:
     """vLLM starts with room for one such request. Its hit is no reason to need more: nothing would ever come free for it."""
+    if rig.shape.states and spec >= BLOCK:
+        spec = BLOCK - 1  # with more, vLLM's states are wrong: test_more_drafts_than_a_block_of_states_has_tokens
     prompt = rig.prompt(512)
     stored(rig, rig.engine(blocks=512, budget=64), prompt)
     alike = make_config(rig.path, None, async_scheduling=rig.is_async, spec_tokens=spec, blocks=512, budget=64, shape=rig.shape)

@@ -97,7 +97,7 @@ def refuse_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
         return "models with several KV-cache groups are supported only with vLLM's prefix caching"
     if getattr(vllm_config.model_config, "enable_sleep_mode", False) and not capabilities.found().sleep_hooks:
         return "sleep mode is not supported with this vLLM: it does not say when the KV cache goes (0.33 does)"
-    return refuse_hits_within_blocks(vllm_config, kv_cache_config) or refuse_scales(vllm_config)
+    return refuse_wrong_kv(vllm_config, kv_cache_config)
 
 
 def as_scheduled(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
@@ -106,13 +106,22 @@ def as_scheduled(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
     return replace(kv_cache_config, kv_cache_groups=groups)
 
 
+def refuse_wrong_kv(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | None) -> str | None:
+    """Why what an engine computes must not be kept for others, however it is laid out. (A tier may not find the configuration of the KV cache.)"""
+    return (
+        refuse_hits_within_blocks(vllm_config, kv_cache_config)
+        or refuse_drafts_beyond_blocks(vllm_config, kv_cache_config)
+        or refuse_scales(vllm_config)
+    )
+
+
 def refuse_hits_within_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | None) -> str | None:
     """Why the KV of an engine must not be kept where vLLM lets a prompt go on from within a block of states: it copies that block for
     each such request, all copies of a step at once (`copy_kv_cache_blocks_inplace`, 0.32), and one that is copied on in the step in
     which it is filled is read before. What is computed from it is wrong, with and without a connector."""
     chosen = getattr(vllm_config.cache_config, "prefix_match_unit", None)
     spread = getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1) > 1
-    if kv_cache_config is None:  # a tier may not find it
+    if kv_cache_config is None:
         within = chosen is not None and getattr(vllm_config.cache_config, "mamba_cache_mode", "none") == "align"
     else:
         states = [one.block_size for one in _specs(kv_cache_config) if getattr(one, "mamba_cache_mode", None) == "align"]
@@ -124,8 +133,27 @@ def refuse_hits_within_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheC
     return f"vLLM goes on from within blocks of recurrent states, and copies wrong ones where several requests do so in one step: {cause}"
 
 
+def refuse_drafts_beyond_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | None) -> str | None:
+    """Why the states of an engine must not be kept whose steps may pass a whole block: a block of drafts that vLLM moves to the end of its
+    list is still in its old place in the workers', which copy a state there that belongs to another token (0.32; there is no such step
+    where drafts are fewer than a block's tokens)."""
+    cache = vllm_config.cache_config
+    if kv_cache_config is None:
+        aligned = getattr(cache, "mamba_cache_mode", "none") == "align"
+        blocks = [getattr(cache, "mamba_block_size", None) or 0] if aligned else []
+    else:
+        blocks = [one.block_size for one in _specs(kv_cache_config) if getattr(one, "mamba_cache_mode", None) == "align"]
+    drafts = getattr(getattr(vllm_config, "speculative_config", None), "num_speculative_tokens", None) or 0
+    if not blocks or not 0 < min(blocks) <= drafts:
+        return None
+    return (
+        f"vLLM mixes up recurrent states where a step has as many drafts ({drafts}) as their blocks have tokens ({min(blocks)}): "
+        "set num_speculative_tokens to less"
+    )
+
+
 def refuse_scales(vllm_config: VllmConfig) -> str | None:
-    """Why the KV of a configuration must not be kept, however it is laid out."""
+    """Why KV that is scaled by what was served so far must not be kept."""
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         return "KV scales that are computed while serving (calculate_kv_scales) are not supported"
     return None

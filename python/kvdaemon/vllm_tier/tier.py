@@ -84,7 +84,7 @@ class KvdSecondaryTier(SecondaryTierManager):
             return str(error)
         if vllm_config is None:
             return None
-        return caches.refuse_scales(vllm_config) or caches.refuse_hits_within_blocks(vllm_config, kv_cache_config)
+        return caches.refuse_wrong_kv(vllm_config, kv_cache_config)
 
     def _find_record(self, spec: OffloadingSpec, vllm_config: Any, kv_cache_config: Any) -> None:
         options = self._options
