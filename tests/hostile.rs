@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use kvd_arena::ArenaView;
 
-use common::{Daemon, PATIENCE, Raw, eventually, framed, hash, hello, layout, record};
+use common::{Daemon, PATIENCE, Raw, eventually, framed, hash, hello, kvd, layout, record};
 use kvd_client::{ChainRef, Identity, Session};
 use kvd_wire::frame;
 use kvd_wire::session::{
@@ -545,15 +545,41 @@ fn slots_of_others_and_of_former_times_are_stale() {
 #[test]
 fn more_sessions_than_there_may_be_are_told_so() {
     let daemon = Daemon::start(&["--max-sessions", "3"]);
+    let why = "raise max_sessions";
     let held: Vec<_> = (0..3)
-        .map(|_| Raw::hello(&daemon.socket, Role::Observer))
+        .map(|_| Raw::hello(&daemon.socket, Role::Scheduler))
         .collect();
     let mut fourth = Raw::connect(&daemon.socket);
-    ends(&mut fourth, "close one first");
+    fourth.say(request::Body::Hello(hello(Role::Both)));
+    ends(&mut fourth, why);
+    let status = || {
+        let asked = kvd()
+            .args(["status", "--socket"])
+            .arg(&daemon.socket)
+            .output();
+        let asked = asked.expect("kvd runs");
+        (
+            asked.status.success(),
+            String::from_utf8_lossy(&asked.stderr).into_owned(),
+        )
+    };
+    assert_eq!(status(), (true, String::new()), "who looks is let in");
+    let looking: Vec<_> = (0..4)
+        .map(|_| Raw::hello(&daemon.socket, Role::Observer))
+        .collect();
+    ends(&mut Raw::connect(&daemon.socket), why);
+    // Whether the connection is closed before or after it has said something.
+    for _ in 0..20 {
+        let (answered, said) = status();
+        assert!(!answered && said.contains(why), "{said}");
+        assert!(!said.contains("is kvd serve running"), "{said}");
+    }
+    drop(looking);
+    eventually("observers are let in again", || status().0);
     drop(held);
     eventually("there is room again", || {
         let mut raw = Raw::connect(&daemon.socket);
-        raw.say(request::Body::Hello(hello(Role::Observer)));
+        raw.say(request::Body::Hello(hello(Role::Both)));
         matches!(raw.hear(), Some((_, reply::Body::Hello(_))))
     });
 }

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use bytesize::ByteSize;
 use comfy_table::{Table, presets};
-use kvd_client::{Identity, Session};
+use kvd_client::{ErrorKind, Identity, Session};
 use kvd_node::{HostTier, NamespaceStatus, SessionStatus, SlotStatus, Status, TenantStatus};
 
 use crate::config::Config;
@@ -17,11 +17,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) fn run(config: &Config, json: bool) -> Result<()> {
     let socket = config.values.default_socket();
     let identity = Identity::observer("kvd status");
-    let mut session = Session::connect(&socket, &identity, PATIENCE).with_context(|| {
-        format!(
-            "no daemon answers on {}; is kvd serve running?",
-            socket.display()
-        )
+    let mut session = Session::connect(&socket, &identity, PATIENCE).map_err(|error| {
+        let at = socket.display();
+        let about = match error.kind() {
+            ErrorKind::Unavailable => format!("no daemon answers on {at}; is kvd serve running?"),
+            _ => format!("cannot ask the daemon on {at}"),
+        };
+        anyhow!(error).context(about)
     })?;
     let text = session.status()?;
     session.close()?;

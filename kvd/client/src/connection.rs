@@ -19,7 +19,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 
-use crate::Error;
+use crate::{Error, pending};
 
 /// Descriptors that one reply may bring: an arena and its table.
 const REPLY_FDS: usize = 2;
@@ -164,7 +164,11 @@ impl Connection {
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(Progress::Wait),
-                Err(e) => return Err(Error::io("the daemon is gone", e)),
+                Err(e) => {
+                    return Err(self
+                        .parting()
+                        .unwrap_or_else(|| Error::io("the daemon is gone", e)));
+                }
             }
         }
         self.out.clear();
@@ -222,11 +226,29 @@ impl Connection {
         }
     }
 
-    /// The next whole frame, if it has come.
+    /// The next whole frame, if it has come. One that answers no request says why the daemon ends the session: that is the error.
     pub(crate) fn next(&mut self) -> Result<Option<Frame>, Error> {
-        self.decoder
+        let frame = self
+            .decoder
             .next()
-            .map_err(|e| Error::protocol(e.to_string()))
+            .map_err(|e| Error::protocol(e.to_string()))?;
+        match frame {
+            Some(frame) if frame.id == 0 => Err(pending::unasked(frame.body)),
+            frame => Ok(frame),
+        }
+    }
+
+    /// Of a daemon that closed the connection while something was sent to it: what it said last, if it was of that kind.
+    fn parting(&mut self) -> Option<Error> {
+        self.expect_fds(false);
+        loop {
+            match self.next() {
+                Ok(Some(_)) => {}
+                Ok(None) if matches!(self.receive(Mode::Now), Ok(Progress::Done)) => {}
+                Ok(None) => return None,
+                Err(why) => return Some(why),
+            }
+        }
     }
 
     /// The two descriptors that a reply says it brought.

@@ -76,6 +76,14 @@ impl Kind {
     }
 }
 
+/// What a frame means that answers no request.
+pub(crate) fn unasked(frame: Bytes) -> Error {
+    match Reply::decode(frame).ok().and_then(|reply| reply.body) {
+        Some(reply::Body::Failure(failure)) => Error::from(failure).ending(),
+        _ => Error::protocol("the daemon answered what nobody asked"),
+    }
+}
+
 /// What takes back the side effect of a reply that came too late, if it had one.
 pub(crate) fn undo(reply: reply::Body) -> Option<request::Body> {
     match reply {

@@ -49,6 +49,8 @@ pub use crate::ids::{
 };
 pub use crate::log::{Change, ChangeKind, Changes, Tier};
 pub use crate::record::{NamespaceRecord, RecordError};
-pub use crate::settings::{EvictionPolicy, MAX_WRITERS, OffloadPolicy, Settings, TierSettings};
+pub use crate::settings::{
+    EvictionPolicy, MAX_WRITERS, OBSERVERS, OffloadPolicy, Settings, TierSettings,
+};
 pub use crate::state::Core;
 pub use crate::status::StatusView;

@@ -8,7 +8,7 @@ use crate::crews::Team;
 use crate::fills::ByInstance;
 use crate::ids::{InstanceId, Role, SessionId, TenantId};
 use crate::list::List;
-use crate::settings::MAX_WRITERS;
+use crate::settings::{MAX_WRITERS, OBSERVERS};
 use crate::state::Core;
 use crate::step::Caller;
 
@@ -160,13 +160,18 @@ impl Core {
             return refuse(ErrorKind::Invalid, text);
         }
         self.detach_past(t, opening, out);
-        if self.tokens.len() >= self.settings.max_sessions as usize
-            || self.tenants[t].sessions >= self.tenants[t].limits.sessions
+        // Who looks why nobody can attach is let in.
+        let spare = match opening.role {
+            Role::Observer => OBSERVERS,
+            Role::Scheduler | Role::Worker | Role::Both => 0,
+        };
+        let limit = self.tenants[t].limits.sessions;
+        if self.tokens.len() >= self.settings.max_sessions.saturating_add(spare) as usize
+            || self.tenants[t].sessions >= limit.saturating_add(spare)
         {
-            return refuse(
-                ErrorKind::Busy,
-                "too many sessions; close one or raise the limit".into(),
-            );
+            let text =
+                format!("there are {limit} sessions already: close one, or raise max_sessions");
+            return refuse(ErrorKind::Busy, text);
         }
         if !copies {
             return Ok(t);

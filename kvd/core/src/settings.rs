@@ -3,6 +3,8 @@
 
 /// Places in the session table of a generation table.
 pub const MAX_WRITERS: usize = 256;
+/// Sessions that only look: so many more than the limits of a tenant and of the daemon say.
+pub const OBSERVERS: u32 = 4;
 
 /// Which blocks are dropped first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

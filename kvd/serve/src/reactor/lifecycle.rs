@@ -3,7 +3,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 
-use kvd_core::{Now, SessionId, TenantId};
+use kvd_core::{Now, OBSERVERS, SessionId, TenantId};
 use kvd_wire::session::ErrorKind;
 use rustix::event::epoll;
 
@@ -52,7 +52,8 @@ impl Reactor {
             self.config.limits.frame_bytes,
             deadline,
         ));
-        let limit = self.config.limits.sessions as usize;
+        // What kind of session it will be is not known yet: core counts those that do more than look.
+        let limit = self.config.limits.sessions.saturating_add(OBSERVERS) as usize;
         if self
             .connections
             .values()
@@ -64,7 +65,7 @@ impl Reactor {
             connection.fail(
                 0,
                 ErrorKind::Busy,
-                format!("there are {limit} sessions already: close one first"),
+                format!("there are {limit} connections already: close one, or raise max_sessions"),
                 true,
             );
             // What a new socket does not take at once is lost with it.
