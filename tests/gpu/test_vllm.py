@@ -1,6 +1,7 @@
-"""A real vLLM on an NVIDIA GPU: what comes from the daemon is bit-equal to vLLM's own prefix hit of the same length.
+"""A real vLLM on an NVIDIA GPU, with CUDA graphs and without: what comes from the daemon is bit-equal to vLLM's own prefix hit of the same length.
 
-Needs a vLLM built for CUDA, version 0.32 or newer, in the Python that runs this, and `kvdaemon` beside it: `make gpu-vllm`. Skipped elsewhere.
+Needs a vLLM built for CUDA, version 0.32 or newer, in the Python that runs this, and `kvdaemon` beside it: `make gpu-vllm`, which runs the tests of
+all shapes of models (tests/vllm/test_shapes.py) on the GPU, too. Skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "vllm"))
 import models  # noqa: E402
 from checks import attached  # noqa: E402
 from daemon import Daemon  # noqa: E402
-from engine import Engine, patient, wait_until  # noqa: E402
+from engine import ON_GPU, Engine, patient, wait_until  # noqa: E402
+
+if not ON_GPU:
+    pytest.skip("KVD_TEST_GPU=1 is not set", allow_module_level=True)
 
 MODES: dict[str, dict[str, Any]] = {"eager": {"enforce_eager": True}, "graphs": {"enforce_eager": False}}
 LONG = models.prompt(1, 2000)

@@ -2,7 +2,7 @@
 
 Run it with the environment's Python: `.venv/vllm/bin/python -m pytest tests/vllm`. Without the plugin or the daemon's program every
 test that needs them fails, and says what to build; KVD_TEST_WITHOUT_PLUGIN=1 skips those instead, by name.
-KVD_TEST_SOAK=1 runs the statistical tests at full length.
+KVD_TEST_SOAK=1 runs the statistical tests at full length. KVD_TEST_GPU=1 runs the engines on an NVIDIA GPU (`make gpu-vllm`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import daemon as daemon_module  # noqa: E402
@@ -26,6 +26,8 @@ import engine as engine_module  # noqa: E402
 import models  # noqa: E402
 
 SOAK = os.environ.get("KVD_TEST_SOAK") == "1"
+if not engine_module.ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -82,7 +84,10 @@ def model(model_root: pathlib.Path) -> Callable[[models.Recipe], pathlib.Path]:
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[engine_module.Nursery]:
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[engine_module.Nursery | None]:
+    if engine_module.ON_GPU:  # what talks to a driver is not forked
+        yield None
+        return
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     one = engine_module.Nursery(tmp_path_factory.mktemp("nursery") / "log", env={"PYTHONPATH": path})
     yield one
@@ -92,7 +97,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[engine_module.
 class Engines:
     """Starts engines and ends all of them, whatever the test did."""
 
-    def __init__(self, nursery: engine_module.Nursery, where: pathlib.Path) -> None:
+    def __init__(self, nursery: engine_module.Nursery | None, where: pathlib.Path) -> None:
         self._nursery, self._where = nursery, where
         self._all: list[engine_module.Engine] = []
 
@@ -114,14 +119,14 @@ class Engines:
 
 
 @pytest.fixture
-def engines(nursery: engine_module.Nursery, tmp_path: pathlib.Path) -> Iterator[Engines]:
+def engines(nursery: engine_module.Nursery | None, tmp_path: pathlib.Path) -> Iterator[Engines]:
     many = Engines(nursery, tmp_path)
     yield many
     many.close()
 
 
 @pytest.fixture(scope="module")
-def module_engines(nursery: engine_module.Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+def module_engines(nursery: engine_module.Nursery | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     many = Engines(nursery, tmp_path_factory.mktemp("engines"))
     yield many
     many.close()

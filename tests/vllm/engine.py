@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
+ON_GPU = os.environ.get("KVD_TEST_GPU") == "1"
+"""Engines run on an NVIDIA GPU, of a vLLM that is built for it; else on a CPU, whatever the machine has."""
 START_S = 240.0
 CALL_S = 240.0
 
@@ -44,14 +46,16 @@ def wait_until(what: str, condition: Callable[[], Any], deadline_s: float = 30.0
 
 
 def environment(extra: dict[str, str] | None = None, threads: int = 2, in_process: bool = False) -> dict[str, str]:
-    """What an offline vLLM on a few CPU cores needs."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "OMP_", "PYTEST_"))}
+    """What an offline vLLM on a few CPU cores needs; or on a GPU, where what the caller has set for vLLM holds."""
+    foreign = ("OMP_", "PYTEST_") if ON_GPU else ("VLLM_", "OMP_", "PYTEST_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     env |= {
-        "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": str(threads),
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "VLLM_LOGGING_COLOR": "0", "TORCHDYNAMO_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "VLLM_LOGGING_COLOR": "0",
     }
+    if not ON_GPU:
+        env |= {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
     return env | (extra or {})
 
 
@@ -166,7 +170,7 @@ class Engine:
             "model": str(model), "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 8,
             "block_size": 32, "kv_cache_memory_bytes": 64 << 20, "disable_log_stats": False, "seed": 0,
             "prefix_caching_hash_algo": "sha256_cbor", "generation_config": "vllm",
-        } | args
+        } | ({"gpu_memory_utilization": 0.1} if ON_GPU else {}) | args
         if connector is not None:
             self.args["kv_transfer_config"] = connector
         options = {"args": self.args, "mla_prefix_caching": mla_prefix_caching, "spawn": spawn, "yields": yields}

@@ -100,7 +100,7 @@ def dump_blocks(worker: Any, request: str, blocks: int) -> dict[str, Any]:
             picked = cache[torch.tensor(ids)]
             if picked.dim() == 3:  # one latent head
                 picked = picked.unsqueeze(1)
-            raw = picked.contiguous().view(torch.uint8).numpy()
+            raw = picked.contiguous().view(torch.uint8).cpu().numpy()
             layers.append([[hashlib.sha256(raw[b, h].tobytes()).hexdigest()[:16] for h in range(raw.shape[1])] for b in range(len(ids))])
     return {"layers": layers, "blocks": len(ids), "shape": list(picked.shape), "dtype": str(cache.dtype), "strides": list(cache.stride())}
 

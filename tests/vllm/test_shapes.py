@@ -18,7 +18,7 @@ import pytest
 from checks import attached, patient, settled
 from conftest import SOAK, Engines
 from daemon import Daemon
-from engine import Engine
+from engine import ON_GPU, Engine
 
 pytestmark = [pytest.mark.engine, pytest.mark.plugin]
 Model = Callable[[models.Recipe], pathlib.Path]
@@ -40,6 +40,8 @@ class Kind:
 # vLLM's own cache keeps windows and states only where the same prompt would ask for them again, unless it is told to keep more; states
 # also only where a step ended.
 WINDOWS = {"prefix_cache_retention_interval": 32}
+# A multiple of the blocks that vLLM chooses for states: 96 tokens on a CPU, and on a GPU 48, 80 or 96.
+STATES = {"prefix_cache_retention_interval": 480 if ON_GPU else 96, "max_num_batched_tokens": 512}
 LORA = {"enable_lora": True, "max_lora_rank": 8}
 KINDS = {
     "llama": Kind(models.gqa),
@@ -49,7 +51,7 @@ KINDS = {
     "gemma-odd": Kind(lambda: models.gemma(window=200), WINDOWS, small="6MiB"),  # no multiple of the block
     "gemma-one-group": Kind(models.gemma, {"disable_hybrid_kv_cache_manager": True}, small="6MiB"),  # as beside a connector that can't have several
     "gptoss": Kind(models.gptoss, WINDOWS, small="5MiB"),
-    "qwen3next": Kind(models.qwen3next, {"prefix_cache_retention_interval": 96, "max_num_batched_tokens": 512}),
+    "qwen3next": Kind(models.qwen3next, STATES),
     "lora": Kind(models.gqa, LORA, adapter=True),
     "gemma-lora": Kind(models.gemma, WINDOWS | LORA, adapter=True, small="6MiB"),
     "eagle": Kind(models.gqa, drafter=("eagle", models.eagle)),
@@ -58,6 +60,9 @@ KINDS = {
     "mtp": Kind(models.mtp, drafter=("mtp", None)),
     "image": Kind(models.multimodal, {"skip_tokenizer_init": False}, images=(1,)),
 }
+if ON_GPU:  # vLLM 0.32 has no drafts beside states on a CPU
+    guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    KINDS["qwen3next-drafts"] = Kind(models.qwen3next, STATES | {"speculative_config": guesses})
 
 
 ALL = SOAK or os.environ.get("KVD_TEST_SHAPES") == "all"
