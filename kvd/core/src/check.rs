@@ -7,7 +7,7 @@ use crate::api::NIL;
 use crate::evict::listed;
 use crate::index::{Entry, EntryState};
 use crate::pool::{Extent, ExtentState, NO_CLASS, Pool, SlotState};
-use crate::settings::MAX_WRITERS;
+use crate::settings::{MAX_WRITERS, OBSERVERS};
 use crate::state::Core;
 use crate::status::SlotCounts;
 
@@ -349,13 +349,13 @@ impl Core {
     /// Invariant 8: nothing grows beyond its limit.
     fn check_bounds(&self) {
         let most = &self.settings;
-        assert!(self.sessions.len() <= most.max_sessions as usize);
+        assert!(self.sessions.len() <= most.max_sessions.saturating_add(OBSERVERS) as usize);
         assert!(self.index.len() <= most.max_entries as usize);
         assert!(self.reads.len() <= most.max_read_leases_total as usize);
         assert!(self.lookups.blocks <= most.max_lookup_blocks as usize);
         assert!(self.idle.is_empty() && self.disks.short_of_room.is_empty());
         for tenant in &self.tenants {
-            assert!(tenant.sessions <= tenant.limits.sessions);
+            assert!(tenant.sessions <= tenant.limits.sessions.saturating_add(OBSERVERS));
             assert!(tenant.namespaces <= tenant.limits.namespaces);
             assert!(tenant.table.len() <= MAX_WRITERS);
         }

@@ -341,8 +341,14 @@ fn openings_that_make_no_sense_are_refused() {
     world.open(7, A, 0, Role::Worker, 1, 2);
     world.open(8, B, 0, Role::Worker, 0, 1);
     assert_eq!(world.ended.len(), 7);
-    world.open(9, A, 0, Role::Observer, 0, 0);
+    world.open(9, A, 0, Role::Scheduler, 0, 0);
     assert_eq!(world.ended.len(), 8, "too many");
+    for session in 10..14 {
+        world.open(session, A, 0, Role::Observer, 0, 0);
+    }
+    assert_eq!(world.ended.len(), 8, "who looks is let in");
+    world.open(14, A, 0, Role::Observer, 0, 0);
+    assert_eq!(world.ended.len(), 9, "not without end");
     assert!(
         !world.tables.contains_key(&A),
         "who has not registered may not know its token, and nobody could fence it"

@@ -1,7 +1,7 @@
 //! The checkers that look after every call of the node: the change log, what became visible, who is writing where, bounds, and
 //! core's own check.
 
-use kvd_core::{Change, ChangeKind, StatusView, TenantId};
+use kvd_core::{Change, ChangeKind, OBSERVERS, Role, StatusView, TenantId};
 
 use crate::content;
 use crate::model::{Held, Settled};
@@ -206,8 +206,18 @@ impl World {
     /// Invariant 8.
     fn check_bounds(&self, tenant: usize, view: &StatusView) -> Check {
         let (limits, core) = (self.config.limits[tenant], &self.config.node.core);
+        let works = view
+            .sessions
+            .iter()
+            .filter(|session| session.role != Role::Observer);
+        let work = works.count();
         ensure!(
-            view.sessions.len() as u32 <= limits.sessions,
+            work as u32 <= limits.sessions,
+            8,
+            "{work} sessions that do more than look"
+        );
+        ensure!(
+            view.sessions.len() as u32 <= limits.sessions + OBSERVERS,
             8,
             "{} sessions",
             view.sessions.len()
