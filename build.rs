@@ -5,22 +5,28 @@
     reason = "a build script speaks to cargo by printing"
 )]
 
+use std::path::Path;
 use std::process::Command;
 
+/// What git says, if there is a git and a repository.
+fn git(args: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(args).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (output.status.success() && !text.is_empty()).then_some(text)
+}
+
 fn main() {
-    let commit = Command::new("git")
-        .args(["describe", "--always", "--dirty", "--abbrev=12"])
-        .output()
-        .ok()
-        .filter(|o| o.status.success())
-        .and_then(|o| String::from_utf8(o.stdout).ok())
-        .map(|s| s.trim().to_owned())
-        .filter(|s| !s.is_empty());
-    let version = match commit {
-        Some(c) => format!("{} ({c})", env!("CARGO_PKG_VERSION")),
+    let version = match git(&["describe", "--always", "--dirty", "--abbrev=12"]) {
+        Some(commit) => format!("{} ({commit})", env!("CARGO_PKG_VERSION")),
         None => env!("CARGO_PKG_VERSION").to_owned(),
     };
     println!("cargo::rustc-env=KVD_VERSION={version}");
-    println!("cargo::rerun-if-changed=.git/HEAD");
-    println!("cargo::rerun-if-changed=build.rs");
+    // HEAD names a branch; that the branch has moved shows in its log. And what is built may differ from what was committed.
+    let moves = ["HEAD", "logs/HEAD"]
+        .iter()
+        .filter_map(|name| git(&["rev-parse", "--git-path", name]))
+        .filter(|path| Path::new(path).exists());
+    for path in moves.chain(["build.rs", "Cargo.lock", "kvd"].map(str::to_owned)) {
+        println!("cargo::rerun-if-changed={path}");
+    }
 }

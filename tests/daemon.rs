@@ -250,7 +250,19 @@ fn asking_wrongly_is_told_apart_from_failing() {
     }
     let version = kvd().arg("--version").output().expect("runs");
     assert!(version.status.success());
-    assert!(String::from_utf8_lossy(&version.stdout).starts_with("kvd 0.1.0"));
+    let version = String::from_utf8_lossy(&version.stdout).into_owned();
+    assert!(version.starts_with("kvd 0.1.0"));
+    // In a clone it names the commit, whatever was built before.
+    let commit = std::process::Command::new("git")
+        .args(["describe", "--always", "--abbrev=12"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output();
+    if let Ok(commit) = commit
+        && commit.status.success()
+    {
+        let commit = String::from_utf8_lossy(&commit.stdout).into_owned();
+        assert!(version.contains(commit.trim()), "{version} is not {commit}");
+    }
 }
 
 #[test]

@@ -64,12 +64,13 @@ def demo(layers: int = 16) -> Recipe:
 
 
 def mla(**rest: Any) -> Recipe:
-    """DeepSeek-V3-like: latent attention of 512 + 64 values a token, one dense layer, then routed experts."""
+    """DeepSeek-V3-like: latent attention of 512 + 64 values a token, one dense layer, then routed experts; of head sizes that vLLM's kernels for
+    Hopper take, too."""
     config = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_act": "silu",
         "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 512, "q_lora_rank": 64,
-        "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64, "n_routed_experts": 4,
+        "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 4,
         "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1,
         "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
         "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "max_position_embeddings": 8192,

@@ -40,8 +40,8 @@ class Kind:
 # vLLM's own cache keeps windows and states only where the same prompt would ask for them again, unless it is told to keep more; states
 # also only where a step ended.
 WINDOWS = {"prefix_cache_retention_interval": 32}
-# A multiple of the blocks that vLLM chooses for states: 96 tokens on a CPU, and on a GPU 48, 80 or 96.
-STATES = {"prefix_cache_retention_interval": 480 if ON_GPU else 96, "max_num_batched_tokens": 512}
+# The blocks that vLLM chooses for states have 96 tokens on a CPU, and 64 on a GPU.
+STATES = {"prefix_cache_retention_interval": 64 if ON_GPU else 96, "max_num_batched_tokens": 512}
 LORA = {"enable_lora": True, "max_lora_rank": 8}
 KINDS = {
     "llama": Kind(models.gqa),
@@ -63,6 +63,8 @@ KINDS = {
 if ON_GPU:  # vLLM 0.32 has no drafts beside states on a CPU
     guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
     KINDS["qwen3next-drafts"] = Kind(models.qwen3next, STATES | {"speculative_config": guesses})
+    # With an adapter, vLLM's kernels there add in any order (`tl.atomic_add`): not even its own hits are alike, bit by bit.
+    KINDS = {name: kind for name, kind in KINDS.items() if not kind.adapter}
 
 
 ALL = SOAK or os.environ.get("KVD_TEST_SHAPES") == "all"
@@ -185,7 +187,8 @@ def test_a_preempted_request_goes_on_from_what_was_stored(case: Case, daemon: Da
     """In mid-answer vLLM takes all blocks away and forgets its cache. What the rest of the answer is computed from is worth the same as
     vLLM's own hit of that length. After so many tokens nothing of the answer waits for more to be stored with."""
     long, ask = case.long, case.ask
-    engine = case.start(daemon, in_process=True)
+    # Beside a connector, vLLM 0.32 gives blocks back after the step that is under way, if it has one: it can't forget its cache then.
+    engine = case.start(daemon, in_process=True, async_scheduling=False)
     batch = engine.batch([long], max_tokens=90, preempt_after=64, **ask)
     (tokens,) = (answer.tokens for answer in batch.answers)
     at = batch.preempted_at
