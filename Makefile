@@ -7,7 +7,7 @@
 #   make engine-matrix  the connector's tests with every vLLM that runs here; writes docs/compatibility.md (an hour, 13 GB more the first time)
 #   make gpu-check   measure what the device path hangs on; for a machine with an NVIDIA GPU (no registry needed)
 #   make gpu-test    the device path itself: tests on an NVIDIA GPU, then `kvd bench gpu`
-#   make gpu-vllm GPU_PY=…  a real vLLM on an NVIDIA GPU, with the Python that has it: every shape of model, then `make bench-hooks` there
+#   make gpu-vllm GPU_PY=…  a real vLLM on an NVIDIA GPU, with the Python that has it: shapes of models, then `make bench-hooks` there
 #   make ptx         compile the GPU kernel anew, after a change of it (no GPU needed)
 #   make bench       `kvd bench session`, and lookups from Python; the others: `kvd bench --help`
 #   make bench-hooks  what the connector costs in vLLM's processes, by model shape; BENCH="--shapes llama --json" chooses

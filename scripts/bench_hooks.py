@@ -1,8 +1,9 @@
 """What the connector costs in the engine's processes, by model shape: the scheduler's hooks while blocks are stored and loaded, and the
 worker's hooks beside the time from one step to the next, while there is nothing to do.
 
-Real vLLM on a CPU (on a GPU with KVD_TEST_GPU=1: `make gpu-vllm`) with tiny random models, whose steps are a fraction of a real model's. Its core polls for its worker's answers, as it does
-everywhere (the tests of vLLM let it sleep instead): a core that sleeps has cold caches when it wakes.
+Real vLLM on a CPU (on a GPU with KVD_TEST_GPU=1: `make gpu-vllm`) with tiny random models, whose steps are a fraction of a real model's.
+Its core polls for its worker's answers, as it does everywhere (the tests of vLLM let it sleep instead): a core that sleeps has cold caches
+when it wakes.
 Beside the scheduler's hooks stands what vLLM's own scheduler takes for a step, and what becomes on this machine of some microseconds of
 additions in the same thread, right after a step's orders; and, after all, of a few microseconds of Python after a sleep.
 `make bench-hooks` builds what this needs. A table, or one JSON object with --json; progress goes to standard error.

@@ -545,13 +545,12 @@ fn slots_of_others_and_of_former_times_are_stale() {
 #[test]
 fn more_sessions_than_there_may_be_are_told_so() {
     let daemon = Daemon::start(&["--max-sessions", "3"]);
-    let why = "raise max_sessions";
     let held: Vec<_> = (0..3)
         .map(|_| Raw::hello(&daemon.socket, Role::Scheduler))
         .collect();
     let mut fourth = Raw::connect(&daemon.socket);
     fourth.say(request::Body::Hello(hello(Role::Both)));
-    ends(&mut fourth, why);
+    ends(&mut fourth, "limit of 3 sessions is reached");
     let status = || {
         let asked = kvd()
             .args(["status", "--socket"])
@@ -564,9 +563,10 @@ fn more_sessions_than_there_may_be_are_told_so() {
         )
     };
     assert_eq!(status(), (true, String::new()), "who looks is let in");
-    let looking: Vec<_> = (0..4)
+    let looking: Vec<_> = (0..16)
         .map(|_| Raw::hello(&daemon.socket, Role::Observer))
         .collect();
+    let why = "there are 19 connections already";
     ends(&mut Raw::connect(&daemon.socket), why);
     // Whether the connection is closed before or after it has said something.
     for _ in 0..20 {

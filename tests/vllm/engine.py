@@ -46,7 +46,7 @@ def wait_until(what: str, condition: Callable[[], Any], deadline_s: float = 30.0
 
 
 def environment(extra: dict[str, str] | None = None, threads: int = 2, in_process: bool = False) -> dict[str, str]:
-    """What an offline vLLM on a few CPU cores needs; or on a GPU, where what the caller has set for vLLM holds."""
+    """What an offline vLLM on a few CPU cores needs; or on a GPU, where what is set for vLLM holds (the tests' own level of its log, too)."""
     foreign = ("OMP_", "PYTEST_") if ON_GPU else ("VLLM_", "OMP_", "PYTEST_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     env |= {

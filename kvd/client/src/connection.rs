@@ -28,6 +28,8 @@ const SEND_BUFFER_BYTES: usize = 512 << 10;
 /// How long a blocking receive looks for bytes before it sleeps. Most answers come within that, and being woken costs as much: on a
 /// virtual machine a core that has gone idle takes 30 us and more to come back.
 const LOOK_FOR: Duration = Duration::from_micros(50);
+/// How often a connection that the daemon has closed is read from for why.
+const PARTING_READS: usize = 64;
 /// A send buffer that grew beyond this is given back once it is empty, in bytes.
 const KEEP_BYTES: usize = 1 << 20;
 
@@ -238,17 +240,24 @@ impl Connection {
         }
     }
 
-    /// Of a daemon that closed the connection while something was sent to it: what it said last, if it was of that kind.
+    /// Of a daemon that closed the connection while something was sent to it: what it said last, if it was of that kind and comes
+    /// within what a connection may have under way.
     fn parting(&mut self) -> Option<Error> {
         self.expect_fds(false);
-        loop {
-            match self.next() {
-                Ok(Some(_)) => {}
-                Ok(None) if matches!(self.receive(Mode::Now), Ok(Progress::Done)) => {}
-                Ok(None) => return None,
-                Err(why) => return Some(why),
+        for _ in 0..PARTING_READS {
+            loop {
+                match self.next() {
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(why) => return Some(why),
+                }
+            }
+            match self.receive(Mode::Now) {
+                Ok(Progress::Done) => {}
+                Ok(Progress::Wait) | Err(_) => break,
             }
         }
+        None
     }
 
     /// The two descriptors that a reply says it brought.
@@ -301,4 +310,79 @@ fn recv_with_fds(
         }
     }
     Ok(got.bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use kvd_wire::session::ErrorKind as Wire;
+    use kvd_wire::{failure, frame};
+
+    use super::*;
+    use crate::ErrorKind;
+
+    fn pair() -> (Connection, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        (Connection::over(ours.into()), theirs)
+    }
+
+    fn busy(id: u32) -> Vec<u8> {
+        let mut out = Vec::new();
+        let reply = failure(Wire::Busy, "no room: close one", true);
+        frame::encode(id, &reply, &mut out);
+        out
+    }
+
+    fn ping(connection: &mut Connection) -> Result<Progress, Error> {
+        connection.out().extend_from_slice(&[0; 16]);
+        connection.flush(Mode::Blocking)
+    }
+
+    #[test]
+    fn what_a_daemon_says_before_it_closes_is_heard_by_who_sends() {
+        let (mut connection, mut theirs) = pair();
+        theirs.write_all(&busy(9)).expect("written");
+        theirs.write_all(&busy(0)).expect("written");
+        drop(theirs);
+        let error = ping(&mut connection).expect_err("closed");
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(error.ends_session() && error.to_string().contains("close one"));
+        let (mut connection, theirs) = pair();
+        drop(theirs);
+        let error = ping(&mut connection).expect_err("closed");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    }
+
+    #[test]
+    fn a_frame_that_nobody_asked_for_is_a_failure_or_breaks_the_protocol() {
+        let (mut connection, mut theirs) = pair();
+        theirs.write_all(&busy(0)).expect("written");
+        assert_eq!(connection.fill(Mode::Now).expect("read"), Progress::Done);
+        let error = connection.next().expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        let mut odd = Vec::new();
+        frame::encode(0, &kvd_wire::session::Reply::default(), &mut odd);
+        theirs.write_all(&odd).expect("written");
+        assert_eq!(connection.fill(Mode::Now).expect("read"), Progress::Done);
+        let error = connection.next().expect_err("nobody asked");
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.ends_session());
+    }
+
+    #[test]
+    fn a_daemon_that_reads_no_more_and_goes_on_talking_is_not_heard_for_ever() {
+        let (mut connection, mut theirs) = pair();
+        theirs.shutdown(std::net::Shutdown::Read).expect("shut");
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let frames = busy(9).repeat(1000);
+                while theirs.write_all(&frames).is_ok() {}
+            });
+            let error = ping(&mut connection).expect_err("closed");
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+            drop(connection);
+        });
+    }
 }

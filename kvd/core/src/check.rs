@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::Role;
 use crate::api::NIL;
 use crate::evict::listed;
 use crate::index::{Entry, EntryState};
@@ -241,7 +242,7 @@ impl Core {
 
     fn check_sessions(&self) {
         assert_eq!(self.tokens.len(), self.sessions.len());
-        let mut counts = vec![(0, 0); self.tenants.len()];
+        let mut counts = vec![(0, 0, 0); self.tenants.len()];
         let mut current = 0;
         for (token, at) in &self.tokens {
             let session = &self.sessions[*at];
@@ -249,11 +250,14 @@ impl Core {
             assert!(self.instances[session.instance].sessions.contains(at));
             let kept = session.attached || self.lingers(*at);
             assert!(kept, "a detached session without a reason to stay");
-            counts[session.tenant].0 += 1;
-            counts[session.tenant].1 += session.joined.len() as u32;
+            let looks = session.role == Role::Observer;
+            counts[session.tenant].0 += u32::from(!looks);
+            counts[session.tenant].1 += u32::from(looks);
+            counts[session.tenant].2 += session.joined.len() as u32;
         }
-        for (tenant, (sessions, joined)) in self.tenants.iter().zip(counts) {
-            assert_eq!((tenant.sessions, tenant.joined), (sessions, joined));
+        for (tenant, counts) in self.tenants.iter().zip(counts) {
+            let own = (tenant.sessions, tenant.observers, tenant.joined);
+            assert_eq!(own, counts);
         }
         assert_eq!(self.instance_ids.len(), self.instances.len());
         for ((tenant, id), at) in &self.instance_ids {
@@ -349,13 +353,14 @@ impl Core {
     /// Invariant 8: nothing grows beyond its limit.
     fn check_bounds(&self) {
         let most = &self.settings;
-        assert!(self.sessions.len() <= most.max_sessions.saturating_add(OBSERVERS) as usize);
+        let all: u32 = self.tenants.iter().map(|tenant| tenant.sessions).sum();
+        assert!(all <= most.max_sessions);
         assert!(self.index.len() <= most.max_entries as usize);
         assert!(self.reads.len() <= most.max_read_leases_total as usize);
         assert!(self.lookups.blocks <= most.max_lookup_blocks as usize);
         assert!(self.idle.is_empty() && self.disks.short_of_room.is_empty());
         for tenant in &self.tenants {
-            assert!(tenant.sessions <= tenant.limits.sessions.saturating_add(OBSERVERS));
+            assert!(tenant.sessions <= tenant.limits.sessions && tenant.observers <= OBSERVERS);
             assert!(tenant.namespaces <= tenant.limits.namespaces);
             assert!(tenant.table.len() <= MAX_WRITERS);
         }

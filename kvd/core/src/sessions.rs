@@ -135,9 +135,18 @@ impl Core {
         });
         self.tokens.insert(opening.session, session);
         self.instances[instance].sessions.push(session);
-        self.tenants[tenant].sessions += 1;
+        *self.sessions_of(tenant, opening.role) += 1;
         self.counters.sessions_opened += 1;
         self.write_table(tenant, out);
+    }
+
+    /// How many sessions of the tenant are counted with one of this role.
+    fn sessions_of(&mut self, tenant: usize, role: Role) -> &mut u32 {
+        let tenant = &mut self.tenants[tenant];
+        match role {
+            Role::Observer => &mut tenant.observers,
+            Role::Scheduler | Role::Worker | Role::Both => &mut tenant.sessions,
+        }
     }
 
     /// Whether this session may open. Its own past session, if still attached here, is detached by this.
@@ -160,17 +169,23 @@ impl Core {
             return refuse(ErrorKind::Invalid, text);
         }
         self.detach_past(t, opening, out);
-        // Who looks why nobody can attach is let in.
-        let spare = match opening.role {
+        let limit = match opening.role {
             Role::Observer => OBSERVERS,
-            Role::Scheduler | Role::Worker | Role::Both => 0,
+            Role::Scheduler | Role::Worker | Role::Both => self.tenants[t].limits.sessions,
         };
-        let limit = self.tenants[t].limits.sessions;
-        if self.tokens.len() >= self.settings.max_sessions.saturating_add(spare) as usize
-            || self.tenants[t].sessions >= limit.saturating_add(spare)
-        {
-            let text =
-                format!("there are {limit} sessions already: close one, or raise max_sessions");
+        if *self.sessions_of(t, opening.role) >= limit {
+            let text = format!(
+                "the limit of {limit} sessions is reached: close one{}",
+                match opening.role {
+                    Role::Observer => "",
+                    Role::Scheduler | Role::Worker | Role::Both => ", or raise max_sessions",
+                }
+            );
+            return refuse(ErrorKind::Busy, text);
+        }
+        let all: u32 = self.tenants.iter().map(|tenant| tenant.sessions).sum();
+        if opening.role != Role::Observer && all >= self.settings.max_sessions {
+            let text = format!("the daemon has {all} sessions, as many as it may: close one");
             return refuse(ErrorKind::Busy, text);
         }
         if !copies {
@@ -304,7 +319,7 @@ impl Core {
         let old = self.sessions.remove(session);
         debug_assert!(old.idle(), "a session ended with records");
         self.tokens.remove(&old.token);
-        self.tenants[old.tenant].sessions -= 1;
+        *self.sessions_of(old.tenant, old.role) -= 1;
         self.tenants[old.tenant].joined -= old.joined.len() as u32;
         let instance = old.instance;
         self.instances[instance]

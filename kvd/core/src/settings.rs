@@ -3,8 +3,8 @@
 
 /// Places in the session table of a generation table.
 pub const MAX_WRITERS: usize = 256;
-/// Sessions that only look: so many more than the limits of a tenant and of the daemon say.
-pub const OBSERVERS: u32 = 4;
+/// Most sessions of a tenant that only look. The limits of sessions count those that do more.
+pub const OBSERVERS: u32 = 16;
 
 /// Which blocks are dropped first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,7 +108,7 @@ pub struct Settings {
     pub max_hashes: u32,
     /// Most chains in one request.
     pub max_chains: u32,
-    /// Most sessions of the daemon.
+    /// Most sessions of the daemon that do more than look.
     pub max_sessions: u32,
     /// Most namespaces one session may register.
     pub max_session_namespaces: u32,

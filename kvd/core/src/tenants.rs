@@ -27,7 +27,9 @@ pub(crate) struct Tenant {
     pub(crate) over: VecDeque<SessionId>,
     /// The session table as it was last given out.
     pub(crate) table: Vec<SessionId>,
+    /// Sessions that do more than look.
     pub(crate) sessions: u32,
+    pub(crate) observers: u32,
     /// (session, namespace) pairs.
     pub(crate) joined: u32,
     pub(crate) namespaces: u32,
@@ -69,6 +71,7 @@ impl Core {
             over: VecDeque::new(),
             table: Vec::new(),
             sessions: 0,
+            observers: 0,
             joined: 0,
             namespaces: 0,
             pinned_bytes: 0,

@@ -211,17 +211,13 @@ impl World {
             .iter()
             .filter(|session| session.role != Role::Observer);
         let work = works.count();
+        let look = view.sessions.len() - work;
         ensure!(
             work as u32 <= limits.sessions,
             8,
             "{work} sessions that do more than look"
         );
-        ensure!(
-            view.sessions.len() as u32 <= limits.sessions + OBSERVERS,
-            8,
-            "{} sessions",
-            view.sessions.len()
-        );
+        ensure!(look as u32 <= OBSERVERS, 8, "{look} that look");
         ensure!(
             view.namespaces.len() as u32 <= limits.namespaces,
             8,

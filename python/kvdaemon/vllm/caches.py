@@ -135,8 +135,8 @@ def refuse_hits_within_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheC
 
 def refuse_drafts_beyond_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | None) -> str | None:
     """Why the states of an engine must not be kept whose steps may pass a whole block: a block of drafts that vLLM moves to the end of its
-    list is still in its old place in the workers', which copy a state there that belongs to another token (0.32; there is no such step
-    where drafts are fewer than a block's tokens)."""
+    list is still in its old place in the workers', which copy a state there that belongs to another token (0.32; no step with
+    drafts does where they are fewer than a block's tokens)."""
     cache = vllm_config.cache_config
     if kv_cache_config is None:
         aligned = getattr(cache, "mamba_cache_mode", "none") == "align"

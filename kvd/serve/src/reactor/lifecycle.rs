@@ -52,7 +52,7 @@ impl Reactor {
             self.config.limits.frame_bytes,
             deadline,
         ));
-        // What kind of session it will be is not known yet: core counts those that do more than look.
+        // What kind of session it will be is not known yet: core counts those that look apart.
         let limit = self.config.limits.sessions.saturating_add(OBSERVERS) as usize;
         if self
             .connections
