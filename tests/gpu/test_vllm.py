@@ -33,7 +33,7 @@ LONG = models.prompt(1, 2000)
 
 def start(where: pathlib.Path, daemon: Daemon, name: str, path: pathlib.Path, mode: str) -> Engine:
     options = {"block_size": 16, "kv_cache_memory_bytes": 512 << 20, "gpu_memory_utilization": 0.2} | MODES[mode]
-    engine = Engine(path, where / f"{name}.log", connector=patient(daemon.socket), spawn=True, **options)
+    engine = Engine(path, where / f"{name}.log", connector=patient(daemon.socket), **options)
     attached(engine, daemon)
     return engine
 

@@ -63,7 +63,7 @@ KINDS = {
 if ON_GPU:  # vLLM 0.32 has no drafts beside states on a CPU
     guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
     KINDS["qwen3next-drafts"] = Kind(models.qwen3next, STATES | {"speculative_config": guesses})
-    # With an adapter, vLLM's kernels there add in any order (`tl.atomic_add`): not even its own hits are alike, bit by bit.
+    # With an adapter, vLLM's kernels there add in any order (`tl.atomic_add`): the same load gave other last digits in two runs.
     KINDS = {name: kind for name, kind in KINDS.items() if not kind.adapter}
 
 

@@ -80,8 +80,13 @@ impl Kind {
 pub(crate) fn unasked(frame: Bytes) -> Error {
     match Reply::decode(frame).ok().and_then(|reply| reply.body) {
         Some(reply::Body::Failure(failure)) => Error::from(failure).ending(),
-        _ => Error::protocol("the daemon answered what nobody asked"),
+        _ => nobody_asked(),
     }
+}
+
+/// An answer to no request that waits for one.
+pub(crate) fn nobody_asked() -> Error {
+    Error::protocol("the daemon answered what nobody asked")
 }
 
 /// What takes back the side effect of a reply that came too late, if it had one.

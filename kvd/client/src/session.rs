@@ -20,7 +20,7 @@ use rustix::process::Pid;
 use crate::connection::{Connection, Mode, Progress};
 use crate::epoch::{CopyGuard, Epoch};
 use crate::handshake::{self, Identity, Past};
-use crate::pending::{Kind, undo};
+use crate::pending::{Kind, nobody_asked, undo};
 use crate::{Error, ErrorKind, encode};
 
 /// Block hashes in prompt order, 32 bytes each, packed.
@@ -424,10 +424,7 @@ impl Session {
 
     fn take_frames(&mut self, late: &mut Vec<request::Body>) -> Result<(), Error> {
         while let Some(frame) = self.connection.next()? {
-            let (kind, wanted) = self
-                .waiting
-                .remove(&frame.id)
-                .ok_or_else(|| Error::protocol("the daemon answered what nobody asked"))?;
+            let (kind, wanted) = self.waiting.remove(&frame.id).ok_or_else(nobody_asked)?;
             let mut reply = kind.decode(frame.body)?;
             if let Ok(reply::Body::Register(register)) = &mut reply {
                 self.take_arena(register)?;

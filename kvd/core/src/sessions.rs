@@ -169,18 +169,14 @@ impl Core {
             return refuse(ErrorKind::Invalid, text);
         }
         self.detach_past(t, opening, out);
-        let limit = match opening.role {
-            Role::Observer => OBSERVERS,
-            Role::Scheduler | Role::Worker | Role::Both => self.tenants[t].limits.sessions,
+        let (limit, remedy) = match opening.role {
+            Role::Observer => (OBSERVERS, ""),
+            Role::Scheduler | Role::Worker | Role::Both => {
+                (self.tenants[t].limits.sessions, ", or raise max_sessions")
+            }
         };
         if *self.sessions_of(t, opening.role) >= limit {
-            let text = format!(
-                "the limit of {limit} sessions is reached: close one{}",
-                match opening.role {
-                    Role::Observer => "",
-                    Role::Scheduler | Role::Worker | Role::Both => ", or raise max_sessions",
-                }
-            );
+            let text = format!("the limit of {limit} sessions is reached: close one{remedy}");
             return refuse(ErrorKind::Busy, text);
         }
         let all: u32 = self.tenants.iter().map(|tenant| tenant.sessions).sum();

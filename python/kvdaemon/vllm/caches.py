@@ -124,7 +124,7 @@ def refuse_hits_within_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheC
     if kv_cache_config is None:
         within = chosen is not None and getattr(vllm_config.cache_config, "mamba_cache_mode", "none") == "align"
     else:
-        states = [one.block_size for one in _specs(kv_cache_config) if getattr(one, "mamba_cache_mode", None) == "align"]
+        states = _state_blocks(kv_cache_config)
         within = bool(states) and (spread or capabilities.hit_tokens(vllm_config, kv_cache_config) < max(states))
     if not within:
         return None
@@ -142,7 +142,7 @@ def refuse_drafts_beyond_blocks(vllm_config: VllmConfig, kv_cache_config: KVCach
         aligned = getattr(cache, "mamba_cache_mode", "none") == "align"
         blocks = [getattr(cache, "mamba_block_size", None) or 0] if aligned else []
     else:
-        blocks = [one.block_size for one in _specs(kv_cache_config) if getattr(one, "mamba_cache_mode", None) == "align"]
+        blocks = _state_blocks(kv_cache_config)
     drafts = getattr(getattr(vllm_config, "speculative_config", None), "num_speculative_tokens", None) or 0
     if not blocks or not 0 < min(blocks) <= drafts:
         return None
@@ -166,6 +166,11 @@ def inner_specs(spec: Any) -> list[Any]:
 
 def _specs(kv_cache_config: KVCacheConfig) -> list[Any]:
     return [one for group in kv_cache_config.kv_cache_groups for one in inner_specs(group.kv_cache_spec)]
+
+
+def _state_blocks(kv_cache_config: KVCacheConfig) -> list[int]:
+    """How many tokens a block has, of each layer whose recurrent states are kept at the ends of blocks."""
+    return [one.block_size for one in _specs(kv_cache_config) if getattr(one, "mamba_cache_mode", None) == "align"]
 
 
 def kv_dtype(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:

@@ -23,7 +23,7 @@ use super::{LinkConfig, LinkRegistered, Namespace, NamespaceState, Shared, lock}
 use crate::connection::{Connection, Mode, Progress, now};
 use crate::epoch::Epoch;
 use crate::handshake::{self, Past};
-use crate::pending::{Kind, undo};
+use crate::pending::{Kind, nobody_asked, undo};
 use crate::{Error, ErrorKind};
 
 mod sleep;
@@ -164,10 +164,7 @@ impl Worker {
                 return Ok(());
             };
             if let Some(frame) = session.connection.next()? {
-                let waiting = session
-                    .waiting
-                    .remove(&frame.id)
-                    .ok_or_else(|| Error::protocol("the daemon answered what nobody asked"))?;
+                let waiting = session.waiting.remove(&frame.id).ok_or_else(nobody_asked)?;
                 let reply = waiting.kind.decode(frame.body)?;
                 let ends = reply.as_ref().err().filter(|e| e.ends_session()).cloned();
                 self.answered(waiting.owner, reply)?;
